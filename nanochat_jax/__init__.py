@@ -1,0 +1,1 @@
+"""nanochat_jax: SFT and RL of nanochat models in JAX."""
