@@ -1,6 +1,6 @@
-"""Where the golden arrays are, and what is in them: tests read names, shapes and counts from the folder, never from here.
+"""Where the golden arrays are, and what is in them: tests read names, shapes and counts from the folder.
 
-The folder is NANOCHAT_GOLDEN, else ../shared/golden beside the checkout, else the small subset that ships with the tests.
+The folder is NANOCHAT_GOLDEN, else ../shared/golden beside the checkout, else the small subset beside these tests.
 """
 
 import json
