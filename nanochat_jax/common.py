@@ -35,7 +35,7 @@ PEAK_FLOPS = {
 
 
 def base_dir() -> Path:
-    """Where checkpoints, tokenizer and caches live: NANOCHAT_BASE_DIR, else ~/.cache/nanochat (nanochat's own place)."""
+    """Where checkpoints, tokenizer and caches live: NANOCHAT_BASE_DIR, else nanochat's own ~/.cache/nanochat."""
     named = os.environ.get("NANOCHAT_BASE_DIR")
     return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "nanochat"
 

@@ -1,0 +1,239 @@
+"""nanochat's optimizer as optax transforms: AdamW for embeddings, head and scalars, Muon for the matrices in blocks.
+
+Groups differ in learning rate, betas and decay. What changes from step to step (the rate's multiplier, Muon's momentum)
+is an argument of `update`, computed from the step by the schedules below: there is no schedule state to restore.
+`optax.contrib.muon` is another optimizer: this one equalises rows, iterates with Polar Express coefficients
+(arXiv 2505.16932), keeps NorMuon's factored second moment (arXiv 2510.05491) and decays weights cautiously.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanochat_jax.sharding import by_path, data_shards
+
+POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = X X^T, for singular values up to 1/1.01 after scaling
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+GROUP_OF = [  # parameter path -> learning-rate group
+    (r"lm_head", "unembedding"),
+    (r"wte", "embedding"),
+    (r".*/value_embed", "value_embedding"),
+    (r"resid_lambdas", "resid"),
+    (r"x0_lambdas", "x0"),
+    (r"smear_gate|smear_lambda|backout_lambda", "smear"),
+    (r"blocks/.*/(c_q|c_k|c_v|c_proj|c_fc|ve_gate)", "matrix"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    lr: float
+    b1: float
+    b2: float
+    weight_decay: float
+    eps: float = 1e-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    lr: float
+    weight_decay: float
+    b2: float = 0.9
+
+
+Groups = dict[str, AdamW | Muon]
+
+
+def default_groups(
+    n_embd: int,
+    *,
+    embedding_lr: float,
+    unembedding_lr: float,
+    matrix_lr: float,
+    scalar_lr: float = 0.5,
+    weight_decay: float = 0.0,
+) -> Groups:
+    """nanochat's groups. Rates of embeddings and head are given for width 768 and scale as width^-1/2; `weight_decay`
+    reaches the matrices only."""
+    s = (n_embd / 768) ** -0.5
+    return {
+        "unembedding": AdamW(unembedding_lr * s, 0.8, 0.96, 0.01),
+        "embedding": AdamW(embedding_lr * s, 0.8, 0.995, 0.001),
+        "value_embedding": AdamW(embedding_lr * s * 0.5, 0.8, 0.995, 0.01),
+        "resid": AdamW(scalar_lr * 0.01, 0.8, 0.95, 0.05),
+        "x0": AdamW(scalar_lr, 0.96, 0.95, 0.0),
+        "smear": AdamW(0.2, 0.8, 0.95, 0.0),
+        "matrix": Muon(matrix_lr, weight_decay),
+    }
+
+
+def scale_rates(groups: Groups, factor: float) -> Groups:
+    """Every group with its rate times `factor` (nanochat's --init-lr-frac)."""
+    return {name: dataclasses.replace(group, lr=group.lr * factor) for name, group in groups.items()}
+
+
+def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
+    """The whole optimizer over the parameter tree. `update` needs the keywords lr_multiplier and muon_momentum.
+
+    compute_dtype: the type in which Muon orthogonalises (bfloat16 on accelerators, as in nanochat).
+    """
+
+    def transform(group):
+        if isinstance(group, Muon):
+            return optax.chain(
+                scale_by_muon(group.b2, compute_dtype), muon_decay_and_rate(group.weight_decay, group.lr)
+            )
+        return optax.chain(
+            optax.scale_by_adam(group.b1, group.b2, group.eps),
+            optax.add_decayed_weights(group.weight_decay),
+            scale_by_rate(group.lr),
+        )
+
+    return optax.partition({name: transform(group) for name, group in groups.items()}, group_labels)
+
+
+def group_labels(params: Any) -> Any:
+    """The tree with each parameter's group name in its place."""
+    return by_path(params, GROUP_OF)
+
+
+def scale_by_rate(lr: float) -> optax.GradientTransformationExtraArgs:
+    """updates * -lr * lr_multiplier."""
+
+    def update(updates, state, params=None, *, lr_multiplier, **_):
+        return jax.tree.map(lambda u: -lr * lr_multiplier * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+class MuonState(NamedTuple):
+    momentum: Any  # as the parameter [r,c]
+    second: Any  # [r,1] where r >= c, else [1,c]
+
+
+def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
+    """Orthogonalised momentum of matrices (out, in), with variance reduction along the long side.
+
+    Same-shaped matrices are orthogonalised together; with a mesh in force, spread over the data axis.
+    """
+
+    def init(params):
+        def second(p):
+            r, c = p.shape
+            return jnp.zeros((r, 1) if r >= c else (1, c), p.dtype)
+
+        return MuonState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(second, params))
+
+    def update(updates, state, params=None, *, muon_momentum, **_):
+        mu = muon_momentum
+        momentum = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
+        nesterov = jax.tree.map(lambda m, g: (1 - mu) * g + mu * m, momentum, updates)
+        leaves, treedef = jax.tree.flatten(nesterov)
+        seconds = treedef.flatten_up_to(state.second)
+        by_shape: dict[tuple, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            by_shape.setdefault(leaf.shape, []).append(i)
+        for members in by_shape.values():
+            X = orthogonalise_all(jnp.stack([leaves[i] for i in members]), compute_dtype)
+            X, second = reduce_variance(X, jnp.stack([seconds[i] for i in members]), b2)
+            for row, i in enumerate(members):
+                leaves[i], seconds[i] = X[row], second[row]
+        return treedef.unflatten(leaves), MuonState(momentum, treedef.unflatten(seconds))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def orthogonalise_all(U: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
+    """Orthogonalise a stack [K,r,c]; over the devices of the data axis where a mesh is in force."""
+    shards = data_shards()
+    if shards > 1:
+        K = U.shape[0]
+        spread = jax.sharding.PartitionSpec("data", None, None)
+        U = jnp.pad(U, [(0, -K % shards), (0, 0), (0, 0)])
+        X = orthogonalise(jax.lax.with_sharding_constraint(U, spread), compute_dtype)
+        return jax.lax.with_sharding_constraint(X, jax.sharding.PartitionSpec())[:K]
+    if jax.default_backend() == "cpu":  # XLA on CPU multiplies single matrices 1.4 times as fast as batches of them
+        return jax.lax.map(lambda u: orthogonalise(u, compute_dtype), U)
+    return orthogonalise(U, compute_dtype)
+
+
+def orthogonalise(u: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
+    """[...,r,c] -> float32 [...,r,c], singular values near 1 and Frobenius norm sqrt(min(r,c)).
+
+    A matrix of zeros stays zero.
+    """
+    r, c = u.shape[-2:]
+    u = u.astype(compute_dtype)
+    rows = jnp.linalg.norm(u, axis=-1, keepdims=True)
+    u = u * ((_norm(u) / r**0.5) / jnp.maximum(rows, 1e-6)).astype(u.dtype)  # equal rows (MuonEq)
+    X = u / (1.01 * _norm(u) + 1e-6)
+    for a, b, c3 in POLAR_EXPRESS:
+        if r > c:
+            A = X.mT @ X
+            X = a * X + X @ (b * A + c3 * (A @ A))
+        else:
+            A = X @ X.mT
+            X = a * X + (b * A + c3 * (A @ A)) @ X
+    X = X.astype(jnp.float32)
+    return X * (min(r, c) ** 0.5 / jnp.maximum(_norm(X), 1e-6))
+
+
+def _norm(x):
+    return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+
+
+def reduce_variance(X: jax.Array, second: jax.Array, b2: float) -> tuple[jax.Array, jax.Array]:
+    """NorMuon: divide by a running root mean square per row (per column where r < c); the Frobenius norm is kept.
+
+    X [K,r,c], second [K,r,1] or [K,1,c] -> the same shapes."""
+    axis = -1 if X.shape[-2] >= X.shape[-1] else -2
+    q = jnp.mean(X * X, axis, keepdims=True)
+    second = b2 * second + (1 - b2) * q
+    f = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
+    n = X.shape[axis]
+    before = jnp.sqrt(n * jnp.sum(q, (-2, -1), keepdims=True))
+    after = jnp.sqrt(n * jnp.sum(q * f * f, (-2, -1), keepdims=True))
+    return X * (f * (before / jnp.maximum(after, 1e-10))), second
+
+
+def muon_decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformationExtraArgs:
+    """-L (X + wd p) with L = lr * multiplier * sqrt(max(1, r / c)); wd only where X and p agree in sign (cautious)."""
+
+    def update(updates, state, params, *, lr_multiplier, **_):
+        def one(X, p):
+            L = lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5 * lr_multiplier
+            return -L * jnp.where(X * p >= 0, X + weight_decay * p, X)
+
+        return jax.tree.map(one, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def sft_lr_multiplier(progress: float, *, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float) -> float:
+    """nanochat's trapezoid over progress p, which is not clipped: above 1 the multiplier goes on falling."""
+    if progress < warmup_ratio:
+        return (progress + 1e-8) / warmup_ratio
+    if progress <= 1.0 - warmdown_ratio:
+        return 1.0
+    decay = (progress - (1.0 - warmdown_ratio)) / warmdown_ratio
+    return (1 - decay) + decay * final_lr_frac
+
+
+def sft_muon_momentum(step: int) -> float:
+    """From 0.85 to 0.95 over the first 300 steps."""
+    warm = min(step / 300, 1)
+    return (1 - warm) * 0.85 + warm * 0.95
+
+
+def rl_lr_multiplier(step: int, num_steps: int) -> float:
+    """Linear to 0."""
+    return 1.0 - step / num_steps

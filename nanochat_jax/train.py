@@ -1,0 +1,133 @@
+"""The train step, written once: SFT, RL and pretraining differ in `token_loss` and in their batches."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from nanochat_jax.gpt import GPTConfig, abstract_gpt
+from nanochat_jax.loss import summed_token_loss, weighted_nll
+from nanochat_jax.sharding import batch_sharding, fit, param_shardings, replicated
+
+
+class TrainState(NamedTuple):
+    """Everything on the device that the next step depends on."""
+
+    step: Any  # int32: batches seen, also those whose update was skipped
+    params: Any  # nested dict of float32
+    opt_state: Any
+    bad_steps: Any  # int32: updates skipped in a row, because loss or gradient was not finite
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
+
+
+def abstract_state(config: GPTConfig, tx: optax.GradientTransformation, mesh: Mesh, replicate: bool = False):
+    """TrainState of ShapeDtypeStructs with shardings: what to build, to restore into, or to compile for."""
+    params = abstract_gpt(config)[1]
+    state = jax.eval_shape(lambda p: init_state(p, tx), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, tx, mesh, replicate),
+    )
+
+
+def state_shardings(state: TrainState, tx, mesh: Mesh, replicate: bool = False) -> TrainState:
+    """Parameters by the table in `sharding`; optimizer state follows its parameter, as far as its shape divides."""
+    params = param_shardings(state.params, mesh, replicate)
+
+    def masked(x):
+        return isinstance(x, optax.MaskedNode)
+
+    def follow(leaf, sharding):
+        return leaf if masked(leaf) else fit(sharding.spec, leaf.shape, mesh)
+
+    opt_state = optax.tree.map_params(
+        tx, follow, state.opt_state, params, transform_non_params=lambda _: replicated(mesh), is_leaf=masked
+    )
+    return TrainState(replicated(mesh), params, opt_state, replicated(mesh))
+
+
+def place(state: TrainState, like: TrainState) -> TrainState:
+    """Host or device arrays onto the shardings of an abstract state; each process gives the whole of every array."""
+    return jax.tree.map(lambda a, s: jax.make_array_from_callback(s.shape, s.sharding, lambda i: a[i]), state, like)
+
+
+def make_train_step(
+    config: GPTConfig,
+    tx: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    token_loss: Callable = weighted_nll,
+    dtype=jnp.float32,
+    per_micro_batch: bool = False,
+):
+    """-> jitted train_step(state, batch, lr_multiplier, muon_momentum) -> (state, metrics); `state` is donated.
+
+    state: a TrainState, real or abstract, for its shardings, which are pinned on the way in and out (else the
+    partitioner may move a weight after step 1, and a resumed run is no longer the same program).
+    batch: leaves [A,B,T]: inputs, targets, document_start int32; weights float32 >= 0 (1 where the target is trained);
+    and whatever else token_loss(log p(target), aux) reads from aux, which holds all but the first three. The weights it
+    sees are divided by their sum over all micro-batches and devices, so that the loss, a plain sum, depends on neither
+    (a batch with no trained token gives loss 0). per_micro_batch: nanochat's mean of the micro-batches' means instead.
+    metrics, float32: loss, micro_losses [A], grad_norm, tokens (trained ones in the batch), ok (0 if it was skipped).
+    """
+    graphdef, _ = abstract_gpt(config, dtype)
+
+    def micro_loss(params, micro):
+        model = nnx.merge(graphdef, params)
+        aux = dict(micro)
+        ids, targets, document_start = (aux.pop(name) for name in ("inputs", "targets", "document_start"))
+        x, _ = model.hidden(ids, document_start=document_start)
+        head = {"cap": config.logit_cap, "vocab_size": config.vocab_size}
+        return summed_token_loss(token_loss, x, params["lm_head"], targets, aux, **head)[0]
+
+    def train_step(state: TrainState, batch, lr_multiplier, muon_momentum):
+        A = batch["inputs"].shape[0]
+        size = jnp.sum(batch["weights"], (1, 2))  # [A]
+        total = A * size if per_micro_batch else jnp.broadcast_to(jnp.sum(size), A)
+        weights = batch["weights"] / jnp.where(total > 0, total, 1.0)[:, None, None]
+        batch = batch | {"weights": weights}
+
+        def accumulate(total, micro):
+            loss, grads = jax.value_and_grad(micro_loss)(state.params, micro)
+            return jax.tree.map(jnp.add, total, grads), loss
+
+        if A == 1:
+            loss, grads = jax.value_and_grad(micro_loss)(state.params, jax.tree.map(lambda b: b[0], batch))
+            losses = loss[None]
+        else:
+            grads, losses = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), batch)
+        loss, grad_norm = jnp.sum(losses), optax.global_norm(grads)
+        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, lr_multiplier=lr_multiplier, muon_momentum=muon_momentum
+        )
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = {
+            "loss": loss,
+            "micro_losses": losses * A if per_micro_batch else losses,
+            "grad_norm": grad_norm,
+            "tokens": jnp.sum(weights > 0, dtype=jnp.float32),
+            "ok": ok.astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, jnp.where(ok, 0, state.bad_steps + 1)), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = replicated(mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh), everywhere, everywhere),
+        out_shardings=(shardings, everywhere),
+    )
