@@ -47,9 +47,9 @@ def print0(*args, **kwargs) -> None:
 
 
 def process_index() -> int:
-    """This process's number; 0 before JAX is set up, so that host-only tools do not start a device."""
+    """This process's number among those of jax.distributed; asking does not start a device."""
     jax = sys.modules.get("jax")
-    return jax.process_index() if jax else 0
+    return jax.process_index() if jax and jax.distributed.is_initialized() else 0
 
 
 def peak_flops(device_kind: str) -> float | None:

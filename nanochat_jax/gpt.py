@@ -11,6 +11,7 @@ The network (facts: nanochat as of 2026; norms have no parameters):
     logits = cap * tanh(lm_head rms(x - backout_lambda * x after layer L // 2) / cap)
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -78,7 +79,7 @@ def window_sizes(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ..
     """
     if not pattern or set(pattern.upper()) - {"S", "L"}:
         raise ValueError(f"--window-pattern must be made of the letters S and L, got {pattern!r}")
-    short = 128 * -(-(-(-sequence_len // 4)) // 128)
+    short = 128 * math.ceil(math.ceil(sequence_len / 4) / 128)
     letters = [pattern.upper()[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
     return tuple(sequence_len if letter == "L" else short for letter in letters)
 

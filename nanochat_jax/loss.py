@@ -105,7 +105,7 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
 
 
 def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets, aux):
-    B, T, D = x.shape
+    B, T = targets.shape
     head = lm_head[:vocab_size].astype(x.dtype)
     chunk = min(T, max(1, CHUNK_ELEMENTS // (B * vocab_size)))
     count = -(-T // chunk)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from nanochat_jax.sharding import by_path, data_shards
+from nanochat_jax.sharding import by_path, data_shards, path_name
 
 POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = X X^T, for singular values up to 1/1.01 after scaling
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -92,8 +93,10 @@ def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientT
             return optax.chain(
                 scale_by_muon(group.b2, compute_dtype), muon_decay_and_rate(group.weight_decay, group.lr)
             )
+        # float32 betas, because 1 - beta must be the same number in the moment and in its bias correction
+        b1, b2 = np.float32(group.b1), np.float32(group.b2)
         return optax.chain(
-            optax.scale_by_adam(group.b1, group.b2, group.eps),
+            optax.scale_by_adam(b1, b2, group.eps),
             optax.add_decayed_weights(group.weight_decay),
             scale_by_rate(group.lr),
         )
@@ -237,3 +240,38 @@ def sft_muon_momentum(step: int) -> float:
 def rl_lr_multiplier(step: int, num_steps: int) -> float:
     """Linear to 0."""
     return 1.0 - step / num_steps
+
+
+def state_arrays(opt_state: Any) -> dict[str, Any]:
+    """The optimizer's state as a flat dict, whatever optax wraps around it: "exp_avg/<path>", "exp_avg_sq/<path>",
+    "momentum/<path>", "second_momentum/<path>" with arrays as `scale_by_*` keep them, "count/<group>" int32."""
+    arrays = {}
+    for group, masked in opt_state.inner_states.items():
+        inner = masked.inner_state[0]
+        if isinstance(inner, optax.ScaleByAdamState):
+            arrays[f"count/{group}"] = inner.count
+            kinds = {"exp_avg": inner.mu, "exp_avg_sq": inner.nu}
+        else:
+            kinds = {"momentum": inner.momentum, "second_momentum": inner.second}
+        for kind, tree in kinds.items():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                arrays[f"{kind}/{path_name(path)}"] = leaf
+    return arrays
+
+
+def with_state_arrays(opt_state: Any, arrays: dict[str, Any]) -> Any:
+    """`opt_state` with its arrays replaced by those of a `state_arrays` dict; a missing one is a KeyError."""
+
+    def fill(kind, tree):
+        return jax.tree.map_with_path(lambda path, _: arrays[f"{kind}/{path_name(path)}"], tree)
+
+    inner_states = {}
+    for group, masked in opt_state.inner_states.items():
+        inner, *rest = masked.inner_state
+        if isinstance(inner, optax.ScaleByAdamState):
+            moments = {"mu": fill("exp_avg", inner.mu), "nu": fill("exp_avg_sq", inner.nu)}
+            inner = inner._replace(count=arrays[f"count/{group}"], **moments)
+        else:
+            inner = MuonState(fill("momentum", inner.momentum), fill("second_momentum", inner.second))
+        inner_states[group] = masked._replace(inner_state=(inner, *rest))
+    return opt_state._replace(inner_states=inner_states)

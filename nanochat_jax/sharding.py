@@ -83,9 +83,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's share of the rows, leaves [A,B_local,T], as global arrays [A,B,T]."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    """This process's share of the rows as global arrays: leaves [A,B_local,T] -> [A,B,T], [B_local,T] -> [B,T]."""
+
+    def put(array):
+        spec = P(*[None] * (array.ndim - 2), "data")
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+    return {name: put(array) for name, array in batch.items()}
 
 
 def data_shards() -> int:

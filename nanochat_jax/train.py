@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from nanochat_jax.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.loss import summed_token_loss, weighted_nll
-from nanochat_jax.sharding import batch_sharding, fit, param_shardings, replicated
+from nanochat_jax.sharding import batch_sharding, fit, param_shardings, path_name, replicated
 
 
 class TrainState(NamedTuple):
@@ -54,9 +55,18 @@ def state_shardings(state: TrainState, tx, mesh: Mesh, replicate: bool = False) 
     return TrainState(replicated(mesh), params, opt_state, replicated(mesh))
 
 
-def place(state: TrainState, like: TrainState) -> TrainState:
-    """Host or device arrays onto the shardings of an abstract state; each process gives the whole of every array."""
-    return jax.tree.map(lambda a, s: jax.make_array_from_callback(s.shape, s.sharding, lambda i: a[i]), state, like)
+def place(arrays: Any, like: Any) -> Any:
+    """Host arrays onto the shardings of abstract ones; every process gives the whole of every array.
+
+    ValueError names the leaf whose shape is another."""
+
+    def put(path, array, leaf):
+        array = np.asarray(array, leaf.dtype)
+        if array.shape != leaf.shape:
+            raise ValueError(f"{path_name(path)} must have shape {leaf.shape}, got {array.shape}")
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+    return jax.tree.map_with_path(put, arrays, like)
 
 
 def make_train_step(

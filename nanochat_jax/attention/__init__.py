@@ -10,6 +10,11 @@ from nanochat_jax.attention.chunked import chunked
 from nanochat_jax.attention.reference import reference
 
 
+def missing_kernel(platform: str) -> str | None:
+    """Why the fast attention is not used on this platform ("cpu", "gpu", "tpu"), as a sentence; None where it is."""
+    return f"no flash-attention kernel for {platform}: attention runs in blocks of plain XLA (exact, but slower)"
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,

@@ -1,0 +1,301 @@
+"""Checkpoints: asynchronous Orbax saves with a seal of hashes, exact restore, and finding a model by its tag.
+
+A checkpoint is a folder <tag>/<step> that holds everything the next step depends on: `params` and `optimizer` as flat
+dicts of arrays by path, `meta` as JSON (step, data cursor, resolved settings, model config, versions). Orbax finds
+neither a flipped bit nor an older step by itself: INTEGRITY.json, written last, has a hash of every file.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from nanochat_jax.common import base_dir, print0, process_index, write_atomically
+from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
+from nanochat_jax.nanochat_import import _meta_file, _read_meta, find_steps, find_tag, read_model
+from nanochat_jax.nanochat_optimizer import read_optimizer
+from nanochat_jax.optim import GROUP_OF, AdamW, Groups, Muon, state_arrays, with_state_arrays
+from nanochat_jax.sharding import by_path, path_name
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import TrainState
+
+SOURCES = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+SEAL = "INTEGRITY.json"
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
+
+
+class Saver:
+    """Writes the checkpoints of one run into <folder>/<step> in the background, and keeps the newest `keep`."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: TrainState, meta: dict) -> None:
+        """Start saving; returns when the arrays have been copied, so that the next step may overwrite them.
+
+        Waits for the save before it, and raises here what went wrong there.
+        """
+        self.wait()
+        target = self.folder / str(step)
+        if process_index() == 0 and target.exists():
+            shutil.rmtree(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
+        items = {"params": flat(state.params), "optimizer": loop_arrays(state), "meta": meta}
+        with _orbax():
+            response = ocp.save_checkpointables_async(target, items)
+        self._thread = threading.Thread(target=self._finish, args=(response, target), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is on disk, sealed; raises what went wrong in the background."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise RuntimeError(f"the checkpoint could not be written to {self.folder}: {error}") from error
+
+    def newest(self) -> str:
+        """For an error's end: where to go on from."""
+        step = newest_intact(self.folder)
+        return (
+            f"the last good checkpoint is {self.folder / str(step)}" if step is not None else "there is no checkpoint"
+        )
+
+    def _finish(self, response, target: Path) -> None:
+        try:
+            response.result()
+            if process_index() == 0:
+                seal(target)
+                for step in sealed_steps(self.folder)[: -self.keep]:
+                    shutil.rmtree(self.folder / str(step))
+        except BaseException as e:
+            self._error = e
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """{"blocks/0/attn/c_q": leaf, ...}"""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def loop_arrays(state: TrainState) -> dict[str, Any]:
+    """What the checkpoint's `optimizer` holds: the optimizer's arrays and the count of skipped updates."""
+    return state_arrays(state.opt_state) | {"bad_steps": state.bad_steps}
+
+
+def _orbax() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")  # else a JSON dict goes to the array handler
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+def seal(folder: Path) -> None:
+    """Record a hash of every file. Call when the save is committed; a checkpoint without its seal does not count."""
+    write_atomically(folder / SEAL, json.dumps(_digests(folder)).encode())
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL)
+    return {p.relative_to(folder).as_posix(): hashlib.file_digest(open(p, "rb"), "sha256").hexdigest() for p in files}
+
+
+def sealed_steps(folder: Path) -> list[int]:
+    """Steps of our own checkpoints in the folder, ascending; whether they are intact is another question."""
+    return sorted(int(p.parent.name) for p in folder.glob(f"*/{SEAL}") if p.parent.name.isdigit())
+
+
+def is_intact(folder: Path) -> bool:
+    """Every file is there and has the bytes that were sealed."""
+    try:
+        return json.loads((folder / SEAL).read_text()) == _digests(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def newest_intact(folder: Path, log: Callable = print0) -> int | None:
+    """The last step whose files are as they were sealed; newer damaged ones are named. None: there is none."""
+    for step in reversed(sealed_steps(folder)):
+        if is_intact(folder / str(step)):
+            return step
+        log(f"WARNING: checkpoint {folder / str(step)} is damaged; using the one before it")
+    return None
+
+
+def read_meta(folder: Path) -> dict:
+    """The `meta` of a checkpoint folder <tag>/<step>."""
+    with _orbax():
+        return ocp.load_checkpointables(folder, {"meta": None})["meta"]
+
+
+def restore_state(folder: Path, like: TrainState) -> TrainState:
+    """A TrainState from the checkpoint folder <tag>/<step>, on the shardings of the abstract state `like`."""
+    wanted = {"params": flat(like.params), "optimizer": loop_arrays(like)}
+    with _orbax():
+        loaded = ocp.load_checkpointables(folder, wanted)
+    params = jax.tree.map_with_path(lambda path, _: loaded["params"][path_name(path)], like.params)
+    opt_state = with_state_arrays(like.opt_state, loaded["optimizer"])
+    step = jax.device_put(jnp.int32(int(folder.name)), like.step.sharding)
+    return TrainState(step, params, opt_state, loaded["optimizer"]["bad_steps"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model on disk: <folder>/<step> in our format, or nanochat's files of that step in <folder>."""
+
+    folder: Path
+    step: int
+    ours: bool
+
+    @property
+    def tag(self) -> str:
+        return self.folder.name
+
+    def __str__(self) -> str:
+        return str(self.folder / (str(self.step) if self.ours else f"model_{self.step:06d}.pt"))
+
+
+def find_model(source: str, model_tag: str | None = None, step: int | None = None, base: Path | None = None) -> Found:
+    """Where the model is: the tag d<number> with the largest number, and its last step, unless they are given.
+
+    FileNotFoundError says where was looked and what to do. A damaged checkpoint of ours is named and passed over.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"the source of a model must be one of {', '.join(SOURCES)}, got {source!r}")
+    root = (base or base_dir()) / SOURCES[source]
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no {source} model: {root} does not exist; train one there, or set NANOCHAT_BASE_DIR to the folder that "
+            f"holds {SOURCES[source]}/"
+        )
+    folder = root / (model_tag or find_tag(root))
+    if not folder.is_dir():
+        tags = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(f"--model-tag={model_tag}: {folder} does not exist; tags in {root}: {tags}")
+    theirs = [int(p.stem[6:]) for p in folder.glob("model_*.pt") if p.stem[6:].isdigit()]
+    ours = sealed_steps(folder)
+    if step is not None and step not in (*ours, *theirs):
+        raise FileNotFoundError(f"--model-step={step} is not in {folder}; its steps: {sorted({*ours, *theirs})}")
+    if step is not None:
+        ours, theirs = [s for s in ours if s == step], [s for s in theirs if s == step]
+    while ours and not (theirs and theirs[-1] > ours[-1]):
+        if is_intact(folder / str(ours[-1])):
+            return Found(folder, ours[-1], True)
+        print0(f"WARNING: checkpoint {folder / str(ours.pop())} is damaged and is passed over")
+    if not theirs and step is None:
+        find_steps(folder)  # raises the sentence that says what is missing
+    if not theirs:
+        raise FileNotFoundError(f"no intact checkpoint in {folder}" + (f" at --model-step={step}" if step else ""))
+    return Found(folder, max(theirs), False)
+
+
+def peek_meta(found: Found) -> dict:
+    """The model's meta alone, without reading a tensor."""
+    if found.ours:
+        return read_meta(found.folder / str(found.step))
+    return _read_meta(_meta_file(found.folder, found.step))
+
+
+def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict, dict]:
+    """(config, parameters as a nested dict of float32, meta) of a model in either format; nanochat's are imported.
+
+    logit_cap: of nanochat's checkpoints from 2026-03-02 to 03-09, which had 20 and do not say so."""
+    if not found.ours:
+        return read_model(found.folder, found.step, logit_cap)
+    meta = read_meta(found.folder / str(found.step))
+    config = GPTConfig(**meta["model_config"])
+    abstract = abstract_gpt(config)[1]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in flat(abstract).items()}
+    with _orbax():
+        loaded = ocp.load_checkpointables(found.folder / str(found.step), {"params": wanted})["params"]
+    return config, jax.tree.map_with_path(lambda path, _: loaded[path_name(path)], abstract), meta
+
+
+def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Groups, Mapping[str, Any]] | None:
+    """Warm start: (groups with the file's betas, eps and decay but the given rates, `optim.state_arrays`); None where
+    the model came without optimizer state."""
+    if found.ours:
+        folder = found.folder / str(found.step)
+        meta = read_meta(folder)
+        if not (folder / "optimizer").is_dir():
+            return None
+        with _orbax():
+            arrays = ocp.load_checkpointables(folder, {"optimizer": None})["optimizer"]
+        return replace_groups(groups, meta["optimizer_groups"]), arrays
+    state = read_optimizer(found.folder, found.step, config)
+    if state is None:
+        return None
+    arrays, recorded = imported_arrays(state), {}
+    for group in state["groups"]:
+        known = {"weight_decay": group["weight_decay"]}
+        if group["kind"] == "adamw":
+            known |= {"b1": group["betas"][0], "b2": group["betas"][1], "eps": group["eps"]}
+        elif group.get("beta2") is not None:
+            known |= {"b2": group["beta2"]}
+        recorded[group["name"]] = known
+    return replace_groups(groups, recorded), arrays
+
+
+def imported_arrays(state: dict) -> dict[str, Any]:
+    """nanochat's optimizer state, as `read_optimizer` gives it, in the form of `optim.state_arrays`."""
+    arrays = {}
+    for kind in ("exp_avg", "exp_avg_sq", "momentum", "second_momentum"):
+        for path, array in state[kind].items():
+            arrays[f"{kind}/{path}"] = array
+    for path, array in state["momentum"].items():  # era A's Muon had no second moment: it starts from zero
+        r, c = array.shape
+        arrays.setdefault(f"second_momentum/{path}", jnp.zeros((r, 1) if r >= c else (1, c)))
+    counts = {path: (group, state["count"][path]) for path, group in flat(by_path(state["count"], GROUP_OF)).items()}
+    for group, count in counts.values():
+        if any(other != count for name, other in counts.values() if name == group):
+            raise ValueError(f"parameters of one learning-rate group must have taken equally many steps: {counts}")
+        arrays[f"count/{group}"] = jnp.int32(count)
+    return arrays
+
+
+def replace_groups(groups: Groups, recorded: Mapping[str, Mapping]) -> Groups:
+    """Each group with the recorded values, the learning rate left as it is."""
+    return {
+        name: dataclasses.replace(group, **{k: v for k, v in recorded.get(name, {}).items() if k != "lr"})
+        for name, group in groups.items()
+    }
+
+
+def groups_from(recorded: Mapping[str, Mapping]) -> Groups:
+    """Groups from the `optimizer_groups` of a checkpoint's meta, rates included."""
+    return {name: (AdamW if "b1" in fields else Muon)(**fields) for name, fields in recorded.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of what a number may depend on."""
+    return {name: version(name) for name in ("nanochat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+
+
+def load_model(source: str, model_tag: str | None = None, step: int | None = None, *, dtype=None):
+    """-> (model, tokenizer, meta): model(ids int32 [B,T]) gives float32 logits [B,T,V].
+
+    source: "base", "sft" or "rl". Finds the model as nanochat does and imports nanochat's own files where needed.
+    dtype: compute type; default float32 on CPU, bfloat16 elsewhere.
+    """
+    found = find_model(source, model_tag, step)
+    config, params, meta = load_params(found)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    graphdef, _ = abstract_gpt(config, dtype)
+    model: GPT = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+    return model, Tokenizer.load(base_dir() / "tokenizer"), meta

@@ -1,0 +1,84 @@
+"""A stage's settings: one frozen dataclass whose fields are its flags; TOML presets; inheritance from a checkpoint.
+
+Precedence: flag > --config FILE.toml > what the checkpoint recorded > default. A field that is None is inherited.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+
+def parse(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
+    """Settings of a stage from the command line and its --config file; a field's comment is its flag's help."""
+    argv = sys.argv[1:] if argv is None else argv
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    file = finder.parse_known_args(argv)[0].config
+    if file:
+        given = {arg.split("=")[0].removeprefix("--").removeprefix("no-") for arg in argv if arg.startswith("--")}
+        given = {name.replace("_", "-") for name in given}
+        argv = [*file_flags(cls, Path(file), given), *argv]
+    return tyro.cli(cls, args=argv, prog=prog, config=(tyro.conf.UseAppendAction, tyro.conf.ConsolidateSubcommandArgs))
+
+
+def file_flags(cls: type, file: Path, given: set[str]) -> list[str]:
+    """The settings of a flat TOML file as flags, without those that the command line gives (kebab case, no dashes).
+
+    SystemExit with one sentence: no such file, not TOML, a key that is not a flag, a value that is not flat.
+    """
+    try:
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"--config={file} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise SystemExit(f"--config={file} must be a readable TOML file: {e}") from None
+    fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
+    flags = []
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        if name not in fields or name == "config":
+            near = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, fields, 1))
+            raise SystemExit(f"{file}: {key} is not a flag of this stage{near}")
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
+            raise SystemExit(f"{file}: {key} must be a plain value or a list of them, got {value!r}")
+        if name in given:
+            continue
+        if isinstance(value, bool) and fields[name].type in (bool, "bool"):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}={int(v) if isinstance(v, bool) else v}" for v in values]
+    return flags
+
+
+def inherit(cfg: Any, recorded: Mapping[str, Any], fallbacks: Mapping[str, Any], log: Callable = print) -> Any:
+    """Fill the fields named in `fallbacks` that are None: from the checkpoint's record, else from the fallback.
+
+    Every resolution is announced through `log`, also where a flag overrides what the base model was trained with.
+    """
+    for name, fallback in fallbacks.items():
+        ours, theirs = getattr(cfg, name), recorded.get(name)
+        if ours is None and theirs is not None:
+            cfg = dataclasses.replace(cfg, **{name: theirs})
+            log(f"Inherited {name}={theirs} from pretrained checkpoint")
+        elif ours is None:
+            cfg = dataclasses.replace(cfg, **{name: fallback})
+            log(f"Using {name}={fallback} (not recorded in pretrained checkpoint)")
+        elif theirs is not None and ours != theirs:
+            log(f"NOTE: --{name.replace('_', '-')}={ours} overrides pretrained value of {theirs}")
+        else:
+            log(f"Using {name}={ours}")
+    return cfg
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with the message where what a user typed cannot work."""
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,230 @@
+"""Supervised fine-tuning: a base model becomes a chat model.
+
+python -m nanochat_jax.sft                                  # everything inherited from the newest base checkpoint
+python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run my-run
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+
+from nanochat_jax import checkpoint, config, data, optim, sharding, train
+from nanochat_jax.common import base_dir, print0
+from nanochat_jax.evals import make_bits_per_byte
+from nanochat_jax.gpt import flops_per_token, parameter_counts
+from nanochat_jax.loop import Loop, explaining_memory
+from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss
+from nanochat_jax.runs import compute_dtype, describe_device, open_run, plan_batches, start_device
+from nanochat_jax.tasks import GSM8K, MMLU, CustomJSON, SmolTalk, TaskMixture, load_task
+from nanochat_jax.token_cache import open_caches
+from nanochat_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Fine-tune a base model on conversations. A setting that is None is inherited from the base checkpoint."""
+
+    # where and what
+    run: str = "dummy"  # name of the run; "dummy" = no wandb
+    device_type: str = "auto"  # auto, cuda, tpu or cpu
+    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
+    mesh: str = ""  # devices by axis, such as data=4,model=2; default: all on data
+    replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
+    model_tag: str | None = None  # tag of the base model; default: the largest d<number>
+    model_step: int | None = None  # step of the base model; default: its last
+    output_tag: str | None = None  # folder under chatsft_checkpoints; default: the run's name, else d<depth>
+    load_optimizer: int = 1  # 1 = start from the base model's optimizer state, 0 = from an empty one
+    resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
+    overwrite: bool = False  # delete the checkpoints that an earlier run left in the output folder
+    config: Path | None = None  # TOML file of flags; flags on the command line win
+    seed: int = 42  # order of the conversations; 42 is nanochat's
+    # length and batch
+    num_iterations: int = -1  # optimizer steps (-1 = one epoch)
+    max_seq_len: int | None = None  # tokens in a row
+    device_batch_size: int | None = None  # rows per device in one forward and backward pass
+    total_batch_size: int | None = None  # tokens per optimizer step, all devices together
+    document_mask: bool = True  # conversations in one row do not see each other; off = nanochat's behaviour
+    # optimizer
+    embedding_lr: float | None = None  # AdamW: token and value embeddings (scaled by width)
+    unembedding_lr: float | None = None  # AdamW: lm_head (scaled by width)
+    matrix_lr: float | None = None  # Muon: matrices inside blocks
+    scalar_lr: float = 0.5  # AdamW: residual scalars
+    weight_decay: float | None = None  # Muon; default: that of the loaded optimizer, else 0
+    init_lr_frac: float = 0.8  # all rates start at this fraction
+    warmup_ratio: float = 0.0  # part of the run over which rates rise
+    warmdown_ratio: float = 0.5  # part of the run over which rates fall
+    final_lr_frac: float = 0.0  # rates end at this fraction
+    # evaluation and checkpoints
+    eval_every: int = 200  # steps between measurements of validation bits per byte (-1 = never)
+    eval_tokens: int = 40 * 524288  # tokens to measure it on, at most one pass over the validation data
+    chatcore_every: int = 200  # steps between ChatCORE evaluations (-1 = never)
+    chatcore_max_cat: int = -1  # problems per multiple-choice task (-1 = all)
+    chatcore_max_sample: int = 24  # problems per generative task
+    save_every: int = 200  # steps between checkpoints (-1 = only at the end)
+    keep_checkpoints: int = 2  # how many of them stay on disk
+    # data
+    data_dir: Path | None = None  # local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data
+    smoltalk_epochs: int = 1  # times SmolTalk is in the mixture (0 = left out)
+    mmlu_epochs: int = 3  # times MMLU's auxiliary_train is in it
+    gsm8k_epochs: int = 4  # times GSM8K's train split is in it
+    custom_json: tuple[Path, ...] = ()  # file with a conversation a line; repeat the flag for more files
+    custom_epochs: int = 1  # times the custom files are in the mixture
+    val_json: tuple[Path, ...] = ()  # such files to validate on, beside the tasks' own test splits
+    task: tuple[str, ...] = ()  # a task of your own, as module:Class; repeat the flag for more
+
+
+INHERITED = {
+    "max_seq_len": 2048,
+    "device_batch_size": 32,
+    "total_batch_size": 524288,
+    "embedding_lr": 0.3,
+    "unembedding_lr": 0.004,
+    "matrix_lr": 0.02,
+}
+HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
+    *("run", "resume", "overwrite", "config", "output_tag", "data_dir", "eval_every", "eval_tokens", "save_every"),
+    *("keep_checkpoints", "chatcore_every", "chatcore_max_cat", "chatcore_max_sample", "device_type", "mesh"),
+    *("replicate", "val_json", "device_batch_size"),
+}
+
+
+def training_tasks(cfg: SFTConfig) -> list:
+    """The sources of the mixture, each as often as it has epochs; sharing one object costs its tokens once."""
+    sources = ((SmolTalk, cfg.smoltalk_epochs), (MMLU, cfg.mmlu_epochs), (GSM8K, cfg.gsm8k_epochs))
+    tasks = [task for make, epochs in sources if epochs > 0 for task in [make("train", data_dir=cfg.data_dir)] * epochs]
+    if cfg.custom_epochs > 0:
+        tasks += [task for path in cfg.custom_json for task in [CustomJSON(path)] * cfg.custom_epochs]
+    tasks += [load_task(spec) for spec in cfg.task]
+    config.require(bool(tasks), "the mixture is empty: every --*-epochs is 0 and there is no --custom-json or --task")
+    return tasks
+
+
+def validation_tasks(cfg: SFTConfig) -> list:
+    """nanochat's validation mixture, of the tasks that are trained on, and the files of --val-json."""
+    sources = [(SmolTalk, cfg.smoltalk_epochs, None), (MMLU, cfg.mmlu_epochs, 5200), (GSM8K, cfg.gsm8k_epochs, 420)]
+    tasks = [make("test", stop=stop, data_dir=cfg.data_dir) for make, epochs, stop in sources if epochs > 0]
+    return tasks + [CustomJSON(path) for path in cfg.val_json]
+
+
+def main(cfg: SFTConfig) -> int:
+    """Train -> the exit code: 0, or 128 + n after signal n."""
+    start_device(cfg.device_type)
+    mesh = sharding.make_mesh(cfg.mesh)
+    dtype = compute_dtype(cfg.dtype)
+    peak = describe_device(mesh, print0)
+
+    # The run: a new one from the base model, or one to go on with
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    run = open_run(cfg, "sft", tokenizer, HARMLESS, INHERITED, print0)
+    cfg, model_config = run.cfg, run.model_config
+    batch = plan_batches(cfg, mesh, print0)
+    if cfg.chatcore_every > 0:
+        print0("NOTE: this version has no ChatCORE evaluation yet; the --chatcore flags change nothing")
+
+    # Data: conversations once through the tokenizer, packed into rows by plan
+    tasks = TaskMixture(training_tasks(cfg), seed=cfg.seed)
+    cache_folder = base_dir() / "token_cache"
+    store = data.ConversationStore(open_caches(tasks.tasks, tokenizer, cache_folder, print0), tasks.pairs)
+    rows = data.RowSource(store, cfg.max_seq_len, seed=cfg.seed)
+    run.check_data(rows.fingerprint())
+    print0("\n".join(data.describe(rows)))
+    total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.rows_in_epoch(0) // batch.rows_per_step)
+    evaluate = bits_per_byte_on_validation(cfg, model_config, tokenizer, batch, mesh, dtype)
+
+    # Optimizer and step
+    with jax.set_mesh(mesh):
+        tx = optim.make_optimizer(run.groups, dtype)
+        abstract = train.abstract_state(model_config, tx, mesh, cfg.replicate)
+        state = run.initial_state(tx, abstract)
+        step_fn = train.make_train_step(model_config, tx, abstract, mesh, dtype=dtype)
+        flops = flops_per_token(model_config, cfg.max_seq_len)
+        print0(f"Parameters: {parameter_counts(model_config)} | FLOPs per token: {flops:e} | steps: {total}")
+
+        def schedule(step):
+            ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
+            return optim.sft_lr_multiplier(step / total, **ratios), optim.sft_muon_momentum(step)
+
+        def meta(step):
+            cursor = run.first_row + (step - run.first_step) * batch.rows_per_step
+            return run.meta(total) | {"rows_consumed": cursor, "data": rows.fingerprint()}
+
+        def epoch_of(step):
+            return rows.epoch_and_progress(run.first_row + (step - run.first_step) * batch.rows_per_step - 1)[0]
+
+        log_config = run.meta(total)["user_config"]
+        log = MetricsLog(run.folder, cfg.run, log_config, project="nanochat-sft", resumed_at=run.resumed_at)
+        reporter = Reporter(total, run.first_step)
+        batches = data.train_batches(
+            rows,
+            start_row=run.first_row,
+            rows_per_step=batch.rows_per_step,
+            micro_batches=batch.micro_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if not cfg.document_mask:
+            batches = map(data.without_documents, batches)
+        loop = Loop(
+            train_step=step_fn,
+            batches=batches,
+            mesh=mesh,
+            total=total,
+            schedule=schedule,
+            evaluate=evaluate,
+            eval_every=cfg.eval_every,
+            saver=checkpoint.Saver(run.folder, cfg.keep_checkpoints),
+            save_every=cfg.save_every,
+            meta=meta,
+            log=log,
+            reporter=reporter,
+            epoch_of=epoch_of,
+            tokens_per_step=batch.tokens_per_step,
+            flops_per_token=flops,
+            peak_flops=peak,
+            smoothed=SmoothedLoss(0.9, *run.smoothed_loss),
+        )
+        sizes = {name: getattr(cfg, name) for name in ("device_batch_size", "max_seq_len", "total_batch_size")}
+        try:
+            with explaining_memory(sizes):
+                received = loop.run(state)
+        finally:
+            reporter.close()
+            log.close()
+    return 128 + received if received else 0
+
+
+def bits_per_byte_on_validation(cfg, model_config, tokenizer, batch, mesh, dtype):
+    """-> evaluate(params) for the loop: {"val_bpb": ...} on the same rows each time, or {} without validation data."""
+    tasks = validation_tasks(cfg)
+    if cfg.eval_every <= 0 or not tasks:
+        if not tasks:
+            print0("NOTE: no validation data, bits per byte are not measured (give --val-json FILE)")
+        return lambda params: {}
+    mixture = TaskMixture(tasks)
+    caches = open_caches(mixture.tasks, tokenizer, base_dir() / "token_cache", print0)
+    rows = data.RowSource(data.ConversationStore(caches, mixture.pairs), cfg.max_seq_len)
+    count = max(1, cfg.eval_tokens // (batch.rows_per_pass * cfg.max_seq_len)) * batch.rows_per_pass
+    bits_per_byte = make_bits_per_byte(model_config, tokenizer.token_bytes(), dtype=dtype)
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def evaluate(params):
+        batches = data.fixed_batches(rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares)
+        if not cfg.document_mask:
+            batches = map(data.without_documents, batches)
+        return {"val_bpb": bits_per_byte(params, (sharding.to_global(b, mesh) for b in batches))}
+
+    return evaluate
+
+
+def cli() -> None:
+    cfg = config.parse(SFTConfig, prog="python -m nanochat_jax.sft")
+    try:
+        sys.exit(main(cfg))
+    except (ValueError, OSError, MemoryError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    cli()

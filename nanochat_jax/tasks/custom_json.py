@@ -1,0 +1,118 @@
+"""Your own conversations: a JSON lines file."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from nanochat_jax.common import print0
+from nanochat_jax.tasks.task import Task, digest_of, message_fault
+
+SHOWN = 20  # bad lines that an error spells out
+
+# Files that nanochat's guides tell users to fetch.
+SOURCES = {
+    "identity_conversations.jsonl": "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl",
+    "words_alpha.txt": "https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt",
+}
+
+
+def require_file(path: Path, log: Callable = print0) -> None:
+    """Warn through `log` and raise FileNotFoundError where `path` does not exist, with the way to get a known file."""
+    if path.is_file():
+        return
+    if path.exists():
+        raise ValueError(f"{path} is not a file")
+    hint = ""
+    if url := SOURCES.get(path.name):
+        hint = f"; to download it: curl -L -o {path} {url}"
+    log(f"Warning: File {path} does not exist{hint}")
+    raise FileNotFoundError(f"{path} does not exist{hint}")
+
+
+class CustomJSON(Task):
+    """CustomJSON(path): one conversation a line, a list of messages or an object that has them under "messages".
+
+    At least two messages of text that alternate from user; other keys are kept; lines of white space are skipped. All
+    bad lines are reported in one ValueError, and nothing is left out silently. Two differences from nanochat are
+    deliberate: it refuses the object form, and it takes a missing file for an empty one, where this raises
+    FileNotFoundError.
+
+    The file's bytes are kept, and a conversation is parsed again when it is asked for: Python objects of a large file
+    would take several times its size.
+    """
+
+    def __init__(self, path: Path | str, *, log: Callable = print0, **slice_):
+        super().__init__(**slice_)
+        self.path = Path(path)
+        require_file(self.path, log)
+        self._data = self.path.read_bytes()
+        spans, faults, at = [], [], 0
+        for number, line in enumerate(self._data.split(b"\n"), start=1):
+            try:
+                if _parse(line) is not None:
+                    spans.append((at, at + len(line)))
+            except ValueError as e:
+                faults.append((number, e))
+            at += len(line) + 1
+        if faults:
+            shown = [f"{self.path}:{number}: {e}" for number, e in faults[:SHOWN]]
+            if len(faults) > SHOWN:
+                shown.append(f"... and {len(faults) - SHOWN:,} more")
+            what = "line is" if len(faults) == 1 else "lines are"
+            raise ValueError(f"{len(faults):,} {what} no conversation, fix or remove:\n" + "\n".join(shown))
+        self._spans = np.array(spans, np.int64).reshape(-1, 2)
+
+    def num_examples(self) -> int:
+        return len(self._spans)
+
+    def get_example(self, index: int) -> dict:
+        a, b = self._spans[index].tolist()
+        return _parse(self._data[a:b])
+
+    def fingerprint(self) -> str:
+        return digest_of(hashlib.sha256(self._data).hexdigest(), self._slice(), self._sources())
+
+
+def _parse(line: bytes) -> dict | None:
+    """A line's conversation, None for white space; ValueError, in few words, for anything else."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: byte 0x{line[e.start]:02x} at column {e.start + 1}") from e
+    if text.startswith("\ufeff"):
+        raise ValueError("starts with a byte order mark, save the file as UTF-8 without one")
+    text = text.strip()
+    if not text:
+        return None
+    try:
+        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from e
+    except RecursionError:
+        raise ValueError("not a conversation: nested too deeply") from None
+    if isinstance(data, dict):
+        if "messages" not in data:
+            raise ValueError('an object must have "messages"')
+    elif isinstance(data, list):
+        data = {"messages": data}
+    else:
+        raise ValueError(f'must be a list of messages or an object with "messages", got {type(data).__name__}')
+    if fault := message_fault(data["messages"]):
+        raise ValueError(fault)
+    return data
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list) -> dict:
+    made = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"key {key!r:.40} is there twice, which one counts is anybody's guess")
+        made[key] = value
+    return made

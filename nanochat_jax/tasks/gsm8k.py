@@ -1,0 +1,64 @@
+"""GSM8K: grade school word problems whose solutions call a calculator, https://arxiv.org/abs/2110.14168
+
+In the data a call is written into the text as <<12*3=36>>. Here it becomes a python part ("12*3") and a python_output
+part ("36"), so that the model learns to call the tool and to go on from what the tool says.
+"""
+
+import re
+
+from nanochat_jax.tasks.hub import HubTask
+
+CALL = re.compile(r"<<([^>]+)>>")
+FINAL = re.compile(r"#### (-?[0-9.,]+)")
+
+
+def answer_parts(answer: str) -> list[dict]:
+    """A solution cut at its calls; the text before, between and after them is kept even where it is empty."""
+    parts = []
+    for i, piece in enumerate(CALL.split(answer)):  # text, call, text, call, ..., text
+        if i % 2 == 0:
+            parts.append({"type": "text", "text": piece})
+        else:
+            code, equals, result = piece.rpartition("=")
+            parts.append({"type": "python", "text": code if equals else piece})
+            parts.append({"type": "python_output", "text": result if equals else ""})
+    return parts
+
+
+def final_answer(text: str) -> str | None:
+    """The number after the first `#### `, as text without commas; None where there is none."""
+    found = FINAL.search(text)
+    return found[1].replace(",", "") if found else None
+
+
+class GSM8K(HubTask):
+    """GSM8K(split): train or test; subset "socratic" has the same problems with guiding questions."""
+
+    repo = "openai/gsm8k"
+    subset = "main"
+    columns = ("question", "answer")
+    splits = {"train": "train", "test": "test"}  # noqa: RUF012
+
+    def conversation(self, row: dict) -> dict:
+        for column in self.columns:
+            if not isinstance(row[column], str):
+                raise ValueError(f"{column} must be text, got {row[column]!r:.40}")
+        return {
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": answer_parts(row["answer"])},
+            ]
+        }
+
+    def evaluate(self, conversation: dict, answer: str) -> int:
+        """1 where the answer's final number is, as a string, that of the last part of the reference.
+
+        As in nanochat 5.0 is not 5, and two answers without a number are equal.
+        """
+        if not isinstance(answer, str):
+            raise ValueError(f"the answer must be text, got {type(answer).__name__}")
+        reference = conversation["messages"][-1]["content"][-1]["text"]
+        return int(final_answer(reference) == final_answer(answer))
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        return float(self.evaluate(conversation, answer))
