@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -40,6 +41,8 @@ class Saver:
     """Writes the checkpoints of one run into <folder>/<step> in the background, and keeps the newest `keep`."""
 
     def __init__(self, folder: Path, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"--keep-checkpoints must be at least 1, got {keep}")
         self.folder, self.keep = folder, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -52,7 +55,7 @@ class Saver:
         self.wait()
         target = self.folder / str(step)
         if process_index() == 0 and target.exists():
-            shutil.rmtree(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
+            discard(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
         items = {"params": flat(state.params), "optimizer": loop_arrays(state), "meta": meta}
         with _orbax():
             response = ocp.save_checkpointables_async(target, items)
@@ -60,13 +63,13 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last save is on disk, sealed; raises what went wrong in the background."""
+        """Until the last save is on disk, sealed; OSError tells what went wrong in the background."""
         if self._thread:
             self._thread.join()
             self._thread = None
         if self._error:
             error, self._error = self._error, None
-            raise RuntimeError(f"the checkpoint could not be written to {self.folder}: {error}") from error
+            raise OSError(f"the checkpoint could not be written to {self.folder}: {error}") from error
 
     def newest(self) -> str:
         """For an error's end: where to go on from."""
@@ -80,10 +83,26 @@ class Saver:
             response.result()
             if process_index() == 0:
                 seal(target)
-                for step in sealed_steps(self.folder)[: -self.keep]:
-                    shutil.rmtree(self.folder / str(step))
+                steps = [step for step in sealed_steps(self.folder) if step <= int(target.name)]
+                for step in steps[: -self.keep]:  # a later one is damaged: the run went on from before it
+                    discard(self.folder / str(step))
         except BaseException as e:
             self._error = e
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; one that is deleted by half, because the process was killed, does not look like one."""
+    doomed = folder.with_name(f"{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves and deletions left in a run's folder. No other process may be saving there."""
+    for leftover in (*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob("*.deleted")):
+        if leftover.name.split(".")[0].isdigit():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -110,20 +129,27 @@ def seal(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL)
-    return {p.relative_to(folder).as_posix(): hashlib.file_digest(open(p, "rb"), "sha256").hexdigest() for p in files}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL]
+    return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sealed_steps(folder: Path) -> list[int]:
     """Steps of our own checkpoints in the folder, ascending; whether they are intact is another question."""
-    return sorted(int(p.parent.name) for p in folder.glob(f"*/{SEAL}") if p.parent.name.isdigit())
+    names = {p.parent.name for p in folder.glob(f"*/{SEAL}")}
+    return sorted(int(name) for name in names if name.isdigit() and name == str(int(name)))
 
 
 def is_intact(folder: Path) -> bool:
-    """Every file is there and has the bytes that were sealed."""
+    """Every file that was sealed is there and has its bytes. Files beside them do not matter."""
     try:
-        return json.loads((folder / SEAL).read_text()) == _digests(folder)
-    except (OSError, ValueError):
+        sealed = json.loads((folder / SEAL).read_bytes())
+        return bool(sealed) and all(_digest(folder / name) == digest for name, digest in sealed.items())
+    except (OSError, ValueError, AttributeError, TypeError):  # unreadable, or not the JSON object that was written
         return False
 
 
@@ -140,6 +166,14 @@ def read_meta(folder: Path) -> dict:
     """The `meta` of a checkpoint folder <tag>/<step>."""
     with _orbax():
         return ocp.load_checkpointables(folder, {"meta": None})["meta"]
+
+
+def read_arrays(folder: Path, item: str) -> dict[str, np.ndarray]:
+    """`params` or `optimizer` of a checkpoint folder <tag>/<step>, on the host, whatever mesh they were saved from."""
+    with _orbax():
+        stored = ocp.checkpointables_metadata(folder).metadata[item]
+        wanted = {name: np.empty(array.shape, array.dtype) for name, array in stored.items()}
+        return ocp.load_checkpointables(folder, {item: wanted})[item]
 
 
 def restore_state(folder: Path, like: TrainState) -> TrainState:
@@ -186,28 +220,41 @@ def find_model(source: str, model_tag: str | None = None, step: int | None = Non
     if not folder.is_dir():
         tags = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
         raise FileNotFoundError(f"--model-tag={model_tag}: {folder} does not exist; tags in {root}: {tags}")
-    theirs = [int(p.stem[6:]) for p in folder.glob("model_*.pt") if p.stem[6:].isdigit()]
-    ours = sealed_steps(folder)
-    if step is not None and step not in (*ours, *theirs):
-        raise FileNotFoundError(f"--model-step={step} is not in {folder}; its steps: {sorted({*ours, *theirs})}")
+    ours, theirs = sealed_steps(folder), _nanochat_steps(folder)
     if step is not None:
+        if step not in (*ours, *theirs):
+            raise FileNotFoundError(f"--model-step={step} is not in {folder}; its steps: {sorted({*ours, *theirs})}")
         ours, theirs = [s for s in ours if s == step], [s for s in theirs if s == step]
     while ours and not (theirs and theirs[-1] > ours[-1]):
         if is_intact(folder / str(ours[-1])):
             return Found(folder, ours[-1], True)
         print0(f"WARNING: checkpoint {folder / str(ours.pop())} is damaged and is passed over")
-    if not theirs and step is None:
+    if theirs:
+        return Found(folder, theirs[-1], False)
+    if any(folder.glob("model_*.pt")):
         find_steps(folder)  # raises the sentence that says what is missing
-    if not theirs:
-        raise FileNotFoundError(f"no intact checkpoint in {folder}" + (f" at --model-step={step}" if step else ""))
-    return Found(folder, max(theirs), False)
+    raise FileNotFoundError(
+        f"no intact checkpoint in {folder}" + ("" if step is None else f" at --model-step={step}") + ": pass another "
+        "--model-tag or --model-step"
+    )
+
+
+def _nanochat_steps(folder: Path) -> list[int]:
+    try:
+        return find_steps(folder)
+    except FileNotFoundError:
+        return []
 
 
 def peek_meta(found: Found) -> dict:
-    """The model's meta alone, without reading a tensor."""
+    """The model's meta alone, without reading a tensor; its sizes are there."""
     if found.ours:
         return read_meta(found.folder / str(found.step))
-    return _read_meta(_meta_file(found.folder, found.step))
+    meta = _read_meta(_meta_file(found.folder, found.step))
+    for size in ("n_layer", "sequence_len", "vocab_size"):
+        if not isinstance(meta["model_config"].get(size), int):
+            raise ValueError(f"{_meta_file(found.folder, found.step)}: model_config must have an integer {size}")
+    return meta
 
 
 def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict, dict]:
@@ -216,14 +263,11 @@ def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict,
     logit_cap: of nanochat's checkpoints from 2026-03-02 to 03-09, which had 20 and do not say so."""
     if not found.ours:
         return read_model(found.folder, found.step, logit_cap)
-    meta = read_meta(found.folder / str(found.step))
+    folder = found.folder / str(found.step)
+    meta = read_meta(folder)
     config = GPTConfig(**meta["model_config"])
-    abstract = abstract_gpt(config)[1]
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in flat(abstract).items()}
-    with _orbax():
-        loaded = ocp.load_checkpointables(found.folder / str(found.step), {"params": wanted})["params"]
-    return config, jax.tree.map_with_path(lambda path, _: loaded[path_name(path)], abstract), meta
+    arrays = read_arrays(folder, "params")
+    return config, jax.tree.map_with_path(lambda path, _: arrays[path_name(path)], abstract_gpt(config)[1]), meta
 
 
 def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Groups, Mapping[str, Any]] | None:
@@ -231,12 +275,9 @@ def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Gro
     the model came without optimizer state."""
     if found.ours:
         folder = found.folder / str(found.step)
-        meta = read_meta(folder)
         if not (folder / "optimizer").is_dir():
             return None
-        with _orbax():
-            arrays = ocp.load_checkpointables(folder, {"optimizer": None})["optimizer"]
-        return replace_groups(groups, meta["optimizer_groups"]), arrays
+        return replace_groups(groups, read_meta(folder)["optimizer_groups"]), read_arrays(folder, "optimizer")
     state = read_optimizer(found.folder, found.step, config)
     if state is None:
         return None

@@ -10,22 +10,32 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
+T = TypeVar("T")
+# The type of a setting that is None where the user does not give it; its comment says what holds then.
+Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+
 
 def parse(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
-    """Settings of a stage from the command line and its --config file; a field's comment is its flag's help."""
+    """Settings of a stage from the command line and its --config file; a field's comment is its flag's help.
+
+    The result also has `given`, beside its fields: the names that the user set, here or there.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(prog=prog, usage=f"{prog} [-h] [OPTIONS]", add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     file = finder.parse_known_args(argv)[0].config
-    if file:
-        given = {arg.split("=")[0].removeprefix("--").removeprefix("no-") for arg in argv if arg.startswith("--")}
-        given = {name.replace("_", "-") for name in given}
-        argv = [*file_flags(cls, Path(file), given), *argv]
-    return tyro.cli(cls, args=argv, prog=prog, config=(tyro.conf.UseAppendAction, tyro.conf.ConsolidateSubcommandArgs))
+    given = {arg.split("=")[0].removeprefix("--").removeprefix("no-") for arg in argv if arg.startswith("--")}
+    given = {name.replace("_", "-") for name in given}
+    from_file = file_flags(cls, Path(file), given) if file else []
+    style = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
+    cfg = tyro.cli(cls, args=[*from_file, *argv], prog=prog, config=style)
+    given |= {flag.split("=")[0].removeprefix("--").removeprefix("no-") for flag in from_file}
+    object.__setattr__(cfg, "given", frozenset(name.replace("-", "_") for name in given))
+    return cfg
 
 
 def file_flags(cls: type, file: Path, given: set[str]) -> list[str]:
@@ -50,8 +60,12 @@ def file_flags(cls: type, file: Path, given: set[str]) -> list[str]:
             raise SystemExit(f"{file}: {key} must be a plain value or a list of them, got {value!r}")
         if name in given:
             continue
-        if isinstance(value, bool) and fields[name].type in (bool, "bool"):
+        if isinstance(fields[name].default, bool):
+            if not isinstance(value, bool):
+                raise SystemExit(f"{file}: {key} must be true or false, got {value!r}")
             flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list) and not isinstance(fields[name].default, tuple):
+            raise SystemExit(f"{file}: {key} must be one value, got {value!r}")
         else:
             values = value if isinstance(value, list) else [value]
             flags += [f"--{name}={int(v) if isinstance(v, bool) else v}" for v in values]
@@ -65,6 +79,8 @@ def inherit(cfg: Any, recorded: Mapping[str, Any], fallbacks: Mapping[str, Any],
     """
     for name, fallback in fallbacks.items():
         ours, theirs = getattr(cfg, name), recorded.get(name)
+        if not isinstance(theirs, int | type(fallback)):  # absent, or no number that could be used
+            theirs = None
         if ours is None and theirs is not None:
             cfg = dataclasses.replace(cfg, **{name: theirs})
             log(f"Inherited {name}={theirs} from pretrained checkpoint")
@@ -82,3 +98,13 @@ def require(condition: bool, message: str) -> None:
     """ValueError with the message where what a user typed cannot work."""
     if not condition:
         raise ValueError(message)
+
+
+def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
+    """Exit with what main(cfg) returns; what can go wrong in a user's hands ends with a sentence, not a traceback."""
+    try:
+        sys.exit(main(cfg))
+    except (ValueError, OSError, MemoryError, FloatingPointError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

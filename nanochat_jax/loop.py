@@ -41,17 +41,20 @@ class Loop:
     flops_per_token: int
     peak_flops: float | None  # of all devices together
     smoothed: SmoothedLoss
+    skipped: int = 0  # updates so far that were not finite
 
     def run(self, state: TrainState) -> int:
         """Train to the end or to a signal, saving both times -> the signal's number, or 0.
 
-        RuntimeError after more than MAX_BAD_STEPS updates in a row that were not finite.
+        FloatingPointError after more than MAX_BAD_STEPS updates in a row that were not finite.
         """
         start = step = int(state.step)
-        self.bad_steps, self.skipped, self.measured = int(state.bad_steps), 0, {}
+        self.bad_steps, self.measured = int(state.bad_steps), {}
         self.clock = time.perf_counter()
         pending = None
-        saved = step if step else None
+        saved = step  # step 0 is the base model's own checkpoint
+        if start >= self.total:
+            self.reporter.say(f"All {self.total} steps are done already")
         with Signals() as signals:
             if start == 0 and self.eval_every > 0:
                 self._evaluate(0, state)
@@ -67,9 +70,9 @@ class Loop:
                 saving = last or signals.received or (self.save_every > 0 and step % self.save_every == 0)
                 if evaluating or saving:
                     pending = self._report(pending)
-                if evaluating:
+                if evaluating and not signals.received:  # whoever sent one does not wait long
                     self._evaluate(step, state)
-                if saving:
+                if saving and (last or signals.received or not self.bad_steps):  # not over the last good one
                     self._save(step, state)
                     saved = step
             self._report(pending)
@@ -89,7 +92,7 @@ class Loop:
         mfu = tokens * self.flops_per_token / self.peak_flops if self.peak_flops else math.nan
         record = {
             "loss": loss,
-            "smoothed_loss": self.smoothed.update(loss) if ok else math.nan,
+            "smoothed_loss": self.smoothed.update(loss if ok else math.nan),
             "lr_multiplier": multiplier,
             "grad_norm": float(metrics["grad_norm"]),
             "trained_tokens": int(metrics["tokens"]),
@@ -115,12 +118,12 @@ class Loop:
         self.skipped += 1
         self.reporter.say(
             f"WARNING: step {step} skipped, its update is not finite (loss {loss}, gradient norm {grad_norm}); "
-            f"{self.skipped} skipped since the start, {self.bad_steps} in a row"
+            f"{self.skipped} skipped so far, {self.bad_steps} in a row"
         )
         self.log.log(step, event="skipped", skipped=self.skipped)
         if self.bad_steps > MAX_BAD_STEPS:
             self.saver.wait()
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"{self.bad_steps} updates in a row were not finite, the last at step {step}: lower the learning rates "
                 f"(--embedding-lr, --matrix-lr, ...) or look at the data; {self.saver.newest()}"
             )
@@ -134,7 +137,8 @@ class Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         self.log.sync()
-        meta = {"step": step, **self.measured, "smoothed_loss": self.smoothed.state(), **self.meta(step)}
+        counts = {"skipped": self.skipped, "smoothed_loss": self.smoothed.state()}
+        meta = {"step": step, **self.measured, **counts, **self.meta(step)}
         self.saver.save(step, state, meta)
         self.reporter.say(f"step {step:05d} | saving {self.saver.folder / str(step)}")
         self.clock = time.perf_counter()

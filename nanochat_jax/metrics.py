@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,8 +35,8 @@ class SmoothedLoss:
 class MetricsLog:
     """Append-only metrics.jsonl in the run's folder, and wandb where the run has a name other than "dummy".
 
-    A record is {"step": k, ...}. A resumed run writes {"event": "resume", "step": k}: records of later steps before it
-    are superseded, so readers take the last value of each step (see `read_metrics`).
+    A record is {"step": k, ...}. A resumed run begins with {"event": "resume", "step": k}, which takes back what was
+    recorded of later steps, a new one with {"event": "start"}, which takes back everything (see `read_metrics`).
     """
 
     def __init__(self, folder: Path, run: str, config: dict, *, project: str, resumed_at: int | None):
@@ -51,12 +52,15 @@ class MetricsLog:
         if run != "dummy":
             import wandb  # a second to import: only when asked for
 
-            run_id = f"{folder.parent.name}-{folder.name}-{run}".replace("/", "-")
+            run_id = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{folder.parent.name}-{folder.name}-{run}")
             names = {"project": project, "name": run, "id": run_id, "dir": str(folder)}
-            self.wandb = wandb.init(**names, resume="allow", config=config)
+            try:
+                self.wandb = wandb.init(**names, resume="allow", config=config)
+            except wandb.Error as e:
+                self.close()
+                raise ValueError(f"wandb cannot start: {e}; set WANDB_MODE=offline, or leave out --run") from e
             self.wandb.define_metric("*", step_metric="step")
-        if resumed_at is not None:
-            self._write({"event": "resume", "step": resumed_at})
+        self._write({"event": "start"} if resumed_at is None else {"event": "resume", "step": resumed_at})
 
     def log(self, step: int, **values: Any) -> None:
         """One record; values are numbers or short strings."""
@@ -85,14 +89,16 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Records of metrics.jsonl in step order, without what a resumed run took back and without a cut-off line."""
+    """Records of metrics.jsonl in step order, without what later runs took back and without a cut-off line."""
     records: list[dict] = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if record.get("event") == "resume":
+        if record.get("event") == "start":
+            records = []
+        elif record.get("event") == "resume":
             records = [r for r in records if r["step"] <= record["step"]]
         else:
             records.append(record)
@@ -106,7 +112,7 @@ class Reporter:
         self.total, self.enabled, self.progress = total, process_index() == 0, None
         if self.enabled and sys.stdout.isatty():
             columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
             self.progress = Progress(*columns, *times, console=Console(), expand=True)
             self.task = self.progress.add_task("", total=total, completed=done)
             self.progress.start()

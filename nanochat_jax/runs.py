@@ -1,7 +1,7 @@
 """The start of a training run, the same for every stage: the device, the folder, what is inherited or resumed."""
 
+import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
 from nanochat_jax import checkpoint, config, optim, train
@@ -91,15 +92,15 @@ def plan_batches(cfg: Any, mesh: Mesh, log: Callable) -> Batches:
 
 @dataclasses.dataclass
 class Run:
-    """A run about to start or to go on."""
+    """A run about to start or to go on. `load` and `start` it, in this order, when all that is cheap is checked."""
 
     cfg: Any  # resolved: nothing is left to inherit
     folder: Path  # of its checkpoints and metrics
-    model_config: GPTConfig
-    groups: optim.Groups
     tokenizer_digest: str
-    metrics_exist: bool
+    base: checkpoint.Found | None = None  # the model a new run starts from
     record: dict = dataclasses.field(default_factory=dict)  # meta of the checkpoint to go on from; {} for a new run
+    model_config: GPTConfig | None = None  # from here on filled by `load`
+    groups: optim.Groups = dataclasses.field(default_factory=dict)
     params: Any = None  # of the base model, for a new run
     optimizer: Any = None  # optim.state_arrays to start with, or None
 
@@ -121,8 +122,54 @@ class Run:
 
     @property
     def resumed_at(self) -> int | None:
-        """The step after which earlier records of metrics.jsonl no longer count."""
-        return self.first_step if self.resumed or self.metrics_exist else None
+        """The step after which earlier records of metrics.jsonl no longer count; None for a new run."""
+        return self.first_step if self.resumed else None
+
+    def load(self, log: Callable) -> None:
+        """The network and the optimizer's groups; of a new run also the base model's arrays, on the host."""
+        if self.resumed:
+            self.model_config = GPTConfig(**self.record["model_config"])
+            self.groups = checkpoint.groups_from(self.record["optimizer_groups"])
+            return
+        cfg = self.cfg
+        self.model_config, self.params, _ = checkpoint.load_params(self.base)
+        rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
+        groups = optim.default_groups(self.model_config.n_embd, **rates, weight_decay=cfg.weight_decay or 0.0)
+        self.groups = optim.scale_rates(groups, cfg.init_lr_frac)
+        warm = checkpoint.load_optimizer(self.base, self.model_config, self.groups) if cfg.load_optimizer else None
+        if warm:
+            self.groups, self.optimizer = warm
+            log("Loaded the base model's optimizer state (rates are this run's own)")
+        elif cfg.load_optimizer:
+            log("WARNING: the base model came without optimizer state, so it starts empty")
+        if cfg.weight_decay is not None:
+            self.groups["matrix"] = dataclasses.replace(self.groups["matrix"], weight_decay=cfg.weight_decay)
+
+    @contextlib.contextmanager
+    def start(self):
+        """Take the folder, while entered: FileExistsError where another process trains in it. Only now are the
+        checkpoints that --overwrite gives up deleted, and what killed saves left behind."""
+        if process_index():
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise FileExistsError(
+                f"another process is training in {self.folder}: choose another folder with --output-tag"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            pass
+        try:
+            checkpoint.sweep(self.folder)
+            if not self.resumed:
+                for step in claim(self.folder, False, self.cfg.overwrite):
+                    checkpoint.discard(self.folder / str(step))
+            yield
+        finally:
+            lock.release()
 
     def initial_state(self, tx, like: train.TrainState) -> train.TrainState:
         """On the shardings of the abstract state `like`."""
@@ -133,7 +180,11 @@ class Run:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, like.opt_state)
             opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
         else:
-            opt_state = train.place(optim.with_state_arrays(like.opt_state, self.optimizer), like.opt_state)
+            try:
+                opt_state = train.place(optim.with_state_arrays(like.opt_state, self.optimizer), like.opt_state)
+            except KeyError as e:
+                message = f"the optimizer state of {self.base} has no {e}: start from an empty one, --load-optimizer 0"
+                raise ValueError(message) from e
         self.params = self.optimizer = None  # the host's copies are no longer needed
         step, bad_steps = (train.place(np.int32(0), scalar) for scalar in (like.step, like.bad_steps))
         return train.TrainState(step, params, opt_state, bad_steps)
@@ -166,7 +217,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def open_run(cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dict, log: Callable) -> Run:
-    """Decide what this run is: new from the base model, or the one in the output folder going on.
+    """Decide what this run is, from metadata alone: new from the base model, or the one in the output folder going on.
 
     FileExistsError: the folder holds checkpoints and neither --resume nor --overwrite was given. ValueError: a setting
     that would change the training of a run that goes on, or a model that does not fit the tokenizer.
@@ -176,95 +227,74 @@ def open_run(cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dic
     if tag is None:
         found = checkpoint.find_model("base", cfg.model_tag, cfg.model_step)
         tag = f"d{checkpoint.peek_meta(found)['model_config']['n_layer']}"
-    folder = base_dir() / checkpoint.SOURCES[stage] / tag
-    steps = claim(folder, cfg.resume, cfg.overwrite)
-    metrics_exist = (folder / "metrics.jsonl").exists()
-    if steps:
+    root = base_dir() / checkpoint.SOURCES[stage]
+    folder = root / tag
+    config.require(folder.resolve().parent == root.resolve(), f"a tag must be the name of one folder, got {tag!r}")
+    if claim(folder, cfg.resume, cfg.overwrite) and cfg.resume:
         step = checkpoint.newest_intact(folder, log)
         if step is None:
             raise ValueError(f"--resume: no checkpoint in {folder} is intact; --overwrite starts the run again")
         record = checkpoint.read_meta(folder / str(step))
-        cfg = same_settings(cfg, record["user_config"], harmless)
-        check_tokenizer(tokenizer, record, record["model_config"]["vocab_size"])
         log(f"Resuming {folder} from step {step}")
-        return Run(
-            cfg=cfg,
-            folder=folder,
-            model_config=GPTConfig(**record["model_config"]),
-            groups=checkpoint.groups_from(record["optimizer_groups"]),
-            tokenizer_digest=tokenizer.digest(),
-            metrics_exist=metrics_exist,
-            record=record,
-        )
+        cfg = same_settings(cfg, record["user_config"], harmless, log)
+        check_tokenizer(tokenizer, record)
+        return Run(cfg, folder, tokenizer.digest(), record=record)
     if cfg.resume:
         log(f"Nothing to resume in {folder}: a new run")
     found = found or checkpoint.find_model("base", cfg.model_tag, cfg.model_step)
     log(f"Base model: {found}")
-    model_config, params, meta = checkpoint.load_params(found)
-    check_tokenizer(tokenizer, meta, model_config.vocab_size)
+    meta = checkpoint.peek_meta(found)
+    check_tokenizer(tokenizer, meta)
     cfg = config.inherit(cfg, {**meta.get("user_config", {}), **meta}, inherited, log)
-    limit = 10 * model_config.sequence_len
+    limit = 10 * meta["model_config"]["sequence_len"]
     config.require(cfg.max_seq_len <= limit, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
-    rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    groups = optim.default_groups(model_config.n_embd, **rates, weight_decay=cfg.weight_decay or 0.0)
-    groups, arrays = optim.scale_rates(groups, cfg.init_lr_frac), None
-    if cfg.load_optimizer:
-        warm = checkpoint.load_optimizer(found, model_config, groups)
-        if warm:
-            groups, arrays = warm
-            log("Loaded the base model's optimizer state (rates are this run's own)")
-        else:
-            log("WARNING: the base model came without optimizer state, so it starts empty")
-    if cfg.weight_decay is not None:
-        groups["matrix"] = dataclasses.replace(groups["matrix"], weight_decay=cfg.weight_decay)
-    return Run(
-        cfg=cfg,
-        folder=folder,
-        model_config=model_config,
-        groups=groups,
-        tokenizer_digest=tokenizer.digest(),
-        metrics_exist=metrics_exist,
-        params=params,
-        optimizer=arrays,
-    )
+    return Run(cfg, folder, tokenizer.digest(), base=found)
 
 
 def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
-    """Steps to resume from; the folder is refused where it holds what this run must not touch."""
+    """The checkpoints to go on from, or to give up; the folder is refused where it holds what must not be touched."""
     if any(folder.glob("model_*.pt")):
         raise FileExistsError(f"{folder} holds checkpoints of nanochat's own: choose another folder with --output-tag")
+    config.require(not (resume and overwrite), "--resume and --overwrite contradict each other: give one of them")
     steps = checkpoint.sealed_steps(folder)
-    if steps and resume and overwrite:
-        raise ValueError("--resume and --overwrite contradict each other: give one of them")
     if steps and not (resume or overwrite):
         raise FileExistsError(
             f"{folder} holds checkpoints of another run (steps {', '.join(map(str, steps))}): --resume goes on with "
             "it, --overwrite deletes it, --output-tag names another folder"
         )
-    if overwrite and process_index() == 0:
-        for step in steps:
-            shutil.rmtree(folder / str(step))
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    return steps if resume else []
+    return steps
 
 
-def same_settings(cfg: Any, saved: dict, harmless: set[str]) -> Any:
-    """The settings of a run that goes on: inherited ones as they were resolved, others unchanged or harmless."""
-    typed = {k: _jsonable(v) for k, v in dataclasses.asdict(cfg).items()}
-    resolved = {name: saved[name] for name, value in typed.items() if value is None and name in saved}
-    changed = [
-        f"--{name.replace('_', '-')} was {saved[name]} and is {typed[name]}"
-        for name in typed
-        if name in saved and name not in harmless and name not in resolved and typed[name] != saved[name]
-    ]
+THIS_TIME = {"resume", "overwrite", "config", "output_tag", "device_type", "mesh"}  # never taken from a checkpoint
+
+
+def same_settings(cfg: Any, saved: dict, harmless: set[str], log: Callable) -> Any:
+    """The settings of a run that goes on: the checkpoint's, but for harmless ones that the user gives anew.
+
+    ValueError names the others that the user gives differently."""
+    given = getattr(cfg, "given", frozenset())
+    changed, restored = [], {}
+    for field in dataclasses.fields(cfg):
+        name, ours = field.name, _jsonable(getattr(cfg, field.name))
+        if name in THIS_TIME or name not in saved or ours == saved[name]:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if name not in given and ours == _jsonable(field.default):
+            restored[name] = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+            log(f"Inherited {name}={saved[name]} from the checkpoint")
+        elif name in harmless:
+            log(f"NOTE: {flag}={ours} overrides the checkpoint's value of {saved[name]}")
+        else:
+            changed.append(f"{flag} was {saved[name]} and is {ours}")
     if changed:
         raise ValueError(f"--resume goes on with the same run, but {'; '.join(changed)}; use another --output-tag")
-    return dataclasses.replace(cfg, **resolved)
+    return dataclasses.replace(cfg, **restored)
 
 
-def check_tokenizer(tokenizer, meta: dict, vocab_size: int) -> None:
+def check_tokenizer(tokenizer, meta: dict) -> None:
     """ValueError where the model was trained with another tokenizer, as far as its meta tells."""
-    if tokenizer.vocab_size != vocab_size:
-        raise ValueError(f"the tokenizer in {base_dir()} has {tokenizer.vocab_size} tokens, the model {vocab_size}")
+    size = meta["model_config"]["vocab_size"]
+    if tokenizer.vocab_size != size:
+        raise ValueError(f"the tokenizer in {base_dir()} has {tokenizer.vocab_size} tokens, the model {size}")
     if meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
         raise ValueError(f"the tokenizer in {base_dir()} is not the one that the model was trained with")

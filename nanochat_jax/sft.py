@@ -4,14 +4,15 @@ python -m nanochat_jax.sft                                  # everything inherit
 python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run my-run
 """
 
+import contextlib
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 
 from nanochat_jax import checkpoint, config, data, optim, sharding, train
 from nanochat_jax.common import base_dir, print0
+from nanochat_jax.config import Maybe, require
 from nanochat_jax.evals import make_bits_per_byte
 from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.loop import Loop, explaining_memory
@@ -24,34 +25,35 @@ from nanochat_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    """Fine-tune a base model on conversations. A setting that is None is inherited from the base checkpoint."""
+    """Fine-tune a base model on conversations. What is not given is inherited from the base checkpoint, or from the
+    run's own one with --resume."""
 
     # where and what
     run: str = "dummy"  # name of the run; "dummy" = no wandb
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
-    mesh: str = ""  # devices by axis, such as data=4,model=2; default: all on data
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
-    model_tag: str | None = None  # tag of the base model; default: the largest d<number>
-    model_step: int | None = None  # step of the base model; default: its last
-    output_tag: str | None = None  # folder under chatsft_checkpoints; default: the run's name, else d<depth>
+    model_tag: Maybe[str] = None  # tag of the base model; default: the largest d<number>
+    model_step: Maybe[int] = None  # step of the base model; default: its last
+    output_tag: Maybe[str] = None  # folder under chatsft_checkpoints; default: the run's name, else d<depth>
     load_optimizer: int = 1  # 1 = start from the base model's optimizer state, 0 = from an empty one
     resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
     overwrite: bool = False  # delete the checkpoints that an earlier run left in the output folder
-    config: Path | None = None  # TOML file of flags; flags on the command line win
+    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
     seed: int = 42  # order of the conversations; 42 is nanochat's
     # length and batch
     num_iterations: int = -1  # optimizer steps (-1 = one epoch)
-    max_seq_len: int | None = None  # tokens in a row
-    device_batch_size: int | None = None  # rows per device in one forward and backward pass
-    total_batch_size: int | None = None  # tokens per optimizer step, all devices together
+    max_seq_len: Maybe[int] = None  # tokens in a row; default: inherited
+    device_batch_size: Maybe[int] = None  # rows per device in one forward and backward pass; default: inherited
+    total_batch_size: Maybe[int] = None  # tokens per optimizer step, all devices together; default: inherited
     document_mask: bool = True  # conversations in one row do not see each other; off = nanochat's behaviour
     # optimizer
-    embedding_lr: float | None = None  # AdamW: token and value embeddings (scaled by width)
-    unembedding_lr: float | None = None  # AdamW: lm_head (scaled by width)
-    matrix_lr: float | None = None  # Muon: matrices inside blocks
+    embedding_lr: Maybe[float] = None  # AdamW: token and value embeddings, scaled by width; default: inherited
+    unembedding_lr: Maybe[float] = None  # AdamW: lm_head, scaled by width; default: inherited
+    matrix_lr: Maybe[float] = None  # Muon: matrices inside blocks; default: inherited
     scalar_lr: float = 0.5  # AdamW: residual scalars
-    weight_decay: float | None = None  # Muon; default: that of the loaded optimizer, else 0
+    weight_decay: Maybe[float] = None  # Muon; default: that of the loaded optimizer, else 0
     init_lr_frac: float = 0.8  # all rates start at this fraction
     warmup_ratio: float = 0.0  # part of the run over which rates rise
     warmdown_ratio: float = 0.5  # part of the run over which rates fall
@@ -65,14 +67,14 @@ class SFTConfig:
     save_every: int = 200  # steps between checkpoints (-1 = only at the end)
     keep_checkpoints: int = 2  # how many of them stay on disk
     # data
-    data_dir: Path | None = None  # local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data
+    data_dir: Maybe[Path] = None  # local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data
     smoltalk_epochs: int = 1  # times SmolTalk is in the mixture (0 = left out)
     mmlu_epochs: int = 3  # times MMLU's auxiliary_train is in it
     gsm8k_epochs: int = 4  # times GSM8K's train split is in it
-    custom_json: tuple[Path, ...] = ()  # file with a conversation a line; repeat the flag for more files
+    custom_json: tuple[Path, ...] = ()  # file with a conversation a line
     custom_epochs: int = 1  # times the custom files are in the mixture
-    val_json: tuple[Path, ...] = ()  # such files to validate on, beside the tasks' own test splits
-    task: tuple[str, ...] = ()  # a task of your own, as module:Class; repeat the flag for more
+    val_json: tuple[Path, ...] = ()  # such a file to validate on, beside the tasks' own test splits
+    task: tuple[str, ...] = ()  # a task of your own, as module:Class
 
 
 INHERITED = {
@@ -97,7 +99,7 @@ def training_tasks(cfg: SFTConfig) -> list:
     if cfg.custom_epochs > 0:
         tasks += [task for path in cfg.custom_json for task in [CustomJSON(path)] * cfg.custom_epochs]
     tasks += [load_task(spec) for spec in cfg.task]
-    config.require(bool(tasks), "the mixture is empty: every --*-epochs is 0 and there is no --custom-json or --task")
+    require(bool(tasks), "the mixture is empty: every --*-epochs is 0 and there is no --custom-json or --task")
     return tasks
 
 
@@ -108,67 +110,78 @@ def validation_tasks(cfg: SFTConfig) -> list:
     return tasks + [CustomJSON(path) for path in cfg.val_json]
 
 
+def check(cfg: SFTConfig) -> None:
+    """ValueError for a setting that cannot work whatever the model and the data are."""
+    ratios = ("warmup_ratio", "warmdown_ratio", "final_lr_frac")
+    for name, holds, rule in (
+        ("num_iterations", cfg.num_iterations >= 1 or cfg.num_iterations == -1, "at least 1, or -1 for one epoch"),
+        ("keep_checkpoints", cfg.keep_checkpoints >= 1, "at least 1"),
+        ("load_optimizer", cfg.load_optimizer in (0, 1), "0 or 1"),
+        ("seed", cfg.seed >= 0, "at least 0"),
+        *((name, 0 <= getattr(cfg, name) <= 1, "between 0 and 1") for name in ratios),
+    ):
+        require(holds, f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
+
+
 def main(cfg: SFTConfig) -> int:
     """Train -> the exit code: 0, or 128 + n after signal n."""
+    check(cfg)
     start_device(cfg.device_type)
-    mesh = sharding.make_mesh(cfg.mesh)
-    dtype = compute_dtype(cfg.dtype)
+    mesh = sharding.make_mesh(cfg.mesh or "")
     peak = describe_device(mesh, print0)
 
     # The run: a new one from the base model, or one to go on with
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     run = open_run(cfg, "sft", tokenizer, HARMLESS, INHERITED, print0)
-    cfg, model_config = run.cfg, run.model_config
+    cfg = run.cfg
+    dtype = compute_dtype(cfg.dtype)
     batch = plan_batches(cfg, mesh, print0)
     if cfg.chatcore_every > 0:
         print0("NOTE: this version has no ChatCORE evaluation yet; the --chatcore flags change nothing")
 
     # Data: conversations once through the tokenizer, packed into rows by plan
-    tasks = TaskMixture(training_tasks(cfg), seed=cfg.seed)
-    cache_folder = base_dir() / "token_cache"
-    store = data.ConversationStore(open_caches(tasks.tasks, tokenizer, cache_folder, print0), tasks.pairs)
-    rows = data.RowSource(store, cfg.max_seq_len, seed=cfg.seed)
+    rows = row_source(TaskMixture(training_tasks(cfg), seed=cfg.seed), cfg, tokenizer)
     run.check_data(rows.fingerprint())
     print0("\n".join(data.describe(rows)))
     total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.rows_in_epoch(0) // batch.rows_per_step)
-    evaluate = bits_per_byte_on_validation(cfg, model_config, tokenizer, batch, mesh, dtype)
+    sizes = {name: getattr(cfg, name) for name in ("device_batch_size", "max_seq_len", "total_batch_size")}
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
-    # Optimizer and step
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), explaining_memory(sizes), contextlib.ExitStack() as stack:
+        # Model, optimizer and step
+        run.load(print0)
+        evaluate = bits_per_byte_on_validation(cfg, run.model_config, tokenizer, batch, mesh, dtype)
         tx = optim.make_optimizer(run.groups, dtype)
-        abstract = train.abstract_state(model_config, tx, mesh, cfg.replicate)
+        abstract = train.abstract_state(run.model_config, tx, mesh, cfg.replicate)
         state = run.initial_state(tx, abstract)
-        step_fn = train.make_train_step(model_config, tx, abstract, mesh, dtype=dtype)
-        flops = flops_per_token(model_config, cfg.max_seq_len)
-        print0(f"Parameters: {parameter_counts(model_config)} | FLOPs per token: {flops:e} | steps: {total}")
+        step_fn = train.make_train_step(run.model_config, tx, abstract, mesh, dtype=dtype)
+        flops = flops_per_token(run.model_config, cfg.max_seq_len)
+        counts = [f"{name} {count:,}" for name, count in parameter_counts(run.model_config).items()]
+        print0(f"Parameters: {', '.join(counts)} | FLOPs per token: {flops:e} | steps: {total}")
 
         def schedule(step):
             ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
             return optim.sft_lr_multiplier(step / total, **ratios), optim.sft_muon_momentum(step)
 
+        def rows_before(step):
+            return run.first_row + (step - run.first_step) * batch.rows_per_step
+
         def meta(step):
-            cursor = run.first_row + (step - run.first_step) * batch.rows_per_step
-            return run.meta(total) | {"rows_consumed": cursor, "data": rows.fingerprint()}
+            return run.meta(total) | {"rows_consumed": rows_before(step), "data": rows.fingerprint()}
 
-        def epoch_of(step):
-            return rows.epoch_and_progress(run.first_row + (step - run.first_step) * batch.rows_per_step - 1)[0]
-
-        log_config = run.meta(total)["user_config"]
-        log = MetricsLog(run.folder, cfg.run, log_config, project="nanochat-sft", resumed_at=run.resumed_at)
-        reporter = Reporter(total, run.first_step)
-        batches = data.train_batches(
-            rows,
-            start_row=run.first_row,
-            rows_per_step=batch.rows_per_step,
-            micro_batches=batch.micro_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+        # The loop, with the folder for this process alone
+        stack.enter_context(run.start())
+        log = MetricsLog(
+            run.folder, cfg.run, run.meta(total)["user_config"], project="nanochat-sft", resumed_at=run.resumed_at
         )
-        if not cfg.document_mask:
-            batches = map(data.without_documents, batches)
-        loop = Loop(
+        reporter = Reporter(total, run.first_step)
+        steps = {"rows_per_step": batch.rows_per_step, "micro_batches": batch.micro_batches}
+        batches = data.train_batches(rows, start_row=run.first_row, **steps, **shares)
+        for opened in (log, reporter, batches):
+            stack.callback(opened.close)
+        received = Loop(
             train_step=step_fn,
-            batches=batches,
+            batches=batches if cfg.document_mask else map(data.without_documents, batches),
             mesh=mesh,
             total=total,
             schedule=schedule,
@@ -179,32 +192,30 @@ def main(cfg: SFTConfig) -> int:
             meta=meta,
             log=log,
             reporter=reporter,
-            epoch_of=epoch_of,
+            epoch_of=lambda step: rows.epoch_and_progress(rows_before(step) - 1)[0],
             tokens_per_step=batch.tokens_per_step,
             flops_per_token=flops,
             peak_flops=peak,
             smoothed=SmoothedLoss(0.9, *run.smoothed_loss),
-        )
-        sizes = {name: getattr(cfg, name) for name in ("device_batch_size", "max_seq_len", "total_batch_size")}
-        try:
-            with explaining_memory(sizes):
-                received = loop.run(state)
-        finally:
-            reporter.close()
-            log.close()
+            skipped=run.record.get("skipped", 0),
+        ).run(state)
     return 128 + received if received else 0
+
+
+def row_source(mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer) -> data.RowSource:
+    """The rows that a mixture is packed into; its conversations are tokenized now, if no run did before."""
+    caches = open_caches(mixture.tasks, tokenizer, base_dir() / "token_cache", print0)
+    return data.RowSource(data.ConversationStore(caches, mixture.pairs), cfg.max_seq_len, seed=cfg.seed)
 
 
 def bits_per_byte_on_validation(cfg, model_config, tokenizer, batch, mesh, dtype):
     """-> evaluate(params) for the loop: {"val_bpb": ...} on the same rows each time, or {} without validation data."""
-    tasks = validation_tasks(cfg)
-    if cfg.eval_every <= 0 or not tasks:
-        if not tasks:
+    tasks = validation_tasks(cfg) if cfg.eval_every > 0 else []
+    if not tasks:
+        if cfg.eval_every > 0:
             print0("NOTE: no validation data, bits per byte are not measured (give --val-json FILE)")
         return lambda params: {}
-    mixture = TaskMixture(tasks)
-    caches = open_caches(mixture.tasks, tokenizer, base_dir() / "token_cache", print0)
-    rows = data.RowSource(data.ConversationStore(caches, mixture.pairs), cfg.max_seq_len)
+    rows = row_source(TaskMixture(tasks), cfg, tokenizer)
     count = max(1, cfg.eval_tokens // (batch.rows_per_pass * cfg.max_seq_len)) * batch.rows_per_pass
     bits_per_byte = make_bits_per_byte(model_config, tokenizer.token_bytes(), dtype=dtype)
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -218,13 +229,5 @@ def bits_per_byte_on_validation(cfg, model_config, tokenizer, batch, mesh, dtype
     return evaluate
 
 
-def cli() -> None:
-    cfg = config.parse(SFTConfig, prog="python -m nanochat_jax.sft")
-    try:
-        sys.exit(main(cfg))
-    except (ValueError, OSError, MemoryError) as e:
-        sys.exit(f"error: {e}")
-
-
 if __name__ == "__main__":
-    cli()
+    config.run_stage(main, config.parse(SFTConfig, prog="python -m nanochat_jax.sft"))

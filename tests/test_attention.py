@@ -1,0 +1,110 @@
+"""Every backend equals the definition, values and gradients, and the definition equals a loop over tokens."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.attention import attention
+
+
+def draw(B=2, T=40, N=4, K=2, H=8, seed=0, documents=True):
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.standard_normal((B, T, n, H)), jnp.float32) for n in (N, K, K))
+    starts = np.where(rng.random((B, T)) < 0.1, np.arange(T), 0) if documents else np.zeros((B, T), int)
+    return q, k, v, jnp.asarray(np.maximum.accumulate(starts, -1), jnp.int32)
+
+
+def with_window(k_start, window):
+    return k_start if window < 0 else jnp.maximum(k_start, jnp.arange(k_start.shape[1])[None] - window)
+
+
+def test_the_definition_is_a_softmax_over_an_interval_of_keys():
+    q, k, v, k_start = (np.asarray(x, np.float64) for x in draw())
+    got = attention(*draw(), impl="reference")
+    for b, t, n in itertools.product(range(2), range(40), range(4)):
+        keys = slice(int(k_start[b, t]), t + 1)
+        scores = k[b, keys, n // 2] @ q[b, t, n] / 8**0.5
+        p = np.exp(scores - scores.max())
+        np.testing.assert_allclose(got[b, t, n], p / p.sum() @ v[b, keys, n // 2], atol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "window"), [(40, -1), (40, 7), (300, -1), (300, 64), (300, 200), (1100, 130)])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (3, 1)])
+def test_chunked_equals_the_definition_in_values_and_gradients(T, window, documents, N, K):
+    q, k, v, k_start = draw(T=T, N=N, K=K, documents=documents)
+    k_start = with_window(k_start, window)
+    weight = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+
+    def run(impl):
+        def loss(q, k, v):
+            y = attention(q, k, v, k_start, window=window, impl=impl)
+            return jnp.sum(y * weight), y
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    (grads, y), (expected_grads, expected) = run("chunked"), run("reference")
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+    for got, want in zip(grads, expected_grads):
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    q, k, v, k_start = draw(T=200)
+    for impl in ("reference", "chunked"):
+        y, pull = jax.vjp(lambda q, impl=impl: attention(300 * q, k, v, k_start, impl=impl), q)
+        assert jnp.isfinite(y).all() and jnp.isfinite(pull(y)[0]).all()
+
+
+def test_a_query_does_not_depend_on_keys_outside_its_interval():
+    q, k, v, k_start = draw(T=300)
+    k_start = with_window(k_start, 50)
+    y = attention(q, k, v, k_start, window=50)
+    t = 170
+    first = int(k_start[0, t])
+    outside = jnp.ones(300, bool).at[first : t + 1].set(False)[None, :, None, None]
+    changed = attention(q, jnp.where(outside, 9.0, k), jnp.where(outside, -9.0, v), k_start, window=50)
+    np.testing.assert_array_equal(y[0, t], changed[0, t])
+
+
+def test_chunked_never_holds_the_score_matrix():
+    B, T, N, H = 1, 4096, 2, 32
+    x = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
+    k_start = jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+    def temporary(impl):
+        def f(q, k, v, k_start):
+            return jax.grad(lambda q: attention(q, k, v, k_start, impl=impl).sum())(q)
+
+        return jax.jit(f).lower(x, x, x, k_start).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary("chunked") < temporary("reference") / 2.5
+
+
+def test_decoding_reads_the_interval_it_is_given():
+    q, k, v, k_start = draw(T=40)
+    full = attention(q, k, v, k_start)
+    last = attention(q[:, -1:], k, v, k_start[:, -1:], k_last=jnp.full((2, 1), 39))
+    np.testing.assert_allclose(last, full[:, -1:], atol=1e-6)
+
+
+def test_bfloat16_goes_in_and_comes_out_with_a_float32_softmax():
+    q, k, v, k_start = draw(T=200)
+    exact = attention(q, k, v, k_start)
+    for impl in ("reference", "chunked"):
+        y = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), k_start, impl=impl)
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.05)
+
+
+def test_shapes_that_cannot_work_are_refused():
+    q, k, v, k_start = draw()
+    with pytest.raises(ValueError, match="multiple of kv heads"):
+        attention(q[:, :, :3], k, v, k_start)
+    with pytest.raises(ValueError, match="one key per query"):
+        attention(q[:, :10], k, v, k_start[:, :10])
+    with pytest.raises(ValueError, match="backend"):
+        attention(q, k, v, k_start, impl="magic")

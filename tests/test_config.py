@@ -1,0 +1,179 @@
+"""Settings of a stage: flag > file > checkpoint > default, and what is refused with which sentence."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import config
+from nanochat_jax.config import Maybe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A stage."""
+
+    steps: int = 10  # number of steps
+    matrix_lr: Maybe[float] = None  # rate of matrices; default: inherited
+    tag: Maybe[str] = None  # name
+    mask: bool = True  # documents apart
+    files: tuple[Path, ...] = ()  # data
+    load: int = 1  # 1 or 0
+    config: Maybe[Path] = None  # TOML file of flags
+
+
+def parsed(*argv):
+    return config.parse(Settings, list(argv))
+
+
+def toml(folder, text):
+    path = folder / "preset.toml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def refused(*argv, capsys=None):
+    with pytest.raises(SystemExit) as stop:
+        parsed(*argv)
+    assert stop.value.code != 0
+    return str(stop.value.code) if isinstance(stop.value.code, str) else "".join(capsys.readouterr())
+
+
+def test_without_flags_everything_is_the_default_and_nothing_is_given():
+    assert parsed() == Settings()
+    assert parsed().given == frozenset()
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    file = toml(tmp_path, 'steps = 20\nmatrix-lr = 0.5\ntag = "from file"\nmask = false')
+    cfg = parsed(file, "--steps", "30")
+    assert (cfg.steps, cfg.matrix_lr, cfg.tag, cfg.mask) == (30, 0.5, "from file", False)
+    assert cfg.given == {"config", "steps", "matrix_lr", "tag", "mask"}
+    assert parsed("--steps=30", file) == cfg  # also where the flag comes first
+    assert parsed("--mask", file).mask is True
+
+
+def test_the_four_levels_of_precedence_in_one_run(tmp_path):
+    said = []
+    recorded = {"matrix_lr": 0.1, "steps": 5, "load": 3}
+    fallbacks = {"matrix_lr": 0.9, "tag": "fallback"}
+    assert config.inherit(parsed(), recorded, fallbacks, said.append).matrix_lr == 0.1
+    file = toml(tmp_path, "matrix_lr = 0.2")
+    assert config.inherit(parsed(file), recorded, fallbacks, said.append).matrix_lr == 0.2
+    cfg = config.inherit(parsed(file, "--matrix-lr", "0.3"), recorded, fallbacks, said.append)
+    assert (cfg.matrix_lr, cfg.tag, cfg.steps) == (0.3, "fallback", 10)  # steps are not inherited
+    assert said == [
+        "Inherited matrix_lr=0.1 from pretrained checkpoint",
+        "Using tag=fallback (not recorded in pretrained checkpoint)",
+        "NOTE: --matrix-lr=0.2 overrides pretrained value of 0.1",
+        "Using tag=fallback (not recorded in pretrained checkpoint)",
+        "NOTE: --matrix-lr=0.3 overrides pretrained value of 0.1",
+        "Using tag=fallback (not recorded in pretrained checkpoint)",
+    ]
+    said.clear()
+    assert config.inherit(parsed("--matrix-lr=0.1"), recorded, {"matrix_lr": 0.9}, said.append).matrix_lr == 0.1
+    assert said == ["Using matrix_lr=0.1"]
+
+
+@pytest.mark.parametrize("recorded", [None, "0.1", [0.1], {}])
+def test_a_recorded_value_that_is_no_number_does_not_count(recorded):
+    assert config.inherit(parsed(), {"matrix_lr": recorded}, {"matrix_lr": 0.9}, str).matrix_lr == 0.9
+
+
+def test_underscores_and_dashes_are_the_same_in_flags_and_files(tmp_path):
+    assert parsed("--matrix_lr", "2").matrix_lr == parsed(toml(tmp_path, "matrix-lr = 2")).matrix_lr == 2.0
+    assert parsed(toml(tmp_path, "matrix_lr = 3"), "--matrix-lr", "4").matrix_lr == 4.0
+
+
+def test_a_repeated_flag_and_a_list_in_the_file_give_several_values_and_flags_replace_lists(tmp_path):
+    two = (Path("a b"), Path("c"))
+    assert parsed("--files", "a b", "--files", "c").files == two
+    file = toml(tmp_path, 'files = ["a b", "c"]')
+    assert parsed(file).files == two
+    assert parsed(file, "--files", "d").files == (Path("d"),)
+    assert parsed(toml(tmp_path, 'files = "one"')).files == (Path("one"),)
+
+
+def test_booleans_have_a_flag_to_switch_them_off_and_zero_is_not_none(tmp_path):
+    assert parsed("--no-mask").mask is False
+    assert parsed(toml(tmp_path, "mask = false\nload = 0")).mask is False
+    assert parsed(toml(tmp_path, "load = false")).load == 0
+    cfg = config.inherit(parsed("--matrix-lr", "0"), {"matrix_lr": 0.1}, {"matrix_lr": 0.9}, str)
+    assert cfg.matrix_lr == 0.0
+
+
+def test_text_in_a_file_may_look_like_a_flag_or_a_number(tmp_path):
+    assert parsed(toml(tmp_path, 'tag = "--steps=3"')).tag == "--steps=3"
+    assert parsed(toml(tmp_path, 'tag = "7"\nsteps = -1')) == Settings(
+        tag="7", steps=-1, config=tmp_path / "preset.toml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps = ", "must be a readable TOML file"),
+        ("stepps = 3", "stepps is not a flag of this stage; did you mean steps?"),
+        ("qqq = 3", "qqq is not a flag of this stage"),
+        ('config = "other.toml"', "config is not a flag of this stage"),
+        ("[optimizer]\nsteps = 3", "optimizer is not a flag"),
+        ("[steps]\na = 3", "steps must be a plain value or a list of them"),
+        ("files = [[1]]", "files must be a plain value or a list of them"),
+        ("steps = [1, 2]", "steps must be one value, got [1, 2]"),
+        ("mask = 1", "mask must be true or false, got 1"),
+    ],
+)
+def test_a_file_that_does_not_work_is_refused_with_its_name(tmp_path, text, words):
+    message = refused(toml(tmp_path, text))
+    assert words in message and "preset.toml" in message
+
+
+def test_a_missing_file_or_one_that_is_no_text_is_refused(tmp_path):
+    assert refused(f"--config={tmp_path}/no.toml") == f"--config={tmp_path}/no.toml does not exist"
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    assert "readable TOML" in refused("--config", f"{tmp_path}/bytes.toml")
+    assert "readable TOML" in refused(f"--config={tmp_path}")
+
+
+@pytest.mark.parametrize("argv", [["--stepps", "3"], ["--steps", "three"], ["--config"], ["--steps"], ["word"]])
+def test_a_wrong_flag_is_refused_without_a_traceback(argv, capsys):
+    assert "Traceback" not in refused(*argv, capsys=capsys)
+
+
+def test_a_bad_value_in_a_file_is_refused_by_the_flags_name(tmp_path, capsys):
+    assert "--steps" in refused(toml(tmp_path, "steps = 1.5"), capsys=capsys)
+
+
+def test_help_shows_types_and_defaults_but_no_none(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    text = capsys.readouterr().out
+    assert "number of steps (default: 10)" in text
+    assert "--matrix-lr FLOAT" in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError, FloatingPointError, FileNotFoundError])
+def test_what_goes_wrong_in_a_users_hands_is_a_sentence(error):
+    def main(cfg):
+        raise error("the sentence")
+
+    with pytest.raises(SystemExit, match=r"^error: the sentence$"):
+        config.run_stage(main, None)
+
+
+def test_the_exit_code_is_that_of_main_and_130_after_an_interrupt():
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    for main, code in ((lambda cfg: 0, 0), (lambda cfg: 143, 143), (interrupted, 130)):
+        with pytest.raises(SystemExit) as stop:
+            config.run_stage(main, None)
+        assert stop.value.code == code
+
+
+def test_parsing_needs_no_jax():
+    command = "import sys; import nanochat_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

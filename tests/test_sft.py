@@ -1,0 +1,363 @@
+"""Fine-tuning from the command line to the checkpoint, on a tiny model: what it says, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax import checkpoint, config, sft
+from nanochat_jax.metrics import read_metrics
+from nanochat_jax.tokenizer import Tokenizer
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    before = jax.config.jax_compilation_cache_dir
+    base = tmp_path_factory.mktemp("base")
+    tiny.write_base(base)
+    tiny.write_conversations(base / "train.jsonl")
+    tiny.write_conversations(base / "val.jsonl", 20, seed=1)
+    yield base
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(autouse=True)
+def in_base(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+
+
+def arguments(base, tag, *more):
+    """Flags of a short run on one device."""
+    flags = ["--custom-json", str(base / "train.jsonl"), "--val-json", str(base / "val.jsonl"), "--eval-tokens", "512"]
+    return [*tiny.FLAGS, *flags, "--mesh", "data=1", "--output-tag", tag, "--num-iterations", "3", *more]
+
+
+def run(argv) -> int | str:
+    """The exit code, or the error's sentence."""
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(sft.main, config.parse(sft.SFTConfig, list(argv)))
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """(folder, output) of a run of 3 steps from the command line with a --config file and an overriding flag."""
+    preset = tmp_path_factory.mktemp("preset") / "preset.toml"
+    preset.write_text("matrix_lr = 0.5\nsave_every = 2\neval_every = 2\nscalar_lr = 0.25\n")
+    argv = arguments(base, "trained", "--config", str(preset), "--matrix-lr", "0.03")
+    command = [sys.executable, "-m", "nanochat_jax.sft", *argv]
+    env = {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return base / "chatsft_checkpoints" / "trained", done.stdout
+
+
+def copy_of(trained, tag):
+    """The trained run's folder under another tag."""
+    folder = trained[0].with_name(tag)
+    shutil.copytree(trained[0], folder)
+    return folder
+
+
+def final(folder, step=3):
+    return checkpoint.read_arrays(folder / str(step), "params")
+
+
+def same(one, other):
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it says and leaves behind
+
+
+def test_the_console_tells_what_was_inherited_and_how_the_run_goes(base, trained):
+    lines = trained[1].splitlines()
+    for line in (
+        f"Base model: {base}/base_checkpoints/d2/7",
+        "Inherited max_seq_len=64 from pretrained checkpoint",
+        "Inherited total_batch_size=512 from pretrained checkpoint",
+        "Inherited embedding_lr=0.25 from pretrained checkpoint",
+        "NOTE: --matrix-lr=0.03 overrides pretrained value of 0.01",  # flag > file > checkpoint
+        "Using unembedding_lr=0.004 (not recorded in pretrained checkpoint)",  # default
+        "Loaded the base model's optimizer state (rates are this run's own)",
+        "Tokens per micro-batch: 1 x 64 = 64",
+        "Total batch size 512 => gradient accumulation steps: 8",
+        f"step 00003 | saving {trained[0]}/3",
+    ):
+        assert line in lines
+    text = trained[1]
+    assert lines[0].startswith("CPU: ") and " | Peak FLOPS (BF16): " in lines[0]
+    assert lines[1].startswith("WARNING: ") and "attention" in lines[1]
+    assert "FLOPs per token: 8.1" in text and "steps: 3" in text
+    assert "\x1b" not in text
+    steps = [line for line in lines if line.startswith("step 0000") and "loss" in line]
+    assert [line[:16] for line in steps] == ["step 00001/00003", "step 00002/00003", "step 00003/00003"]
+    for part in ("| loss ", " | lrm 1.000 | ", " tok/s | mfu ", "33.3% | epoch 1"):
+        assert part in steps[0]
+    assert [line[:20] for line in lines if "val_bpb" in line] == [f"step 0000{k} | val_bpb" for k in (0, 2, 3)]
+
+
+def test_metrics_say_the_same_as_the_console(trained):
+    records = read_metrics(trained[0] / "metrics.jsonl")
+    losses = {r["step"]: r for r in records if "loss" in r}
+    assert list(losses) == [1, 2, 3]
+    assert f"loss {losses[1]['loss']:.4f} |" in trained[1]  # right from step 1
+    assert losses[1]["smoothed_loss"] == losses[1]["loss"]
+    assert [r["step"] for r in records if "val_bpb" in r] == [0, 2, 3]
+    assert losses[3]["percent"] == 100 and losses[3]["epoch"] == 1
+
+
+def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
+    folder = trained[0]
+    assert checkpoint.sealed_steps(folder) == [2, 3]
+    meta = checkpoint.read_meta(folder / "3")
+    assert (meta["step"], meta["rows_consumed"], meta["total_steps"]) == (3, 24, 3)
+    assert meta["user_config"]["matrix_lr"] == 0.03 and meta["user_config"]["max_seq_len"] == 64
+    assert meta["user_config"]["scalar_lr"] == 0.25  # from the file
+    assert meta["model_config"]["n_layer"] == 2 and "jax" in meta["versions"]
+    assert meta["optimizer_groups"]["matrix"]["lr"] == pytest.approx(0.8 * 0.03)
+    assert {"data", "tokenizer", "val_bpb", "smoothed_loss"} <= meta.keys()
+    arrays = checkpoint.read_arrays(folder / "3", "optimizer")
+    assert arrays["count/embedding"] == 10  # 7 of the base model and 3
+
+
+def test_the_model_can_be_loaded_and_has_learned_something(trained):
+    model, _, _ = checkpoint.load_model("sft", "trained")
+    assert model.config == tiny.CONFIG
+    bits = [r["val_bpb"] for r in read_metrics(trained[0] / "metrics.jsonl") if "val_bpb" in r]
+    assert bits[2] < bits[0]
+
+
+def test_a_run_that_is_done_can_be_resumed_and_has_nothing_to_do(base, trained, capsys):
+    folder = copy_of(trained, "done")
+    assert run(["--resume", "--output-tag", "done", "--mesh", "data=1"]) == 0
+    out = capsys.readouterr().out
+    assert f"Resuming {folder} from step 3" in out and "All 3 steps are done already" in out
+    assert "Inherited num_iterations=3 from the checkpoint" in out  # what is not given is the run's own
+    assert checkpoint.sealed_steps(folder) == [2, 3]
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, trained, capsys):
+    folder = copy_of(trained, "damaged")
+    data = next(p for p in (folder / "3" / "params").rglob("*") if p.is_file() and p.stat().st_size > 10_000)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert run(["--resume", "--output-tag", "damaged", "--mesh", "data=1", "--eval-every", "-1"]) == 0
+    out = capsys.readouterr().out
+    assert f"WARNING: checkpoint {folder}/3 is damaged; using the one before it" in out
+    assert f"Resuming {folder} from step 2" in out
+    assert "NOTE: --eval-every=-1 overrides the checkpoint's value of 2" in out
+    assert same(final(folder), final(trained[0]))
+
+
+def test_resume_without_anything_to_resume_and_overwrite_both_begin_anew(base, trained, capsys):
+    assert run(arguments(base, "anew", "--resume", "--eval-every", "-1")) == 0
+    assert "anew: a new run" in capsys.readouterr().out
+    folder = base / "chatsft_checkpoints" / "anew"
+    first = final(folder)
+    masked = read_metrics(folder / "metrics.jsonl")
+    assert run(arguments(base, "anew", "--overwrite", "--no-document-mask", "--eval-every", "-1")) == 0
+    assert not same(final(folder), first)
+    unmasked = read_metrics(folder / "metrics.jsonl")
+    assert len(unmasked) == len(masked) == 3 and unmasked[0]["loss"] != masked[0]["loss"]
+
+
+def test_a_task_of_the_current_directory_is_trained_on(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_sft_task.py").write_text(
+        "class Echo:\n"
+        "    def __len__(self):\n        return 30\n"
+        "    def __getitem__(self, i):\n"
+        "        say = f'number {i}'\n"
+        "        return {'messages': [{'role': r, 'content': say} for r in ('user', 'assistant')]}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    flags = [*tiny.FLAGS, "--mesh", "data=1", "--output-tag", "echo", "--task", "my_sft_task:Echo"]
+    assert run([*flags, "--num-iterations", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Echo: 30 rows" in out
+    assert "NOTE: no validation data" in out and "val_bpb" not in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it refuses
+
+
+def files_of(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused_and_not_touched(base, trained):
+    before = files_of(trained[0])
+    message = run(arguments(base, "trained"))
+    assert "holds checkpoints of another run (steps 2, 3): --resume goes on with it, --overwrite deletes it" in message
+    assert "--resume and --overwrite contradict" in run(arguments(base, "trained", "--resume", "--overwrite"))
+    assert files_of(trained[0]) == before
+
+
+def test_overwrite_deletes_nothing_before_everything_else_is_checked(base, trained):
+    before = files_of(trained[0])
+    assert "must be a multiple" in run(arguments(base, "trained", "--overwrite", "--total-batch-size", "100"))
+    assert "does not exist" in run(arguments(base, "trained", "--overwrite", "--custom-json", "no.jsonl"))
+    assert files_of(trained[0]) == before
+
+
+def test_a_folder_of_nanochats_own_is_refused_whatever_the_flags(base):
+    folder = base / "chatsft_checkpoints" / "theirs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_000005.pt").write_bytes(b"weights")
+    for more in ([], ["--resume"], ["--overwrite"]):
+        assert "theirs holds checkpoints of nanochat's own" in run(arguments(base, "theirs", *more))
+    assert [p.name for p in folder.iterdir()] == ["model_000005.pt"]
+
+
+def test_two_processes_do_not_train_in_one_folder(base):
+    from filelock import FileLock
+
+    folder = base / "chatsft_checkpoints" / "busy"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        assert f"another process is training in {folder}" in run(arguments(base, "busy", "--eval-every", "-1"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--total-batch-size", "100"],
+            "must be a multiple of 64 tokens (--device-batch-size=1 x --max-seq-len=64 x 1",
+        ),
+        (["--total-batch-size", "500"], "nearest: 512"),
+        (["--device-batch-size", "0"], "--device-batch-size must be at least 1, got 0"),
+        (["--max-seq-len", "1000"], "--max-seq-len=1000 must be at most 640 for this model"),
+        (["--num-iterations", "0"], "--num-iterations must be at least 1, or -1 for one epoch, got 0"),
+        (["--keep-checkpoints", "0"], "--keep-checkpoints must be at least 1, got 0"),
+        (["--warmdown-ratio", "1.5"], "--warmdown-ratio must be between 0 and 1, got 1.5"),
+        (["--load-optimizer", "2"], "--load-optimizer must be 0 or 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--device-type", "gpus"], "--device-type must be one of auto, cuda, tpu, cpu, got 'gpus'"),
+        (["--device-type", "mps"], "use --device-type=cpu"),
+        (["--dtype", "float16"], "--dtype must be auto, float32 or bfloat16, got 'float16'"),
+        (["--mesh", "data=100"], "--mesh=data=100 needs 100 x 1 devices, got"),
+        (["--mesh", "rows=1"], "--mesh must look like data=4,model=2"),
+        (["--output-tag", "../../elsewhere"], "a tag must be the name of one folder"),
+        (["--model-tag", "d9"], "d9 does not exist; tags in"),
+        (["--model-step", "8"], "--model-step=8 is not in"),
+        (
+            ["--smoltalk-epochs", "1"],
+            "dataset HuggingFaceTB/smol-smoltalk (subset default, split train) is not on this",
+        ),
+        (["--task", "nowhere:Task"], "--task nowhere:Task: cannot import nowhere"),
+        (["--task", "json"], "--task must be module:Class, got 'json'"),
+        (["--custom-epochs", "0"], "the mixture is empty"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_one_sentence_that_names_the_flag(base, flags, words):
+    message = run(arguments(base, "refused", *flags))
+    assert message.startswith("error: ") and words in message, message
+    assert not (base / "chatsft_checkpoints" / "refused").exists()
+
+
+def test_a_missing_custom_file_is_warned_of_and_refused(base, tmp_path, capsys):
+    message = run(arguments(base, "refused", "--custom-json", f"{tmp_path}/identity_conversations.jsonl"))
+    assert f"Warning: File {tmp_path}/identity_conversations.jsonl does not exist" in capsys.readouterr().out
+    assert "does not exist; to download it: curl" in message
+
+
+def test_bad_lines_of_a_custom_file_are_listed(base, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('[{"role": "user", "content": "hi"}]\n{"role"\n')
+    message = run(arguments(base, "refused", "--custom-json", str(bad)))
+    assert "2 lines are no conversation" in message and f"{bad}:1:" in message and f"{bad}:2:" in message
+
+
+def test_a_tokenizer_of_another_size_or_other_tokens_is_refused(base, tmp_path, monkeypatch):
+    shutil.copytree(base / "base_checkpoints", tmp_path / "base_checkpoints")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    made = tiny.tokenizer()
+    specials = {name: i + 1 for name, i in made.special_tokens.items()}
+    Tokenizer("larger", made.pattern, made.mergeable_ranks | {b"ab": 256}, specials).save(tmp_path / "tokenizer")
+    assert f"the tokenizer in {tmp_path} has 266 tokens, the model 265" in run(arguments(base, "refused"))
+    swapped = {bytes([255 - i]): i for i in range(256)}
+    Tokenizer("other", made.pattern, swapped, made.special_tokens).save(tmp_path / "tokenizer")
+    assert "is not the one that the model was trained with" in run(arguments(base, "refused"))
+    shutil.rmtree(tmp_path / "tokenizer")
+    assert "no tokenizer.json or tokenizer.pkl" in run(arguments(base, "refused"))
+
+
+def test_without_a_base_model_the_sentence_says_where_it_was_looked_for(base, tmp_path, monkeypatch):
+    shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert f"no base model: {tmp_path}/base_checkpoints does not exist" in run(arguments(base, "refused"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--matrix-lr", "0.05"], "--matrix-lr was 0.03 and is 0.05"),
+        (["--scalar-lr", "0.5"], "--scalar-lr was 0.25 and is 0.5"),  # also where it is typed as the default
+        (["--num-iterations", "4"], "--num-iterations was 3 and is 4"),
+        (["--no-document-mask"], "--document-mask was True and is False"),
+    ],
+)
+def test_a_resumed_run_does_not_change_its_training(base, trained, flags, words):
+    message = run(["--resume", "--output-tag", "trained", "--mesh", "data=1", *flags])
+    assert words in message and "use another --output-tag" in message
+
+
+def test_a_resumed_run_does_not_change_its_data(base, trained):
+    file = base / "train.jsonl"
+    before = file.read_bytes()
+    changed = json.dumps([{"role": "user", "content": "new"}, {"role": "assistant", "content": "new"}]).encode()
+    try:
+        file.write_bytes(before + changed + b"\n")
+        message = run(["--resume", "--output-tag", "trained", "--mesh", "data=1"])
+    finally:
+        file.write_bytes(before)
+    assert "the data of" in message and "has changed since step 3" in message
+
+
+def test_resume_with_nothing_intact_left_says_so(base, trained):
+    folder = copy_of(trained, "broken")
+    for step in (2, 3):
+        (folder / str(step) / "meta" / "data.json").unlink()
+    assert "no checkpoint in" in run(["--resume", "--output-tag", "broken", "--mesh", "data=1"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command itself
+
+
+def test_help_is_quick_readable_and_starts_no_device(base):
+    began = time.perf_counter()
+    env = {"JAX_PLATFORMS": "no_such_platform", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "nanochat_jax.sft", "--help"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr
+    assert time.perf_counter() - began < 20  # 2 s on an idle machine
+    assert "--max-seq-len INT   tokens in a row; default: inherited" in done.stdout
+    assert "None" not in done.stdout
+
+
+def test_every_flag_has_help():
+    source = Path(sft.__file__).read_text().split("class SFTConfig")[1].split("INHERITED")[0]
+    fields = [line for line in source.splitlines() if line.startswith("    ") and " = " in line and ": " in line]
+    assert len(fields) == len(sft.SFTConfig.__dataclass_fields__)
+    assert [line for line in fields if "  # " not in line] == []
+
+
+def test_a_wrong_value_ends_without_a_traceback(base):
+    command = [sys.executable, "-m", "nanochat_jax.sft", "--device-type", "mps"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: --device-type=mps") and done.stderr.count("\n") == 1

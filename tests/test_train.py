@@ -1,0 +1,139 @@
+"""The train step: the same numbers on any devices and any split of the batch, and nothing learnt from a NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.optim import default_groups, make_optimizer
+from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, to_global
+from nanochat_jax.train import abstract_state, init_state, make_train_step, place
+from tests.models import random_batch, random_params, tiny_config
+
+CONFIG = tiny_config()
+GROUPS = default_groups(64, embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.1)
+
+
+def run(batches, mesh=None, replicate=False, config=CONFIG, **options):
+    """Losses, last metrics and final state of a few steps."""
+    mesh = mesh or make_mesh("data=1")
+    tx = make_optimizer(GROUPS)
+    with jax.set_mesh(mesh):
+        like = abstract_state(config, tx, mesh, replicate)
+        state = place(init_state(random_params(config), tx), like)
+        step = make_train_step(config, tx, like, mesh, **options)
+        losses = []
+        for batch in batches:
+            state, metrics = step(state, to_global(batch, mesh), np.float32(1.0), np.float32(0.9))
+            losses.append(float(metrics["loss"]))
+        assert step._cache_size() == 1, "the step was compiled again"
+    return losses, metrics, state
+
+
+def batches(A=1, B=8, count=3):
+    return [random_batch(CONFIG, A, B, seed=seed) for seed in range(count)]
+
+
+def regroup(batch, A):
+    return {k: v.reshape(A, -1, v.shape[-1]) for k, v in batch.items()}
+
+
+def test_the_loss_falls_on_a_repeated_batch():
+    losses, _, state = run(batches(count=1) * 8)
+    assert losses[-1] < 0.7 * losses[0] and state.step == 8
+
+
+@pytest.mark.parametrize(
+    ("spec", "replicate"),
+    [
+        ("data=8", False),
+        ("data=8", True),
+        ("data=4,model=2", False),
+        ("data=2,model=4", False),
+        ("data=1,model=8", False),
+    ],
+)
+def test_eight_devices_train_like_one(spec, replicate):
+    alone = run(batches(A=2))
+    together = run(batches(A=2), make_mesh(spec), replicate)
+    np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
+    np.testing.assert_allclose(together[1]["grad_norm"], alone[1]["grad_norm"], rtol=1e-4)
+
+
+def test_accumulation_does_not_change_the_numbers():
+    whole = run(batches(A=1))
+    for A in (2, 4):
+        split = run([regroup(batch, A) for batch in batches(A=1)])
+        np.testing.assert_allclose(split[0], whole[0], rtol=1e-5)
+
+
+def test_the_mean_per_micro_batch_weighs_micro_batches_alike():
+    batch = batches(A=2, count=1)
+    batch[0]["weights"][0, 1:] = 0  # few trained tokens in the first
+    (loss,), metrics, _ = run(batch, per_micro_batch=True)
+    alone = [run([{k: v[i : i + 1] for k, v in batch[0].items()}])[0][0] for i in range(2)]
+    np.testing.assert_allclose(metrics["micro_losses"], alone, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.mean(alone), rtol=1e-5)
+    assert abs(run(batch)[0][0] - loss) > 1e-4  # the global mean is another number
+
+
+def test_a_batch_without_a_trained_token_costs_nothing():
+    empty = batches(count=1)
+    empty[0]["weights"][:] = 0
+    losses, metrics, _ = run(empty)
+    assert losses == [0.0] and metrics["ok"] == 1 and metrics["tokens"] == 0
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted():
+    good, bad = batches(count=1)[0], batches(count=1)[0]
+    bad["weights"] = bad["weights"] * np.float32(np.inf)
+    before = run([good])[2]
+    losses, metrics, after = run([good, bad, bad])
+    assert metrics["ok"] == 0 and after.bad_steps == 2 and after.step == 3
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+    assert run([good, bad, good])[2].bad_steps == 0
+
+
+def test_two_runs_are_equal_bit_for_bit_on_eight_devices():
+    mesh = make_mesh("data=4,model=2")
+    first, second = run(batches(), mesh)[2], run(batches(), mesh)[2]
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_large_leaves_are_sharded_and_their_optimizer_state_with_them():
+    mesh = make_mesh("data=4,model=2")
+    state = run(batches(count=1), mesh)[2]
+    w = state.params["blocks"][0]["mlp"]["c_fc"]
+    assert w.sharding.spec == ("model", "data") and w.addressable_shards[0].data.size == w.size // 8
+    momentum = state.opt_state.inner_states["matrix"].inner_state[0].momentum["blocks"][0]["mlp"]["c_fc"]
+    assert momentum.sharding == w.sharding
+
+
+def test_every_parameter_has_a_rule_and_an_unknown_one_is_named():
+    specs = by_path(random_params(CONFIG), PARAM_SPECS)
+    assert specs["wte"] == ("model", "data")
+    with pytest.raises(ValueError, match="'odd/one'"):
+        param_shardings({"odd": {"one": jnp.zeros(3)}}, make_mesh("data=8"))
+
+
+def test_a_mesh_that_cannot_be_built_is_refused():
+    for spec in ("data=3,model=4", "rows=2", "data=x", "data=0"):
+        with pytest.raises(ValueError, match="--mesh"):
+            make_mesh(spec)
+    assert dict(make_mesh("model=2").shape) == {"data": 4, "model": 2}
+
+
+def test_an_array_of_another_shape_is_named():
+    tx, mesh = make_optimizer(GROUPS), make_mesh("data=1")
+    like = abstract_state(CONFIG, tx, mesh)
+    params = random_params(CONFIG)
+    params["wte"] = params["wte"][:5]
+    with pytest.raises(ValueError, match="wte must have shape"):
+        place(params, like.params)
+
+
+def test_bfloat16_compute_trains_float32_weights():
+    losses, _, state = run(batches(count=1) * 6, dtype=jnp.bfloat16)
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))

@@ -1,0 +1,161 @@
+"""Kill a training run at random moments, resume it each time, and compare its end with that of a run left alone.
+
+python tools/kill_resume.py                                    # 1 and 8 CPU devices, SIGKILL and SIGTERM: 10 minutes
+python tools/kill_resume.py --devices 8 --signals KILL --kills 3
+
+Prints a JSON line for every case, then a summary; exits with 1 where anything differs by a bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for tests.tiny
+
+
+def make_base(base: Path) -> list[str]:
+    """A base directory to train in, from the golden files where they are, else tiny and random -> flags of the run."""
+    golden = Path(os.environ.get("NANOCHAT_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if (golden / "checkpoints" / "c1_master").is_dir():
+        shutil.copytree(golden / "checkpoints" / "c1_master", base, dirs_exist_ok=True)
+        shutil.copytree(golden / "sft_run" / "task_data", base / "task_data")
+        return ["--mmlu-epochs", "2", "--gsm8k-epochs", "2", "--total-batch-size", "2048", "--eval-tokens", "2048"]
+    from tests import tiny
+
+    tiny.write_base(base)
+    return tiny_flags(base)
+
+
+def tiny_flags(base: Path) -> list[str]:
+    from tests import tiny
+
+    files = [tiny.write_conversations(base / f"{name}.jsonl", seed=i) for i, name in enumerate(("train", "val"))]
+    return [*tiny.FLAGS, "--custom-json", str(files[0]), "--val-json", str(files[1]), "--eval-tokens", "512"]
+
+
+def start(base: Path, tag: str, devices: int, flags: list[str]) -> subprocess.Popen:
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "nanochat_jax.sft", "--output-tag", tag, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, **pipes)
+
+
+def run_until(process: subprocess.Popen, pattern: str, delay: float, number: int) -> tuple[int, str]:
+    """Send the signal `delay` seconds after the first line with `pattern` -> (exit code, everything it printed)."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            time.sleep(delay)
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate()
+    return process.returncode, "".join(lines) + rest
+
+
+def at_step(step: int, total: int) -> str:
+    """Pattern of the lines of this step and those after it; the console is one step behind the device."""
+    return "step 0*(" + "|".join(map(str, range(step, total + 1))) + ")/"
+
+
+def unfinished(folder: Path) -> bool:
+    """A save was interrupted: it has not been moved to its place, or not been sealed."""
+    steps = [p for p in folder.glob("[0-9]*") if p.is_dir()]
+    return any(not (p / "INTEGRITY.json").exists() for p in steps)
+
+
+def killed_run(base: Path, tag: str, devices: int, flags: list[str], number: int, kills: int, total: int, rng) -> dict:
+    """Train to the end through `kills` interruptions: at random steps, every fourth at a random moment of starting."""
+    folder = base / "chatsft_checkpoints" / tag
+    steps = sorted(rng.randint(1, total - 1) for _ in range(kills))
+    codes, in_save, resumed = [], 0, []
+    for i, step in enumerate(steps):
+        pattern, delay = (".", rng.uniform(0, 5)) if i % 4 == 3 else (at_step(step, total), rng.uniform(0, 0.6))
+        code, output = run_until(start(base, tag, devices, [*flags, "--resume"]), pattern, delay, number)
+        codes.append(code)
+        in_save += unfinished(folder)
+        resumed += re.findall(r"from step (\d+)", output)
+        if code == 0:
+            break
+        if "error:" in output or "Traceback" in output:
+            raise SystemExit(output)
+    last = start(base, tag, devices, [*flags, "--resume"])
+    output, _ = last.communicate()
+    if last.returncode:
+        raise SystemExit(output)
+    resumed += re.findall(r"from step (\d+)", output)
+    return {"exit_codes": codes, "in_the_middle_of_a_save": in_save, "resumed_from": [int(s) for s in resumed]}
+
+
+def difference(one: Path, other: Path, total: int) -> dict:
+    """What differs between the ends of two runs: arrays by name, steps by their recorded loss."""
+    from nanochat_jax import checkpoint, metrics
+
+    arrays, compared = [], 0
+    for item in ("params", "optimizer"):
+        a, b = (checkpoint.read_arrays(folder / str(total), item) for folder in (one, other))
+        if a.keys() != b.keys():
+            raise SystemExit(f"{item}: {sorted(a.keys() ^ b.keys())} is in one run only")
+        arrays += [f"{item}/{name}" for name in a if np.asarray(a[name]).tobytes() != np.asarray(b[name]).tobytes()]
+        compared += len(a)
+    a, b = (
+        {r["step"]: r["loss"] for r in metrics.read_metrics(folder / "metrics.jsonl") if "loss" in r}
+        for folder in (one, other)
+    )
+    steps = [step for step in sorted(a.keys() | b.keys()) if a.get(step) != b.get(step)]
+    return {"arrays_compared": compared, "arrays_that_differ": arrays, "steps_whose_loss_differs": steps}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--save-every", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        flags = make_base(base)
+        flags += ["--num-iterations", str(args.steps), "--save-every", str(args.save_every), "--eval-every", "20"]
+        for devices in args.devices:
+            flags_now = [*flags, "--device-batch-size", "1"]
+            began = time.perf_counter()
+            alone = start(base, f"alone{devices}", devices, flags_now)
+            output, _ = alone.communicate()
+            if alone.returncode:
+                raise SystemExit(output)
+            seconds = time.perf_counter() - began
+            for name in args.signals:
+                number, tag = getattr(signal, f"SIG{name}"), f"{name.lower()}{devices}"
+                rng = random.Random(args.seed + devices)
+                case = {"devices": devices, "signal": name, "uninterrupted_seconds": round(seconds, 1)}
+                case |= killed_run(base, tag, devices, flags_now, number, args.kills, args.steps, rng)
+                runs = base / "chatsft_checkpoints"
+                case |= difference(runs / f"alone{devices}", runs / tag, args.steps)
+                case["identical"] = not case["arrays_that_differ"] and not case["steps_whose_loss_differs"]
+                print(json.dumps(case), flush=True)
+                results.append(case)
+    same = sum(case["identical"] for case in results)
+    kills = sum(len(case["exit_codes"]) for case in results)
+    print(f"{same} of {len(results)} cases end bit-identical to the uninterrupted run, after {kills} kills")
+    return 0 if same == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
