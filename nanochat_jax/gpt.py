@@ -141,8 +141,8 @@ class Attention(nnx.Module):
         v = linear(h, self.c_v).reshape(B, T, c.n_kv_head, c.head_dim)
         if hasattr(self, "value_embed"):
             gate = c.value_embed_scale * jax.nn.sigmoid(linear(h[..., : c.value_gate_channels], self.ve_gate))
-            embed = self.value_embed[...][ids].astype(v.dtype).reshape(v.shape)
-            v = v + gate[..., None] * embed
+            embed = constrain_batch(self.value_embed[...][ids]).astype(v.dtype)
+            v = v + gate[..., None] * embed.reshape(v.shape)
         q, k = (rotate_and_scale(x, rope, c.qk_scale) for x in (q, k))
         if cache is not None:
             k, v = (stored.at[write].set(new.astype(stored.dtype)) for stored, new in zip(cache, (k, v)))
@@ -223,8 +223,8 @@ class GPT(nnx.Module):
         rope = rotary(positions, c.head_dim, c.rope_base)
         k_starts = {w: first_key(document_start, positions, w) for w in set(c.windows)}  # once, not once a layer
 
-        e = rms_norm(self.wte[...][ids].astype(self.dtype))
-        x = x0 = constrain_batch(self._smear(e, before, positions == document_start) if c.smear else e)
+        e = rms_norm(constrain_batch(self.wte[...][ids]).astype(self.dtype))
+        x = x0 = self._smear(e, before, positions == document_start) if c.smear else e
         layers = []
         for i, block in enumerate(self.blocks):
             if c.residual_lambdas:

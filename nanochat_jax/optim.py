@@ -97,8 +97,7 @@ def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientT
         b1, b2 = np.float32(group.b1), np.float32(group.b2)
         return optax.chain(
             optax.scale_by_adam(b1, b2, group.eps),
-            optax.add_decayed_weights(group.weight_decay),
-            scale_by_rate(group.lr),
+            decay_and_rate(group.weight_decay, group.lr),
         )
 
     return optax.partition({name: transform(group) for name, group in groups.items()}, group_labels)
@@ -109,11 +108,12 @@ def group_labels(params: Any) -> Any:
     return by_path(params, GROUP_OF)
 
 
-def scale_by_rate(lr: float) -> optax.GradientTransformationExtraArgs:
-    """updates * -lr * lr_multiplier."""
+def decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformationExtraArgs:
+    """AdamW's end: p <- p (1 - rate wd) - rate u, rounded in this order, as in nanochat; rate = lr * lr_multiplier."""
 
-    def update(updates, state, params=None, *, lr_multiplier, **_):
-        return jax.tree.map(lambda u: -lr * lr_multiplier * u, updates), state
+    def update(updates, state, params, *, lr_multiplier, **_):
+        rate = lr * lr_multiplier
+        return jax.tree.map(lambda u, p: (p * (1 - rate * weight_decay) - rate * u) - p, updates, params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

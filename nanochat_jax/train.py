@@ -115,7 +115,7 @@ def make_train_step(
             losses = loss[None]
         else:
             grads, losses = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), batch)
-        loss, grad_norm = jnp.sum(losses), optax.global_norm(grads)
+        loss, grad_norm = jnp.sum(losses), optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, lr_multiplier=lr_multiplier, muon_momentum=muon_momentum

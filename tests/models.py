@@ -44,5 +44,3 @@ def random_batch(config: GPTConfig, A: int = 1, B: int = 8, T: int = 32, seed: i
         "weights": (rng.random((A, B, T)) < 0.5).astype(np.float32),
         "document_start": np.maximum.accumulate(starts, -1).astype(np.int32),
     }
-
-

@@ -31,9 +31,8 @@ def test_the_definition_is_a_softmax_over_an_interval_of_keys():
         np.testing.assert_allclose(got[b, t, n], p / p.sum() @ v[b, keys, n // 2], atol=1e-5)
 
 
-@pytest.mark.parametrize(("T", "window"), [(40, -1), (40, 7), (300, -1), (300, 64), (300, 200), (1100, 130)])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("T", "window"), [(40, 7), (300, -1), (300, 200)])
+@pytest.mark.parametrize(("documents", "N", "K"), [(False, 4, 4), (True, 4, 2), (True, 3, 1)])
 def test_chunked_equals_the_definition_in_values_and_gradients(T, window, documents, N, K):
     q, k, v, k_start = draw(T=T, N=N, K=K, documents=documents)
     k_start = with_window(k_start, window)

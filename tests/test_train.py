@@ -1,32 +1,40 @@
 """The train step: the same numbers on any devices and any split of the batch, and nothing learnt from a NaN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.optim import default_groups, make_optimizer
 from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, to_global
 from nanochat_jax.train import abstract_state, init_state, make_train_step, place
 from tests.models import random_batch, random_params, tiny_config
 
-CONFIG = tiny_config()
+CONFIG = tiny_config(n_layer=2, windows=(7, -1))
 GROUPS = default_groups(64, embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.1)
 
 
-def run(batches, mesh=None, replicate=False, config=CONFIG, **options):
-    """Losses, last metrics and final state of a few steps."""
-    mesh = mesh or make_mesh("data=1")
-    tx = make_optimizer(GROUPS)
+@functools.cache  # compiling takes seconds: tests share their steps
+def build(spec, replicate, **options):
+    tx, mesh = make_optimizer(GROUPS), make_mesh(spec)
     with jax.set_mesh(mesh):
-        like = abstract_state(config, tx, mesh, replicate)
-        state = place(init_state(random_params(config), tx), like)
-        step = make_train_step(config, tx, like, mesh, **options)
-        losses = []
+        like = abstract_state(CONFIG, tx, mesh, replicate)
+        return tx, mesh, like, make_train_step(CONFIG, tx, like, mesh, **options)
+
+
+def run(batches, spec="data=1", replicate=False, **options):
+    """Losses, last metrics and final state of a few steps."""
+    tx, mesh, like, step = build(spec, replicate, **options)
+    with jax.set_mesh(mesh):
+        state, losses, compiled = place(init_state(random_params(CONFIG), tx), like), [], None
         for batch in batches:
             state, metrics = step(state, to_global(batch, mesh), np.float32(1.0), np.float32(0.9))
             losses.append(float(metrics["loss"]))
-        assert step._cache_size() == 1, "the step was compiled again"
+            compiled = compiled or step._cache_size()
+        assert step._cache_size() == compiled, "the step was compiled again"
     return losses, metrics, state
 
 
@@ -49,22 +57,20 @@ def test_the_loss_falls_on_a_repeated_batch():
         ("data=8", False),
         ("data=8", True),
         ("data=4,model=2", False),
-        ("data=2,model=4", False),
         ("data=1,model=8", False),
     ],
 )
 def test_eight_devices_train_like_one(spec, replicate):
     alone = run(batches(A=2))
-    together = run(batches(A=2), make_mesh(spec), replicate)
+    together = run(batches(A=2), spec, replicate)
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(together[1]["grad_norm"], alone[1]["grad_norm"], rtol=1e-4)
 
 
 def test_accumulation_does_not_change_the_numbers():
     whole = run(batches(A=1))
-    for A in (2, 4):
-        split = run([regroup(batch, A) for batch in batches(A=1)])
-        np.testing.assert_allclose(split[0], whole[0], rtol=1e-5)
+    split = run([regroup(batch, 2) for batch in batches(A=1)])
+    np.testing.assert_allclose(split[0], whole[0], rtol=1e-5)
 
 
 def test_the_mean_per_micro_batch_weighs_micro_batches_alike():
@@ -86,9 +92,9 @@ def test_a_batch_without_a_trained_token_costs_nothing():
 
 def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted():
     good, bad = batches(count=1)[0], batches(count=1)[0]
-    bad["weights"] = bad["weights"] * np.float32(np.inf)
+    bad["weights"][0, 0, 0] = np.inf
     before = run([good])[2]
-    losses, metrics, after = run([good, bad, bad])
+    _, metrics, after = run([good, bad, bad])
     assert metrics["ok"] == 0 and after.bad_steps == 2 and after.step == 3
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
@@ -96,23 +102,21 @@ def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted():
 
 
 def test_two_runs_are_equal_bit_for_bit_on_eight_devices():
-    mesh = make_mesh("data=4,model=2")
-    first, second = run(batches(), mesh)[2], run(batches(), mesh)[2]
+    first, second = (run(batches(A=2), "data=4,model=2")[2] for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 def test_large_leaves_are_sharded_and_their_optimizer_state_with_them():
-    mesh = make_mesh("data=4,model=2")
-    state = run(batches(count=1), mesh)[2]
+    state = run(batches(A=2, count=1), "data=4,model=2")[2]
     w = state.params["blocks"][0]["mlp"]["c_fc"]
-    assert w.sharding.spec == ("model", "data") and w.addressable_shards[0].data.size == w.size // 8
+    assert w.sharding.spec == P("model", "data") and w.addressable_shards[0].data.size == w.size // 8
     momentum = state.opt_state.inner_states["matrix"].inner_state[0].momentum["blocks"][0]["mlp"]["c_fc"]
     assert momentum.sharding == w.sharding
 
 
 def test_every_parameter_has_a_rule_and_an_unknown_one_is_named():
     specs = by_path(random_params(CONFIG), PARAM_SPECS)
-    assert specs["wte"] == ("model", "data")
+    assert specs["wte"] == P("model", "data")
     with pytest.raises(ValueError, match="'odd/one'"):
         param_shardings({"odd": {"one": jnp.zeros(3)}}, make_mesh("data=8"))
 
