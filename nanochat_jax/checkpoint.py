@@ -90,6 +90,16 @@ class Saver:
             self._error = e
 
 
+def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] | None, meta: dict) -> None:
+    """One sealed checkpoint folder <tag>/<step>, at once; a leftover that is not intact is replaced."""
+    if target.exists():
+        discard(target)
+    arrays = {"params": params} | ({"optimizer": optimizer} if optimizer else {})
+    with _orbax():
+        ocp.save_checkpointables(target, jax.tree.map(jnp.asarray, arrays) | {"meta": meta})
+    seal(target)
+
+
 def discard(folder: Path) -> None:
     """Delete a checkpoint; one that is deleted by half, because the process was killed, does not look like one."""
     doomed = folder.with_name(f"{folder.name}.deleted")

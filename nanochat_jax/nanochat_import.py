@@ -5,14 +5,19 @@ a tuple such as ("blocks", 0, "attn", "c_q"), written "blocks/0/attn/c_q". Eras 
 numbers that no file records (rotary base, query/key scale, window rule); the first tells which era a file is from.
 """
 
+import dataclasses
 import json
 import math
 import re
+import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import tyro
 
+from nanochat_jax.common import print0
 from nanochat_jax.gpt import SMEAR_CHANNELS, GPTConfig
 from nanochat_jax.safe_pickle import Refused, read_pt
 
@@ -290,3 +295,68 @@ def _listed(names: list) -> str:
 
 def _shown(value: object) -> str:
     return json.dumps(value, default=repr)[:60]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    """Convert every model in a nanochat base directory, once; reading them in place works too."""
+
+    src: tyro.conf.Positional[Path]  # nanochat's base directory (it holds base_checkpoints/, tokenizer/, ...)
+    to: Path  # base directory to write, ours from then on
+    logit_cap: float = 15.0  # 20 for models trained 2026-03-02 to 03-09, which cannot be told from the files
+
+
+def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0) -> int:
+    """Write every model under `src` (optimizer state included) and the tokenizer into `to` -> how many models.
+
+    A model that is there already and intact is left alone, so an interrupted conversion goes on where it stopped.
+    FileNotFoundError: `src` holds no model. FileExistsError: `to` holds another tokenizer.
+    """
+    from nanochat_jax import checkpoint, optim  # checkpoint reads nanochat's files through this module
+    from nanochat_jax.tokenizer import Tokenizer
+
+    models = [
+        (source, folder, step)
+        for source, name in checkpoint.SOURCES.items()
+        for folder in sorted((src / name).glob("*/"))
+        if any(folder.glob("model_*.pt"))
+        for step in find_steps(folder)
+    ]
+    if not models:
+        raise FileNotFoundError(
+            f"{src} holds no model of nanochat's: it must be a base directory (base_checkpoints/...)"
+        )
+    tokenizer = Tokenizer.load(src / "tokenizer")
+    if (to / "tokenizer").exists() and Tokenizer.load(to / "tokenizer").digest() != tokenizer.digest():
+        raise FileExistsError(f"{to}/tokenizer is another tokenizer: convert to another folder with --to")
+    tokenizer.save(to / "tokenizer")
+    for source, folder, step in models:
+        target = to / checkpoint.SOURCES[source] / folder.name / str(step)
+        if checkpoint.is_intact(target):
+            log(f"{target} is there already")
+            continue
+        config, params, meta = read_model(folder, step, logit_cap)
+        meta |= {"step": step, "model_config": dataclasses.asdict(config), "tokenizer": tokenizer.digest()}
+        rates = dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr"), 0.0)
+        empty = optim.default_groups(config.n_embd, **rates)
+        warm = checkpoint.load_optimizer(checkpoint.Found(folder, step, False), config, empty)
+        if warm:
+            groups, arrays = warm
+            fields = {name: dataclasses.asdict(group) for name, group in groups.items()}
+            meta["optimizer_groups"] = {name: {k: v for k, v in f.items() if k != "lr"} for name, f in fields.items()}
+        checkpoint.write(target, checkpoint.flat(params), arrays if warm else None, meta)
+        log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if warm else " (no optimizer state)"))
+    return len(models)
+
+
+def main() -> None:
+    config = tyro.cli(ImportConfig, prog="python -m nanochat_jax.nanochat_import")
+    try:
+        count = convert(config.src, config.to.absolute(), config.logit_cap)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    print0(f"{count} models in {config.to}; use them with NANOCHAT_BASE_DIR={config.to}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import pytest
 from nanochat_jax import checkpoint
 from tests import tiny
 
-STEPS = 24
+STEPS = 16
 
 spec = importlib.util.spec_from_file_location("kill_resume", Path(__file__).parents[1] / "tools" / "kill_resume.py")
 kill_resume = importlib.util.module_from_spec(spec)
@@ -24,11 +24,6 @@ def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
     tiny.write_base(base)
     return base
-
-
-@pytest.fixture(autouse=True)
-def compile_everything_once(monkeypatch):
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def flags(base, save_every=2):
@@ -58,7 +53,7 @@ def assert_identical(one, other):
     assert found == {"arrays_that_differ": [], "steps_whose_loss_differs": []}
 
 
-@pytest.mark.parametrize(("devices", "kills"), [(1, 3), (8, 2)])
+@pytest.mark.parametrize(("devices", "kills"), [(1, 2), (8, 1)])
 def test_a_run_that_is_killed_at_random_moments_ends_bit_identical(base, alone, devices, kills):
     folder = base / "chatsft_checkpoints" / f"kill{devices}"
     rng = random.Random(devices)

@@ -49,17 +49,22 @@ def run(argv) -> int | str:
     return stop.value.code
 
 
+def run_alone(base, argv) -> str:
+    """What a run in a process of its own prints, with two devices to choose from."""
+    command = [sys.executable, "-m", "nanochat_jax.sft", *argv]
+    env = {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     """(folder, output) of a run of 3 steps from the command line with a --config file and an overriding flag."""
     preset = tmp_path_factory.mktemp("preset") / "preset.toml"
     preset.write_text("matrix_lr = 0.5\nsave_every = 2\neval_every = 2\nscalar_lr = 0.25\n")
     argv = arguments(base, "trained", "--config", str(preset), "--matrix-lr", "0.03")
-    command = [sys.executable, "-m", "nanochat_jax.sft", *argv]
-    env = {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return base / "chatsft_checkpoints" / "trained", done.stdout
+    return base / "chatsft_checkpoints" / "trained", run_alone(base, argv)
 
 
 def copy_of(trained, tag):
@@ -148,14 +153,13 @@ def test_a_run_that_is_done_can_be_resumed_and_has_nothing_to_do(base, trained, 
     assert checkpoint.sealed_steps(folder) == [2, 3]
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, trained, capsys):
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, trained):
     folder = copy_of(trained, "damaged")
     data = next(p for p in (folder / "3" / "params").rglob("*") if p.is_file() and p.stat().st_size > 10_000)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    assert run(["--resume", "--output-tag", "damaged", "--mesh", "data=1", "--eval-every", "-1"]) == 0
-    out = capsys.readouterr().out
+    out = run_alone(base, ["--resume", "--output-tag", "damaged", "--mesh", "data=1", "--eval-every", "-1"])
     assert f"WARNING: checkpoint {folder}/3 is damaged; using the one before it" in out
     assert f"Resuming {folder} from step 2" in out
     assert "NOTE: --eval-every=-1 overrides the checkpoint's value of 2" in out
