@@ -125,9 +125,10 @@ class RowSource:
         return epoch + 1, within / self.rows_in_epoch(epoch) if within else 0.0
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the rows: a row number saved under another one means other data."""
+        """Hash of the tokens and of how they are packed: a row number saved under another one means other data."""
         digest = hashlib.sha256(self.store.pairs.tobytes())
-        digest.update(repr(([cache.key for cache in self.store.caches], self.T, self.seed, self.buffer_size)).encode())
+        content = [cache.content for cache in self.store.caches]
+        digest.update(repr((content, self.T, self.seed, self.buffer_size)).encode())
         return digest.hexdigest()
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:

@@ -338,7 +338,7 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
         config, params, meta = read_model(folder, step, logit_cap)
         meta |= {"step": step, "model_config": dataclasses.asdict(config), "tokenizer": tokenizer.digest()}
         rates = dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr"), 0.0)
-        empty = optim.default_groups(config.n_embd, **rates)
+        empty = optim.groups_in_use(optim.default_groups(config.n_embd, **rates), params)
         warm = checkpoint.load_optimizer(checkpoint.Found(folder, step, False), config, empty)
         if warm:
             groups, arrays = warm

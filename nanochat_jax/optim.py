@@ -77,6 +77,12 @@ def default_groups(
     }
 
 
+def groups_in_use(groups: Groups, params: Any) -> Groups:
+    """Those that the model has a parameter of: nanochat's older eras have no smear, no lambdas, no value embeddings."""
+    used = set(jax.tree.leaves(group_labels(params)))
+    return {name: group for name, group in groups.items() if name in used}
+
+
 def scale_rates(groups: Groups, factor: float) -> Groups:
     """Every group with its rate times `factor` (nanochat's --init-lr-frac)."""
     return {name: dataclasses.replace(group, lr=group.lr * factor) for name, group in groups.items()}

@@ -135,7 +135,7 @@ class Run:
         self.model_config, self.params, _ = checkpoint.load_params(self.base)
         rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
         groups = optim.default_groups(self.model_config.n_embd, **rates, weight_decay=cfg.weight_decay or 0.0)
-        self.groups = optim.scale_rates(groups, cfg.init_lr_frac)
+        self.groups = optim.scale_rates(optim.groups_in_use(groups, self.params), cfg.init_lr_frac)
         warm = checkpoint.load_optimizer(self.base, self.model_config, self.groups) if cfg.load_optimizer else None
         if warm:
             self.groups, self.optimizer = warm

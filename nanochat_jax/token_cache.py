@@ -46,6 +46,7 @@ class TokenCache:
                     raise Damaged(f"{file} has {found:,} bytes instead of {size:,}")
                 if _checksum(folder / file) != checksum:
                     raise Damaged(f"the content of {file} has changed since it was written")
+            self.content = [meta["files"][file]["checksum"] for file in FILES]  # what was rendered, however it was made
             self.ids, self.mask, self.offsets, self.trained = (
                 np.asarray(np.load(folder / f, mmap_mode="r"))
                 for f in FILES  # plain views: memmap's own slicing is slow

@@ -116,10 +116,10 @@ def make_train_step(
         else:
             grads, losses = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), batch)
         loss, grad_norm = jnp.sum(losses), optax.tree.norm(grads)
-        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, lr_multiplier=lr_multiplier, muon_momentum=muon_momentum
         )
+        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-MIN_BLOCK = 128
+MIN_BLOCK = 64
 MAX_BLOCKS = 8  # blocks are unrolled, because each has its own static range of keys; more would cost compile time
 
 
