@@ -91,9 +91,11 @@ class Saver:
 
 
 def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] | None, meta: dict) -> None:
-    """One sealed checkpoint folder <tag>/<step>, at once; a leftover that is not intact is replaced."""
+    """One sealed checkpoint folder <tag>/<step>, at once; what killed calls left of it is replaced."""
     if target.exists():
         discard(target)
+    for leftover in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     arrays = {"params": params} | ({"optimizer": optimizer} if optimizer else {})
     with _orbax():
         ocp.save_checkpointables(target, jax.tree.map(jnp.asarray, arrays) | {"meta": meta})
@@ -176,6 +178,14 @@ def read_meta(folder: Path) -> dict:
     """The `meta` of a checkpoint folder <tag>/<step>."""
     with _orbax():
         return ocp.load_checkpointables(folder, {"meta": None})["meta"]
+
+
+def converted_from(folder: Path) -> str | None:
+    """sha256 of the file that a checkpoint was converted from, sealed or not; None where it was not, or is damaged."""
+    try:
+        return read_meta(folder).get("converted_from")
+    except Exception:  # whatever Orbax makes of a damaged folder
+        return None
 
 
 def read_arrays(folder: Path, item: str) -> dict[str, np.ndarray]:
@@ -262,8 +272,10 @@ def peek_meta(found: Found) -> dict:
         return read_meta(found.folder / str(found.step))
     meta = _read_meta(_meta_file(found.folder, found.step))
     for size in ("n_layer", "sequence_len", "vocab_size"):
-        if not isinstance(meta["model_config"].get(size), int):
-            raise ValueError(f"{_meta_file(found.folder, found.step)}: model_config must have an integer {size}")
+        value = meta["model_config"].get(size)
+        if type(value) is not int or value < 1:
+            message = f"model_config must have an integer {size} of at least 1, got {value!r:.60}"
+            raise ValueError(f"{_meta_file(found.folder, found.step)}: {message}")
     return meta
 
 

@@ -6,6 +6,7 @@ Precedence: flag > --config FILE.toml > what the checkpoint recorded > default. 
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -79,7 +80,7 @@ def inherit(cfg: Any, recorded: Mapping[str, Any], fallbacks: Mapping[str, Any],
     """
     for name, fallback in fallbacks.items():
         ours, theirs = getattr(cfg, name), recorded.get(name)
-        if not isinstance(theirs, int | type(fallback)):  # absent, or no number that could be used
+        if isinstance(theirs, bool) or not isinstance(theirs, int | type(fallback)):  # absent, or no number to use
             theirs = None
         if ours is None and theirs is not None:
             cfg = dataclasses.replace(cfg, **{name: theirs})
@@ -104,6 +105,11 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
     """Exit with what main(cfg) returns; what can go wrong in a user's hands ends with a sentence, not a traceback."""
     try:
         sys.exit(main(cfg))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it exits
+        sys.exit(
+            "error: whoever read the output has closed it, so the run has stopped; write to a file instead of a pipe"
+        )
     except (ValueError, OSError, MemoryError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from nanochat_jax.attention import attention
+from nanochat_jax.loss import capped_logits
 from nanochat_jax.sharding import constrain_batch
 
 SMEAR_CHANNELS = 24
@@ -49,15 +50,21 @@ class GPTConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "windows", tuple(self.windows))  # JSON gives lists; the config must be hashable
-        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
+        D, N, K = self.n_embd, self.n_head, self.n_kv_head
+        if D % N or N % K or (D // N) % 2:
             raise ValueError(
                 "n_embd must be an even multiple of n_head, and n_head a multiple of n_kv_head, "
-                f"got {self.n_embd=} {self.n_head=} {self.n_kv_head=}"
+                f"got n_embd {D}, n_head {N}, n_kv_head {K}"
             )
+        gates = max(SMEAR_CHANNELS * self.smear, self.value_gate_channels * (self.value_embed_scale != 0))
+        if gates > D:
+            raise ValueError(f"n_embd must be at least the {gates} channels that a gate reads, got {D}")
         if len(self.windows) != self.n_layer:
-            raise ValueError(f"windows needs one entry a layer, got {len(self.windows)} for {self.n_layer=}")
+            raise ValueError(f"windows needs one entry a layer, got {len(self.windows)} for {self.n_layer} layers")
         if self.padded_vocab < self.vocab_size:
-            raise ValueError(f"padded_vocab must be at least vocab_size, got {self.padded_vocab=} {self.vocab_size=}")
+            raise ValueError(f"padded_vocab must be at least vocab_size {self.vocab_size}, got {self.padded_vocab}")
+        if not 0 < self.logit_cap <= 60:  # the loss takes exp(logit) in float32 without a shift: loss.pick_logprob
+            raise ValueError(f"logit_cap must be above 0 and at most 60, got {self.logit_cap}")
 
     @property
     def head_dim(self) -> int:
@@ -134,6 +141,8 @@ class Attention(nnx.Module):
             self.value_embed = weight(rngs, uniform(bound), config.padded_vocab, config.kv_dim)
 
     def __call__(self, h, ids, rope, k_start, k_last, cache, write):
+        """h [B,T,D], ids [B,T] -> ([B,T,D], cache). cache: this layer's k and v [B,S,K,H], which take the new ones at
+        the indices `write`, or None. Query t sees the keys k_start..k_last, int32 [B,T] (k_last None: t)."""
         c = self.config
         B, T, _ = h.shape
         q = linear(h, self.c_q).reshape(B, T, c.n_head, c.head_dim)
@@ -160,6 +169,7 @@ class MLP(nnx.Module):
         self.c_proj = weight(rngs, nnx.initializers.zeros, D, 4 * D)
 
     def __call__(self, h):
+        """[B,T,D] -> [B,T,D]"""
         return linear(jnp.square(jax.nn.relu(linear(h, self.c_fc))), self.c_proj)
 
 
@@ -171,6 +181,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x, ids, rope, k_start, k_last, cache, write):
+        """The residual stream x [B,T,D] -> ([B,T,D], cache); the other arguments are those of Attention."""
         y, cache = self.attn(rms_norm(x), ids, rope, k_start, k_last, cache, write)
         x = x + y
         return x + self.mlp(rms_norm(x)), cache
@@ -195,13 +206,13 @@ class GPT(nnx.Module):
             self.backout_lambda = weight(rngs, nnx.initializers.constant(0.2), 1)
 
     def __call__(self, ids: jax.Array, *, document_start: jax.Array | None = None) -> jax.Array:
+        """ids int32 [B,T] -> logits float32 [B,T,V]; document_start as for `hidden`."""
         return self.logits(self.hidden(ids, document_start=document_start)[0])
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states [...,D] -> capped logits float32 [...,V]; rows that pad the vocabulary are left out."""
         head = self.lm_head[...][: self.config.vocab_size].astype(x.dtype)
-        z = jnp.einsum("...D,VD->...V", x, head, preferred_element_type=jnp.float32)
-        return self.config.logit_cap * jnp.tanh(z / self.config.logit_cap)
+        return capped_logits(x, head, self.config.logit_cap)[0]
 
     def hidden(self, ids, *, document_start=None, cache=None, lengths=None):
         """The one forward, for training, prefill and decode -> (hidden states [B,T,D] ready for lm_head, cache).
@@ -209,7 +220,8 @@ class GPT(nnx.Module):
         ids int32 [B,T]. document_start int32 [B,T]: where in the row each token's document begins; attention and smear
         do not look further back (None: the row is one document). With a `cache` (see `empty_cache`) the tokens are
         appended behind the cache's own lengths, row by row; `lengths` int32 [B] says how many of the T are real
-        (default all): the rest is padding on the right, overwritten by the next call.
+        (default all): the rest is padding on the right, overwritten by the next call. What does not fit into the cache
+        is lost without an error: the caller counts.
         """
         B, T = ids.shape
         c = self.config
@@ -253,8 +265,8 @@ class GPT(nnx.Module):
         return (e.astype(jnp.float32) + gate * previous.astype(jnp.float32)).astype(e.dtype)
 
     def empty_cache(self, batch: int, size: int, dtype=None) -> dict:
-        """Room for `size` tokens in each of `batch` rows: per layer k and v [B,S,K,H], filled lengths int32 [B], and
-        the last token's embedding before smearing [B,D]."""
+        """Room for `size` tokens in each of `batch` rows: per layer k and v [B,S,K,H] in `dtype` (default: the compute
+        type), filled lengths int32 [B], and the last token's embedding before smearing [B,D]."""
         c, dtype = self.config, dtype or self.dtype
         zeros = [jnp.zeros((batch, size, c.n_kv_head, c.head_dim), dtype) for _ in range(2 * c.n_layer)]
         return {
@@ -264,13 +276,15 @@ class GPT(nnx.Module):
         }
 
 
-def mix(a, x, b, y):
+def mix(a: jax.Array | float, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
     """a x + b y in float32, in x's type: a bfloat16 lambda would lose its third digit."""
     return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
 
 
 def first_key(document_start: jax.Array, positions: jax.Array, window: int) -> jax.Array:
-    """k_start [B,T]: causal attention, left window and documents as one integer a query (keys k_start..position)."""
+    """k_start int32 [B,T]: causal attention, left window and documents as one integer a query (keys k_start..position).
+
+    document_start [B,T], positions [B or 1, T]; window -1: no limit."""
     return document_start if window < 0 else jnp.maximum(document_start, positions - window)
 
 
@@ -285,8 +299,13 @@ def parameter_counts(config: GPTConfig) -> dict[str, int]:
     groups = {"wte": 0, "value_embeds": 0, "lm_head": 0, "matrices": 0, "scalars": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_gpt(config)[1]):
         name = path[-1].key
-        group = "value_embeds" if name == "value_embed" else name if name in groups else "matrices"
-        groups["scalars" if path[0].key != "blocks" and name not in groups else group] += leaf.size
+        if name == "value_embed":
+            group = "value_embeds"
+        elif name in groups:
+            group = name
+        else:
+            group = "matrices" if path[0].key == "blocks" else "scalars"
+        groups[group] += leaf.size
     return groups | {"total": sum(groups.values())}
 
 

@@ -92,7 +92,7 @@ class Loop:
         mfu = tokens * self.flops_per_token / self.peak_flops if self.peak_flops else math.nan
         record = {
             "loss": loss,
-            "smoothed_loss": self.smoothed.update(loss if ok else math.nan),
+            "smoothed_loss": self.smoothed.update(loss if ok and metrics["tokens"] else math.nan),
             "lr_multiplier": multiplier,
             "grad_norm": float(metrics["grad_norm"]),
             "trained_tokens": int(metrics["tokens"]),

@@ -27,13 +27,17 @@ def capped_logits(x: jax.Array, head: jax.Array, cap: float) -> tuple[jax.Array,
 
 
 def pick_logprob(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log p of each target, log-normaliser). Capped logits lie within +-cap: exp needs no shift by the maximum."""
+    """logits float32 [...,V], targets int32 [...] -> (log p of each target, log-normaliser), float32 [...].
+
+    Capped logits lie within +-cap: exp needs no shift by the maximum."""
     normaliser = jnp.log(jnp.sum(jnp.exp(logits), -1))
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - normaliser, normaliser
 
 
 def token_logprobs(x: jax.Array, lm_head: jax.Array, targets: jax.Array, *, cap: float, vocab_size: int) -> jax.Array:
-    """log p(target), float32 [B,T], from hidden states x [B,T,D], lm_head [>=V,D], targets int32 [B,T]; no gradient."""
+    """log p(target), float32 [B,T], from hidden states x [B,T,D], lm_head [>=V,D], targets int32 [B,T] in 0..V-1.
+
+    No gradient flows: to train on log-probabilities, give `summed_token_loss` a function of them."""
     return _summed(_nothing, cap, vocab_size, x, lm_head, targets, None)[1]
 
 
@@ -63,6 +67,7 @@ def weighted_nll(logp: jax.Array, aux: dict[str, jax.Array]) -> jax.Array:
 
 
 def _nothing(logp, aux):
+    """The token loss of `token_logprobs`."""
     return jnp.zeros_like(logp)
 
 
@@ -130,7 +135,7 @@ def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets
         loss = loss + jnp.sum(jnp.where(real, losses, 0.0))
         if not with_gradient:
             return (loss, dhead), (logp, None)
-        (dlogp,) = pullback(real.astype(jnp.float32))
+        dlogp = jnp.where(real, pullback(jnp.ones_like(losses))[0], 0.0)
         # d logp / d z = (onehot - p)(1 - tanh^2); a weight of 0 gives exact zeros
         hit = jnp.arange(vocab_size)[None, None] == targets[..., None]
         dz = dlogp[..., None] * (hit - jnp.exp(logits - normaliser[..., None])) * (1 - t * t)

@@ -6,6 +6,7 @@ numbers that no file records (rotary base, query/key scale, window rule); the fi
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -310,7 +311,7 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
     """Write every model under `src` (optimizer state included) and the tokenizer into `to` -> how many models.
 
     A model that is there already and intact is left alone, so an interrupted conversion goes on where it stopped.
-    FileNotFoundError: `src` holds no model. FileExistsError: `to` holds another tokenizer.
+    FileNotFoundError: `src` holds no model. FileExistsError: `to` holds another tokenizer or other models.
     """
     from nanochat_jax import checkpoint, optim  # checkpoint reads nanochat's files through this module
     from nanochat_jax.tokenizer import Tokenizer
@@ -332,11 +333,16 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
     tokenizer.save(to / "tokenizer")
     for source, folder, step in models:
         target = to / checkpoint.SOURCES[source] / folder.name / str(step)
+        with open(_file(folder, "model", step, "pt"), "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        if target.exists() and checkpoint.converted_from(target) != digest:
+            raise FileExistsError(f"{target} is another model: remove it, or convert to another folder with --to")
         if checkpoint.is_intact(target):
             log(f"{target} is there already")
             continue
         config, params, meta = read_model(folder, step, logit_cap)
         meta |= {"step": step, "model_config": dataclasses.asdict(config), "tokenizer": tokenizer.digest()}
+        meta["converted_from"] = digest
         rates = dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr"), 0.0)
         empty = optim.groups_in_use(optim.default_groups(config.n_embd, **rates), params)
         warm = checkpoint.load_optimizer(checkpoint.Found(folder, step, False), config, empty)

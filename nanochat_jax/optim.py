@@ -37,6 +37,8 @@ GROUP_OF = [  # parameter path -> learning-rate group
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
+    """A group under AdamW (arXiv 1711.05101). lr is the rate at multiplier 1; decay is lr * weight_decay a step."""
+
     lr: float
     b1: float
     b2: float
@@ -46,6 +48,8 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
+    """A group under Muon (Keller Jordan, 2024) as described above; b2 is the decay of the second moment."""
+
     lr: float
     weight_decay: float
     b2: float = 0.9
@@ -110,7 +114,7 @@ def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientT
 
 
 def group_labels(params: Any) -> Any:
-    """The tree with each parameter's group name in its place."""
+    """The tree with each parameter's group name in its place; ValueError names a parameter without a group."""
     return by_path(params, GROUP_OF)
 
 
@@ -125,6 +129,8 @@ def decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformati
 
 
 class MuonState(NamedTuple):
+    """Trees shaped like the matrices [r,c], in their type."""
+
     momentum: Any  # as the parameter [r,c]
     second: Any  # [r,1] where r >= c, else [1,c]
 
@@ -162,7 +168,7 @@ def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransfo
 
 
 def orthogonalise_all(U: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
-    """Orthogonalise a stack [K,r,c]; over the devices of the data axis where a mesh is in force."""
+    """Orthogonalise a stack [K,r,c] -> float32 [K,r,c]; spread over the data axis where a mesh is in force."""
     shards = data_shards()
     if shards > 1:
         K = U.shape[0]
@@ -197,6 +203,7 @@ def orthogonalise(u: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
 
 
 def _norm(x):
+    """Frobenius norm of each matrix, [...,1,1]."""
     return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
 
 
@@ -244,7 +251,7 @@ def sft_muon_momentum(step: int) -> float:
 
 
 def rl_lr_multiplier(step: int, num_steps: int) -> float:
-    """Linear to 0."""
+    """From 1 linearly to 0 at num_steps."""
     return 1.0 - step / num_steps
 
 

@@ -73,9 +73,8 @@ class Batches:
 def plan_batches(cfg: Any, mesh: Mesh, log: Callable) -> Batches:
     """Gradient accumulation from the sizes in force; ValueError where they do not fit together."""
     for name in ("max_seq_len", "device_batch_size", "total_batch_size"):
-        config.require(
-            getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be at least 1, got {getattr(cfg, name)}"
-        )
+        size = getattr(cfg, name)
+        config.require(0 < size < 2**31, f"--{name.replace('_', '-')} must be from 1 to 2147483647, got {size}")
     rows, T, total = cfg.device_batch_size * mesh.shape["data"], cfg.max_seq_len, cfg.total_batch_size
     per_pass = rows * T
     if total % per_pass:
@@ -229,7 +228,10 @@ def open_run(cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dic
         tag = f"d{checkpoint.peek_meta(found)['model_config']['n_layer']}"
     root = base_dir() / checkpoint.SOURCES[stage]
     folder = root / tag
-    config.require(folder.resolve().parent == root.resolve(), f"a tag must be the name of one folder, got {tag!r}")
+    config.require(
+        folder.resolve().parent == root.resolve(),
+        f"--output-tag (where it is not given, --run) must be the name of one folder, got {tag!r}",
+    )
     if claim(folder, cfg.resume, cfg.overwrite) and cfg.resume:
         step = checkpoint.newest_intact(folder, log)
         if step is None:
@@ -245,7 +247,8 @@ def open_run(cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dic
     log(f"Base model: {found}")
     meta = checkpoint.peek_meta(found)
     check_tokenizer(tokenizer, meta)
-    cfg = config.inherit(cfg, {**meta.get("user_config", {}), **meta}, inherited, log)
+    settings = meta.get("user_config")
+    cfg = config.inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, inherited, log)
     limit = 10 * meta["model_config"]["sequence_len"]
     config.require(cfg.max_seq_len <= limit, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
     return Run(cfg, folder, tokenizer.digest(), base=found)

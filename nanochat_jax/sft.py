@@ -97,7 +97,7 @@ def training_tasks(cfg: SFTConfig) -> list:
     sources = ((SmolTalk, cfg.smoltalk_epochs), (MMLU, cfg.mmlu_epochs), (GSM8K, cfg.gsm8k_epochs))
     tasks = [task for make, epochs in sources if epochs > 0 for task in [make("train", data_dir=cfg.data_dir)] * epochs]
     if cfg.custom_epochs > 0:
-        tasks += [task for path in cfg.custom_json for task in [CustomJSON(path)] * cfg.custom_epochs]
+        tasks += [task for path in cfg.custom_json for task in [own_file("custom_json", path)] * cfg.custom_epochs]
     tasks += [load_task(spec) for spec in cfg.task]
     require(bool(tasks), "the mixture is empty: every --*-epochs is 0 and there is no --custom-json or --task")
     return tasks
@@ -107,18 +107,31 @@ def validation_tasks(cfg: SFTConfig) -> list:
     """nanochat's validation mixture, of the tasks that are trained on, and the files of --val-json."""
     sources = [(SmolTalk, cfg.smoltalk_epochs, None), (MMLU, cfg.mmlu_epochs, 5200), (GSM8K, cfg.gsm8k_epochs, 420)]
     tasks = [make("test", stop=stop, data_dir=cfg.data_dir) for make, epochs, stop in sources if epochs > 0]
-    return tasks + [CustomJSON(path) for path in cfg.val_json]
+    return tasks + [own_file("val_json", path) for path in cfg.val_json]
+
+
+def own_file(name: str, path: Path) -> CustomJSON:
+    """The task of a file that the flag `name` gives; ValueError where it holds nothing."""
+    task = CustomJSON(path)
+    require(len(task) > 0, f"--{name.replace('_', '-')} {path} must hold at least one conversation, it has none")
+    return task
 
 
 def check(cfg: SFTConfig) -> None:
     """ValueError for a setting that cannot work whatever the model and the data are."""
     ratios = ("warmup_ratio", "warmdown_ratio", "final_lr_frac")
+    rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac")
+    epochs = ("smoltalk_epochs", "mmlu_epochs", "gsm8k_epochs", "custom_epochs")
+    steps = cfg.num_iterations
     for name, holds, rule in (
-        ("num_iterations", cfg.num_iterations >= 1 or cfg.num_iterations == -1, "at least 1, or -1 for one epoch"),
+        ("num_iterations", steps == -1 or 1 <= steps < 2**31, "from 1 to 2147483647, or -1 for one epoch"),
         ("keep_checkpoints", cfg.keep_checkpoints >= 1, "at least 1"),
         ("load_optimizer", cfg.load_optimizer in (0, 1), "0 or 1"),
         ("seed", cfg.seed >= 0, "at least 0"),
+        ("eval_tokens", cfg.eval_tokens >= 1, "at least 1 (--eval-every -1 measures nothing)"),
         *((name, 0 <= getattr(cfg, name) <= 1, "between 0 and 1") for name in ratios),
+        *((name, 0 <= (getattr(cfg, name) or 0) <= 1000, "between 0 and 1000") for name in rates),
+        *((name, 0 <= getattr(cfg, name) <= 1000, "from 0 to 1000 (see --num-iterations)") for name in epochs),
     ):
         require(holds, f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
 
@@ -134,15 +147,18 @@ def main(cfg: SFTConfig) -> int:
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     run = open_run(cfg, "sft", tokenizer, HARMLESS, INHERITED, print0)
     cfg = run.cfg
+    check(cfg)  # also what was inherited
     dtype = compute_dtype(cfg.dtype)
     batch = plan_batches(cfg, mesh, print0)
     if cfg.chatcore_every > 0:
         print0("NOTE: this version has no ChatCORE evaluation yet; the --chatcore flags change nothing")
 
     # Data: conversations once through the tokenizer, packed into rows by plan
-    rows = row_source(TaskMixture(training_tasks(cfg), seed=cfg.seed), cfg, tokenizer)
+    tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
+    rows = row_source(TaskMixture(tasks, seed=cfg.seed), cfg, tokenizer)
     run.check_data(rows.fingerprint())
     print0("\n".join(data.describe(rows)))
+    held_out_rows = validation_rows(held_out, cfg, tokenizer)
     total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.rows_in_epoch(0) // batch.rows_per_step)
     sizes = {name: getattr(cfg, name) for name in ("device_batch_size", "max_seq_len", "total_batch_size")}
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -150,7 +166,7 @@ def main(cfg: SFTConfig) -> int:
     with jax.set_mesh(mesh), explaining_memory(sizes), contextlib.ExitStack() as stack:
         # Model, optimizer and step
         run.load(print0)
-        evaluate = bits_per_byte_on_validation(cfg, run.model_config, tokenizer, batch, mesh, dtype)
+        evaluate = bits_per_byte_on(held_out_rows, cfg, run.model_config, tokenizer, batch, mesh, dtype)
         tx = optim.make_optimizer(run.groups, dtype)
         abstract = train.abstract_state(run.model_config, tx, mesh, cfg.replicate)
         state = run.initial_state(tx, abstract)
@@ -208,14 +224,22 @@ def row_source(mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer) -> da
     return data.RowSource(data.ConversationStore(caches, mixture.pairs), cfg.max_seq_len, seed=cfg.seed)
 
 
-def bits_per_byte_on_validation(cfg, model_config, tokenizer, batch, mesh, dtype):
-    """-> evaluate(params) for the loop: {"val_bpb": ...} on the same rows each time, or {} without validation data."""
-    tasks = validation_tasks(cfg) if cfg.eval_every > 0 else []
+def validation_rows(tasks: list, cfg: SFTConfig, tokenizer: Tokenizer) -> data.RowSource | None:
+    """The rows of the validation mixture; None where there is nothing to measure."""
     if not tasks:
         if cfg.eval_every > 0:
             print0("NOTE: no validation data, bits per byte are not measured (give --val-json FILE)")
+        return None
+    try:
+        return row_source(TaskMixture(tasks), cfg, tokenizer)
+    except ValueError as e:
+        raise ValueError(f"validation data: {e}") from e
+
+
+def bits_per_byte_on(rows, cfg, model_config, tokenizer, batch, mesh, dtype):
+    """-> evaluate(params) for the loop: {"val_bpb": ...} on the same rows each time, or {} without rows."""
+    if rows is None:
         return lambda params: {}
-    rows = row_source(TaskMixture(tasks), cfg, tokenizer)
     count = max(1, cfg.eval_tokens // (batch.rows_per_pass * cfg.max_seq_len)) * batch.rows_per_pass
     bits_per_byte = make_bits_per_byte(model_config, tokenizer.token_bytes(), dtype=dtype)
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}

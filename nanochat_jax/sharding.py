@@ -22,7 +22,9 @@ PARAM_SPECS = [
 
 
 def by_path(tree: Any, table: list[tuple[str, Any]]) -> Any:
-    """Replace each leaf by the value of the first pattern that matches the whole of its path ("blocks/0/attn/c_q")."""
+    """Replace each leaf by the value of the first pattern that matches the whole of its path ("blocks/0/attn/c_q").
+
+    ValueError names a leaf that no pattern matches."""
 
     def lookup(path, leaf):
         name = path_name(path)
@@ -35,11 +37,14 @@ def by_path(tree: Any, table: list[tuple[str, Any]]) -> Any:
 
 
 def path_name(path: tuple) -> str:
+    """A path of jax.tree_util as text: "blocks/0/attn/c_q"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def make_mesh(spec: str = "", devices=None) -> Mesh:
-    """A mesh with axes data and model. spec: "" (all devices on data), "data=8", "data=4,model=2"."""
+    """A mesh with axes data and model. spec: "" (all devices on data), "data=8", "data=4,model=2".
+
+    What is not given is 1 for model and all that is left for data. ValueError: the flag's form, or too few devices."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": None, "model": None}
     for part in filter(None, spec.replace(" ", "").split(",")):
@@ -74,6 +79,7 @@ def _is_spec(x) -> bool:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole of an array on every device."""
     return NamedSharding(mesh, P())
 
 

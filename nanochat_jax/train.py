@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.loss import summed_token_loss, weighted_nll
-from nanochat_jax.sharding import batch_sharding, fit, param_shardings, path_name, replicated
+from nanochat_jax.sharding import batch_sharding, data_shards, fit, param_shardings, path_name, replicated
 
 
 class TrainState(NamedTuple):
@@ -25,6 +25,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before step 1, with an empty optimizer."""
     return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
 
 
@@ -100,6 +101,8 @@ def make_train_step(
         return summed_token_loss(token_loss, x, params["lm_head"], targets, aux, **head)[0]
 
     def train_step(state: TrainState, batch, lr_multiplier, muon_momentum):
+        if data_shards() != mesh.shape["data"]:
+            raise ValueError("the train step must be called under jax.set_mesh with the mesh it was made for")
         A = batch["inputs"].shape[0]
         size = jnp.sum(batch["weights"], (1, 2))  # [A]
         total = A * size if per_micro_batch else jnp.broadcast_to(jnp.sum(size), A)

@@ -31,7 +31,7 @@ def test_the_definition_is_a_softmax_over_an_interval_of_keys():
         np.testing.assert_allclose(got[b, t, n], p / p.sum() @ v[b, keys, n // 2], atol=1e-5)
 
 
-@pytest.mark.parametrize(("T", "window"), [(40, 7), (300, -1), (300, 200)])
+@pytest.mark.parametrize(("T", "window"), [(1, -1), (40, 7), (300, -1), (300, 200)])
 @pytest.mark.parametrize(("documents", "N", "K"), [(False, 4, 4), (True, 4, 2), (True, 3, 1)])
 def test_chunked_equals_the_definition_in_values_and_gradients(T, window, documents, N, K):
     q, k, v, k_start = draw(T=T, N=N, K=K, documents=documents)
@@ -48,7 +48,7 @@ def test_chunked_equals_the_definition_in_values_and_gradients(T, window, docume
     (grads, y), (expected_grads, expected) = run("chunked"), run("reference")
     np.testing.assert_allclose(y, expected, atol=2e-6)
     for got, want in zip(grads, expected_grads):
-        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()) + 1e-6)
 
 
 def test_large_scores_neither_overflow_nor_vanish():

@@ -77,7 +77,7 @@ def test_the_four_levels_of_precedence_in_one_run(tmp_path):
     assert said == ["Using matrix_lr=0.1"]
 
 
-@pytest.mark.parametrize("recorded", [None, "0.1", [0.1], {}])
+@pytest.mark.parametrize("recorded", [None, "0.1", [0.1], {}, True])
 def test_a_recorded_value_that_is_no_number_does_not_count(recorded):
     assert config.inherit(parsed(), {"matrix_lr": recorded}, {"matrix_lr": 0.9}, str).matrix_lr == 0.9
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nanochat_jax import nanochat_import
 from nanochat_jax.gpt import (
     GPT,
     GPTConfig,
@@ -15,6 +16,9 @@ from nanochat_jax.gpt import (
     parameter_counts,
     window_sizes,
 )
+from nanochat_jax.loss import summed_token_loss, token_logprobs, weighted_nll
+from nanochat_jax.sharding import make_mesh
+from tests import reference
 from tests.models import random_batch, random_params, tiny_config
 
 VARIANTS = {
@@ -52,9 +56,11 @@ def test_window_letters_follow_the_rule_and_the_last_layer_is_long():
 
 
 def test_a_config_that_cannot_be_built_is_refused():
-    for changes in ({"n_embd": 66}, {"n_kv_head": 3}, {"windows": (1, 2)}, {"padded_vocab": 80}, {"n_embd": 12}):
-        with pytest.raises(ValueError, match=r"must|needs"):
-            tiny_config(**changes)
+    bad = {"n_embd": (66, 12, 8), "n_kv_head": (3,), "windows": ((1, 2),), "padded_vocab": (80,), "logit_cap": (0, 100)}
+    for field, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=r"must|needs"):
+                tiny_config(**{field: value})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,6 +115,14 @@ def test_prompts_of_different_lengths_share_a_prefill():
         np.testing.assert_allclose(logits[row, 0], alone[row, n], atol=3e-5)
 
 
+def test_a_batch_that_does_not_divide_the_devices_is_computed_all_the_same():
+    config = tiny_config()
+    model, ids = build(config), ids_of(config, B=3, T=5)
+    with jax.set_mesh(make_mesh("data=8")):
+        together = logits_of(model, ids)
+    np.testing.assert_allclose(together, logits_of(model, ids), atol=1e-5)
+
+
 def test_bfloat16_compute_stays_near_float32():
     config = tiny_config()
     ids = ids_of(config)
@@ -155,3 +169,97 @@ def test_flops_and_cache_bytes_are_those_of_the_formula():
 def test_configs_survive_json():
     config = tiny_config()
     assert GPTConfig(**{**vars(config), "windows": list(config.windows)}) == config
+
+
+# What nanochat's code of each era computes (ARCHITECTURE.md), as fields of our config.
+OLD_ROPE = {"rope_base": 10_000.0, "qk_scale": 1.0}
+ERAS = {
+    "A": OLD_ROPE | {"residual_lambdas": False, "value_embed_scale": 0.0, "smear": False, "backout": False},
+    "B": OLD_ROPE | {"value_embed_scale": 0.0, "smear": False, "backout": False},
+    "C": OLD_ROPE | {"value_embed_scale": 2.0, "value_gate_channels": 32, "smear": False, "backout": False},
+    "D": {"qk_scale": 1.15, "smear": False, "backout": False},
+    "E": {},
+}
+
+
+def random_config(seed: int) -> GPTConfig:
+    """An era's options on sizes of any kind: 1 to 5 layers, grouped heads, windows, a padded vocabulary or not."""
+    rng = np.random.default_rng(seed)
+    K, G, half = rng.integers(1, 4), rng.integers(1, 4), rng.integers(4, 9)
+    V, L = rng.integers(30, 100), rng.integers(1, 6)
+    sizes = {
+        "n_kv_head": K,
+        "n_head": K * G,
+        "n_embd": K * G * 2 * half * (1 if K * G > 3 else 4),
+        "n_layer": L,
+        "vocab_size": V,
+        "padded_vocab": V + rng.choice([0, 7, 64]),
+        "sequence_len": 16,
+    }
+    windows = rng.choice([-1, 0, 3, 8, 16, 100], L).tolist()
+    options = {"windows": windows, "logit_cap": float(rng.choice([15, 20]))}
+    return GPTConfig(**{name: int(size) for name, size in sizes.items()}, **options, **ERAS["ABCDE"[seed % 5]])
+
+
+def head_of(config):
+    return {"cap": config.logit_cap, "vocab_size": config.vocab_size}
+
+
+def in_float64(params):
+    return jax.tree.map(np.float64, params)
+
+
+def test_the_importer_gives_each_era_its_numbers():
+    for era, (values, _) in nanochat_import.ERAS.items():
+        assert tiny_config(**values) == tiny_config(**ERAS[era])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_logits_and_losses_are_those_of_the_formulas_in_float64(seed):
+    config = random_config(seed)
+    params = random_params(config, seed)
+    batch = {name: array[0] for name, array in random_batch(config, B=2, T=23, seed=seed).items()}
+
+    @jax.jit
+    def run(params):
+        model, head = nnx.merge(abstract_gpt(config)[0], params), head_of(config)
+        x, _ = model.hidden(batch["inputs"], document_start=batch["document_start"])
+        return model.logits(x), -token_logprobs(x, params["lm_head"], batch["targets"], **head)
+
+    logits, losses = run(params)
+    for row, (ids, starts, targets) in enumerate(zip(batch["inputs"], batch["document_start"], batch["targets"])):
+        expected = reference.logits(config, in_float64(params), ids, starts)
+        np.testing.assert_allclose(logits[row], expected, atol=5e-5)
+        np.testing.assert_allclose(losses[row], reference.losses(expected, targets), atol=5e-5)
+
+
+@pytest.mark.parametrize("seed", [7, 19])
+def test_gradients_are_the_slopes_of_the_formulas_in_float64(seed):
+    """Of each kind of parameter, along one random direction: by central differences, which need float64."""
+    config = random_config(seed)
+    params = random_params(config, seed)
+    batch = {name: array[0, 0] for name, array in random_batch(config, B=1, T=23, seed=seed).items()}
+    ids, starts, targets, weights = (batch[k] for k in ("inputs", "document_start", "targets", "weights"))
+
+    @jax.jit
+    @jax.grad
+    def gradients(params):
+        x, _ = nnx.merge(abstract_gpt(config)[0], params).hidden(ids[None], document_start=starts[None])
+        aux = {"weights": weights[None]}
+        return summed_token_loss(weighted_nll, x, params["lm_head"], targets[None], aux, **head_of(config))[0]
+
+    grads, direction = in_float64(gradients(params)), in_float64(random_params(config, seed + 1))
+
+    def slope(along):
+        def loss(step):
+            moved = jax.tree.map(lambda p, d: p + step * d, in_float64(params), along)
+            return weights @ reference.losses(reference.logits(config, moved, ids, starts), targets)
+
+        return (loss(1e-6) - loss(-1e-6)) / 2e-6
+
+    for kind in sorted({path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}):
+        along = jax.tree.map_with_path(lambda path, d, kind=kind: d * (path[-1].key == kind), direction)
+        pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(along)))
+        size = sum(np.linalg.norm(g) * np.linalg.norm(d) for g, d in pairs)
+        ours = sum(np.vdot(g, d) for g, d in pairs)
+        np.testing.assert_allclose(ours, slope(along), atol=1e-5 * size + 1e-6, rtol=0, err_msg=kind)

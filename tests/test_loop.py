@@ -62,7 +62,7 @@ class Training:
         self.on_step(k)
         loss = self.losses.get(k, 1.0)
         ok = np.isfinite(loss)
-        metrics = {"loss": loss, "grad_norm": 2.0, "tokens": 5.0, "ok": float(ok)}
+        metrics = {"loss": loss, "grad_norm": 2.0, "tokens": 5.0 if loss else 0.0, "ok": float(ok)}
         return TrainState(np.int32(k), state.params, None, np.int32(0 if ok else state.bad_steps + 1)), metrics
 
     def evaluate(self, params):
@@ -132,6 +132,13 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, capsys
     assert [(r["step"], r["skipped"]) for r in events] == [(3, 1), (7, 2)]
     assert [training.saver.metas[step]["skipped"] for step in (5, 10)] == [1, 2]
     assert training.saver.metas[10]["smoothed_loss"][0] < 1  # the average has no NaN in it
+
+
+def test_a_step_without_trained_tokens_does_not_pull_the_shown_loss_to_zero(tmp_path):
+    training = Training(tmp_path, losses={3: 0.0, 4: 0.0})
+    assert training.run() == 0
+    assert [r["loss"] for r in training.records()][2:4] == [0.0, 0.0]
+    assert [r["smoothed_loss"] for r in training.records()] == pytest.approx([1.0] * 10)
 
 
 def test_five_in_a_row_are_borne_and_a_sixth_stops_the_run_with_the_last_good_checkpoint_named(tmp_path):

@@ -82,9 +82,10 @@ def test_tokens_without_weight_have_no_gradient():
     assert value == 0 and not any(g.any() for g in grads)
 
 
-@pytest.mark.parametrize("spec", ["data=8", "data=4,model=2"])
-def test_eight_devices_give_the_loss_of_one(spec):
-    x, head, targets, aux = draw(B=8)
+@pytest.mark.parametrize(("spec", "B"), [("data=8", 8), ("data=4,model=2", 8), ("data=1,model=8", 8), ("data=8", 6)])
+def test_eight_devices_give_the_loss_of_one(spec, B):
+    """Also where the rows do not divide: then no device has a part of its own."""
+    x, head, targets, aux = draw(B=B)
 
     def ours(x, head):
         return summed_token_loss(weighted_nll, x, head, targets, aux, **HEAD)[0]
@@ -94,6 +95,15 @@ def test_eight_devices_give_the_loss_of_one(spec):
         together = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, head)
     for got, want in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())))
+
+
+def test_what_fills_up_the_last_chunk_cannot_spoil_the_gradient(monkeypatch):
+    """A token loss may have no finite derivative where its inputs are the zeros of the padding."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS_CPU", 200)
+    x, head, targets, _ = draw(T=7)
+    aux = {"norm": jnp.ones(targets.shape)}
+    grads = jax.grad(lambda h: summed_token_loss(lambda p, a: -p / a["norm"], x, h, targets, aux, **HEAD)[0])(head)
+    assert jnp.isfinite(grads).all()
 
 
 def test_bfloat16_activations_keep_a_float32_gradient_of_the_head():

@@ -243,9 +243,9 @@ def test_two_processes_do_not_train_in_one_folder(base):
             "must be a multiple of 64 tokens (--device-batch-size=1 x --max-seq-len=64 x 1",
         ),
         (["--total-batch-size", "500"], "nearest: 512"),
-        (["--device-batch-size", "0"], "--device-batch-size must be at least 1, got 0"),
+        (["--device-batch-size", "0"], "--device-batch-size must be from 1 to 2147483647, got 0"),
         (["--max-seq-len", "1000"], "--max-seq-len=1000 must be at most 640 for this model"),
-        (["--num-iterations", "0"], "--num-iterations must be at least 1, or -1 for one epoch, got 0"),
+        (["--num-iterations", "0"], "--num-iterations must be from 1 to 2147483647, or -1 for one epoch, got 0"),
         (["--keep-checkpoints", "0"], "--keep-checkpoints must be at least 1, got 0"),
         (["--warmdown-ratio", "1.5"], "--warmdown-ratio must be between 0 and 1, got 1.5"),
         (["--load-optimizer", "2"], "--load-optimizer must be 0 or 1"),
@@ -255,7 +255,7 @@ def test_two_processes_do_not_train_in_one_folder(base):
         (["--dtype", "float16"], "--dtype must be auto, float32 or bfloat16, got 'float16'"),
         (["--mesh", "data=100"], "--mesh=data=100 needs 100 x 1 devices, got"),
         (["--mesh", "rows=1"], "--mesh must look like data=4,model=2"),
-        (["--output-tag", "../../elsewhere"], "a tag must be the name of one folder"),
+        (["--output-tag", "../../elsewhere"], "must be the name of one folder, got '../../elsewhere'"),
         (["--model-tag", "d9"], "d9 does not exist; tags in"),
         (["--model-step", "8"], "--model-step=8 is not in"),
         (
@@ -265,6 +265,18 @@ def test_two_processes_do_not_train_in_one_folder(base):
         (["--task", "nowhere:Task"], "--task nowhere:Task: cannot import nowhere"),
         (["--task", "json"], "--task must be module:Class, got 'json'"),
         (["--custom-epochs", "0"], "the mixture is empty"),
+        (["--custom-epochs", "-1"], "--custom-epochs must be from 0 to 1000"),
+        (["--smoltalk-epochs", "99999999999999999999"], "--smoltalk-epochs must be from 0 to 1000"),
+        (["--num-iterations", "99999999999999999999"], "--num-iterations must be from 1 to 2147483647"),
+        (["--total-batch-size", "64000000000000"], "--total-batch-size must be from 1 to 2147483647"),
+        (["--matrix-lr", "nan"], "--matrix-lr must be between 0 and 1000, got nan"),
+        (["--scalar-lr", "inf"], "--scalar-lr must be between 0 and 1000, got inf"),
+        (["--weight-decay", "-1"], "--weight-decay must be between 0 and 1000, got -1"),
+        (["--init-lr-frac", "-1"], "--init-lr-frac must be between 0 and 1000, got -1"),
+        (["--eval-tokens", "0"], "--eval-tokens must be at least 1 (--eval-every -1 measures nothing), got 0"),
+        (["--val-json", "no.jsonl"], "no.jsonl does not exist"),
+        (["--task", "sys:exit"], "--task sys:exit: exit() failed, SystemExit"),
+        (["--task", "builtins:list"], "--task builtins:list must have from 1 to 2147483647 conversations, it has 0"),
     ],
 )
 def test_what_cannot_work_is_refused_with_one_sentence_that_names_the_flag(base, flags, words):
@@ -284,6 +296,59 @@ def test_bad_lines_of_a_custom_file_are_listed(base, tmp_path):
     bad.write_text('[{"role": "user", "content": "hi"}]\n{"role"\n')
     message = run(arguments(base, "refused", "--custom-json", str(bad)))
     assert "2 lines are no conversation" in message and f"{bad}:1:" in message and f"{bad}:2:" in message
+
+
+def test_an_empty_file_and_held_out_data_that_nothing_can_be_measured_on_are_refused(base, tmp_path):
+    empty, silent = tmp_path / "empty.jsonl", tmp_path / "silent.jsonl"
+    empty.write_text("\n")
+    talk = [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
+    silent.write_text(json.dumps(talk))
+    for flag in ("--custom-json", "--val-json"):
+        assert f"{flag} {empty} must hold at least one" in run(arguments(base, "refused", flag, str(empty)))
+    only = [*tiny.FLAGS, "--mesh", "data=1", "--output-tag", "refused", "--custom-json", str(base / "train.jsonl")]
+    assert "error: validation data: no conversation" in run([*only, "--val-json", str(silent)])
+    assert not (base / "chatsft_checkpoints" / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("length", "item", "words"),
+    [
+        ("10", "return None", "Own, row 0 cannot be rendered"),
+        ("10", "return {}[i]", "Own, row 0 cannot be read: KeyError: 0"),
+        ("10", "raise SystemExit(3)", "Own, row 0 cannot be read: SystemExit: 3"),
+        ("2.5", "return i", "its length and name must be known, TypeError"),
+        ("-3", "return i", "its length and name must be known, ValueError"),
+        ("10**12", "return i", "must have from 1 to 2147483647 conversations, it has 1000000000000"),
+        ("3\n    name = 5 / 0", "return i", "cannot import"),
+        ("3\n    def fingerprint(self): return b'x'", "return i", "fingerprint() must return text, TypeError"),
+    ],
+)
+def test_a_task_of_the_users_that_misbehaves_is_a_sentence(base, tmp_path, monkeypatch, length, item, words):
+    name = f"own_{tmp_path.name}"
+    code = f"class Own:\n    def __getitem__(self, i): {item}\n    def __len__(self): return {length}\n"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    message = run(arguments(base, "refused", "--task", f"{name}:Own"))
+    assert message.startswith("error: ") and words in message, message
+
+
+def test_a_closed_pipe_ends_without_a_traceback(base):
+    command = f"{sys.executable} -m nanochat_jax.sft {' '.join(arguments(base, 'pipe'))} | head -n 1"
+    env = {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, shell=True, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("error: whoever read the output has closed it") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("settings", [None, "text", {"matrix_lr": float("nan")}, {"device_batch_size": True}])
+def test_settings_of_a_base_model_that_are_none_do_not_end_in_a_traceback(tmp_path, monkeypatch, settings):
+    tiny.write_nanochat_base(tmp_path)
+    tiny.write_conversations(tmp_path / "train.jsonl")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    file = tmp_path / "base_checkpoints" / "d2" / "meta_000007.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"user_config": settings}))
+    message = run([*arguments(tmp_path, "refused"), "--total-batch-size", "100", "--max-seq-len", "64"])
+    expected = "--matrix-lr must be" if isinstance(settings, dict) and "matrix_lr" in settings else "must be a multiple"
+    assert message.startswith("error: ") and expected in message, message
 
 
 def test_a_tokenizer_of_another_size_or_other_tokens_is_refused(base, tmp_path, monkeypatch):

@@ -101,6 +101,20 @@ def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted():
     assert run([good, bad, good])[2].bad_steps == 0
 
 
+def test_a_step_outside_its_mesh_is_refused():
+    _, mesh, like, step = build("data=8", False)
+    with pytest.raises(ValueError, match=r"jax\.set_mesh"):
+        step.lower(like, to_global(batches(A=2, count=1)[0], mesh), np.float32(1.0), np.float32(0.9))
+
+
+def test_the_new_state_takes_the_memory_of_the_old_one():
+    _, mesh, like, step = build("data=1", False)
+    with jax.set_mesh(mesh):
+        batch = to_global(batches(A=1, count=1)[0], mesh)
+        memory = step.lower(like, batch, np.float32(1.0), np.float32(0.9)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+
+
 def test_two_runs_are_equal_bit_for_bit_on_eight_devices():
     first, second = (run(batches(A=2), "data=4,model=2")[2] for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)

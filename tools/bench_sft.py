@@ -1,5 +1,9 @@
 """Time the train step on random weights and random packed rows, and print one JSON line.
 
+Seconds are medians of warm steps, each awaited. compile_seconds is tracing and compiling the step, without running it.
+flops_per_second counts what `gpt.flops_per_token` counts, as nanochat does. peak_memory_bytes is the device's own
+count, or on CPU the largest resident size of the process, compiler included.
+
 python tools/bench_sft.py                                          # the CPU yardstick: depth 4, width 256, T 512, B 8
 python tools/bench_sft.py --depth 12 --width 768 --head-dim 128 --vocab-size 32768 --seq-len 2048 --batch-size 16
 """
@@ -39,7 +43,7 @@ class Bench:
     accumulation: int = 1
     document_tokens: int = 0  # mean length of the packed documents; 0 = one document a row
     window_pattern: str = "SSSL"
-    steps: int = 12  # timed steps, after the first two
+    steps: int = 12  # timed steps, after two that are not
     dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU
     mesh: str = ""
 
@@ -60,7 +64,25 @@ def random_batch(cfg: Bench, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def check(cfg: Bench, rows_at_once: int) -> None:
+    """Exit with a sentence where these settings cannot be built."""
+    heads = cfg.width // cfg.head_dim
+    for holds, sentence in (
+        (min(cfg.depth, cfg.width, cfg.head_dim, cfg.seq_len, cfg.batch_size, cfg.steps) > 0, "sizes must be above 0"),
+        (cfg.width % cfg.head_dim == 0, f"--width={cfg.width} must be a multiple of --head-dim={cfg.head_dim}"),
+        (heads % (cfg.kv_heads or heads) == 0, f"--kv-heads={cfg.kv_heads} must divide the {heads} query heads"),
+        (
+            cfg.batch_size % rows_at_once == 0,
+            f"--batch-size={cfg.batch_size} must be a multiple of {rows_at_once} devices",
+        ),
+    ):
+        if not holds:
+            sys.exit(f"error: {sentence}")
+
+
 def main(cfg: Bench) -> None:
+    mesh = make_mesh(cfg.mesh)
+    check(cfg, mesh.shape["data"])
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration") else None
@@ -77,7 +99,6 @@ def main(cfg: Bench) -> None:
     )
     device = jax.devices()[0]
     dtype = jnp.dtype(("float32" if device.platform == "cpu" else "bfloat16") if cfg.dtype == "auto" else cfg.dtype)
-    mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
         groups = default_groups(cfg.width, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02)
         tx = make_optimizer(groups, dtype)
@@ -90,6 +111,9 @@ def main(cfg: Bench) -> None:
         state = jax.jit(fresh, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))()
         step = make_train_step(config, tx, abstract, mesh, dtype=dtype)
         batches = [to_global(random_batch(cfg, seed), mesh) for seed in range(4)]
+        began = time.perf_counter()
+        step.lower(state, batches[0], np.float32(1.0), np.float32(0.9)).compile()  # the calls below find it compiled
+        compile_seconds = time.perf_counter() - began
         seconds, losses = [], []
         began = time.perf_counter()
         for i in range(cfg.steps + 2):
@@ -112,7 +136,7 @@ def main(cfg: Bench) -> None:
         "mfu": round(flops / per_step / peak / mesh.size, 4) if peak else None,
         "seconds_per_step": round(per_step, 4),
         "seconds_per_step_min_max": [round(min(seconds[2:]), 4), round(max(seconds[2:]), 4)],
-        "compile_seconds": round(seconds[0], 2),
+        "compile_seconds": round(compile_seconds, 2),
         "compiles_after_step_1": len(compiled) - after_first,
         "peak_memory_bytes": memory.get("peak_bytes_in_use", rss),
         "final_loss": round(losses[-1], 4),
@@ -128,4 +152,7 @@ def main(cfg: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench))
+    try:
+        main(tyro.cli(Bench))
+    except ValueError as e:
+        sys.exit(f"error: {e}")

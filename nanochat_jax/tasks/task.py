@@ -76,7 +76,10 @@ class Task:
         """sha256 (hex) of everything that decides the conversations; by default of the conversations themselves."""
         digest = hashlib.sha256()
         for i in range(len(self)):
-            digest.update(json.dumps(self[i], sort_keys=True, default=repr).encode() + b"\n")
+            try:
+                digest.update(json.dumps(self[i], sort_keys=True, default=repr).encode() + b"\n")
+            except (Exception, SystemExit) as e:  # whatever a user's class does
+                raise ValueError(f"{self.name}, row {i} cannot be read: {type(e).__name__}: {e}") from e
         return digest.hexdigest()
 
     def _slice(self) -> list:
@@ -141,7 +144,12 @@ class AdaptedTask(Task):
 
     def fingerprint(self) -> str:
         own = getattr(self.inner, "fingerprint", None)
-        return digest_of(own(), self._slice()) if callable(own) else super().fingerprint()
+        if not callable(own):
+            return super().fingerprint()
+        try:
+            return digest_of(own(), self._slice())
+        except Exception as e:
+            raise ValueError(f"{self.name}: fingerprint() must return text, {type(e).__name__}: {e}") from e
 
 
 def load_task(spec: str) -> Task:
@@ -166,12 +174,23 @@ def load_task(spec: str) -> Task:
     if inspect.isclass(made) or inspect.isroutine(made):
         try:
             made = made()
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise ValueError(f"--task {spec}: {attribute}() failed, {type(e).__name__}: {e}") from e
     if isinstance(made, Task):
-        return made
+        return _sized(made, spec)
     if missing := [method for method in ("__len__", "__getitem__") if not hasattr(made, method)]:
         raise ValueError(
             f"--task {spec}: {attribute} is no sequence of conversations, it lacks {' and '.join(missing)}"
         )
-    return AdaptedTask(made)
+    return _sized(AdaptedTask(made), spec)
+
+
+def _sized(task: Task, spec: str) -> Task:
+    """The task, when it can tell its length and name, as whatever a user wrote may not."""
+    try:
+        size, _ = len(task), task.name
+    except Exception as e:
+        raise ValueError(f"--task {spec}: its length and name must be known, {type(e).__name__}: {e}") from e
+    if not 0 < size < 2**31:
+        raise ValueError(f"--task {spec} must have from 1 to 2147483647 conversations, it has {size}")
+    return task

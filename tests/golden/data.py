@@ -16,12 +16,25 @@ SUBSET = HERE.parents[1] / "golden_subset"
 
 def _find() -> Path:
     if named := os.environ.get("NANOCHAT_GOLDEN"):
-        return Path(named)
+        if not Path(named).is_dir():  # else every test would be skipped, and look as if it had passed
+            raise FileNotFoundError(f"NANOCHAT_GOLDEN={named} must be a folder")
+        return Path(named).absolute()
     shared = HERE.parents[3] / "shared" / "golden"
     return shared if shared.is_dir() else SUBSET
 
 
 GOLDEN = _find()
+
+
+class Record(dict):
+    """Named entries of a golden file; the test is skipped, with the reason, where it asks for one that is not there."""
+
+    def __init__(self, source: str, entries: dict):
+        super().__init__(entries)
+        self.source = source
+
+    def __missing__(self, key):
+        pytest.skip(f"{self.source} in the golden folder {GOLDEN} has no {key!r}")
 
 
 def path(relative: str) -> Path:
@@ -37,13 +50,20 @@ def rows(relative: str) -> list[dict]:
     return [json.loads(line) for line in path(relative).read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-def load_json(relative: str) -> dict:
-    return json.loads(path(relative).read_text(encoding="utf-8"))
+def load_json(relative: str) -> Record:
+    return Record(relative, json.loads(path(relative).read_text(encoding="utf-8")))
 
 
-def arrays(relative: str) -> dict[str, np.ndarray]:
+def arrays(relative: str) -> Record:
+    """The arrays of an .npz file by name."""
     with np.load(path(relative)) as npz:
-        return {name: npz[name] for name in npz.files}
+        return Record(relative, {name: npz[name] for name in npz.files})
+
+
+def tokenizers() -> list[str]:
+    """Names of the base directories under checkpoints/ that hold a tokenizer, for parametrize."""
+    named = [p.parents[1].name for p in (GOLDEN / "checkpoints").glob("*/tokenizer/tokenizer.pkl")]
+    return sorted(named) or ["(none)"]
 
 
 def names(folder: str, suffix: str = ".npz") -> list[str]:

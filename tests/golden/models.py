@@ -1,11 +1,14 @@
 """The golden folder's models through the project's own importer, and arrays under nanochat's parameter names."""
 
 import functools
+from contextlib import contextmanager
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
+from nanochat_jax import gpt
 from nanochat_jax.checkpoint import find_model, flat, load_params
 from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.nanochat_import import nanochat_name, our_path
@@ -25,20 +28,38 @@ def built(config: GPTConfig, params: dict) -> GPT:
     return nnx.merge(abstract_gpt(config)[0], params)
 
 
-def measured(folder: str) -> list[str]:
-    """Names of the models that have a file in `folder`, for parametrize."""
-    return sorted({name.removesuffix(UNROUNDED) for name in data.names(folder)})
+def of_file(file: str) -> str:
+    """Name of the model that a file of forward/, decode/ or grads/ (without .npz) is about."""
+    return file.removesuffix(UNROUNDED)
 
 
-def arrays(folder: str, name: str) -> dict[str, np.ndarray]:
-    """The model's file in `folder`: that with unrounded rotary tables where there are two, as ours are not rounded."""
-    unrounded = f"{folder}/{name}{UNROUNDED}.npz"
-    return data.arrays(unrounded if (data.GOLDEN / unrounded).exists() else f"{folder}/{name}.npz")
+def one_file_a_model(folder: str) -> list[str]:
+    """Files in `folder`, for parametrize; of two about one model that with unrounded rotary tables, as ours are."""
+    files = data.names(folder)
+    return [file for file in files if file + UNROUNDED not in files]
 
 
-def under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays whose key begins with `prefix`, by the rest of the key."""
-    return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+@contextmanager
+def rotary_tables_of(file: str):
+    """While a model is traced inside, its rotary tables are rounded as those were that `file` was computed with.
+
+    Ours never are. nanochat's were until 2026-03, when the rotary base was 10000.
+    """
+
+    def rounded(*args):
+        return tuple(jax.lax.reduce_precision(table, 8, 7) for table in exact(*args))  # to bfloat16
+
+    exact = gpt.rotary
+    with pytest.MonkeyPatch.context() as patch:
+        if not file.endswith(UNROUNDED) and load(of_file(file))[0].rope_base == 10_000:
+            patch.setattr(gpt, "rotary", rounded)
+        yield
+
+
+def under(prefix: str, record: dict) -> dict:
+    """The entries whose key begins with `prefix`, by the rest of the key."""
+    entries = {key.removeprefix(prefix): array for key, array in record.items() if key.startswith(prefix)}
+    return data.Record(f"{record.source}, {prefix}*,", entries) if isinstance(record, data.Record) else entries
 
 
 def by_name(tree: dict) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from nanochat_jax.nanochat_import import (
     tensor_shapes,
 )
 from nanochat_jax.nanochat_optimizer import Merge, read_optimizer
-from nanochat_jax.safe_pickle import read_pt, read_tokenizer_pickle
+from nanochat_jax.safe_pickle import Refused, read_pt, read_tokenizer_pickle
 from tests.golden import data
 from tests.torch_files import write_pt
 
@@ -61,16 +61,20 @@ def test_the_era_is_the_one_whose_tensors_the_file_has(name):
     sizes = {"window_pattern": "L"} | meta["model_config"]
     fits = []
     for era in "ABCDE":
-        shapes = tensor_shapes(era_config(era, sizes, raw))
+        try:
+            shapes = tensor_shapes(era_config(era, sizes, raw))
+        except Refused:  # too narrow for this era's gates
+            continue
         if {nanochat_name(path): shape for path, shape in shapes.items()} == {k: t.shape for k, t in raw.items()}:
             fits.append(era)
     assert fits == [find_era(raw)]
     assert config.windows[-1] in (-1, config.sequence_len) and config.n_layer == len(config.windows)
 
 
-def optimizers() -> list[str]:
-    named = [name for name in data.checkpoints() if list((data.GOLDEN / "checkpoints" / name).glob("*/*/optim_*.pt"))]
-    return named or ["(none)"]
+def optimizers(pattern: str = "optim_*.pt") -> list[str]:
+    """Checkpoints that come with one optimizer file of this kind."""
+    folders = {name: data.GOLDEN / "checkpoints" / name / "base_checkpoints" for name in data.checkpoints()}
+    return [name for name, folder in folders.items() if len([*folder.glob(f"*/{pattern}")]) == 1] or ["(none)"]
 
 
 @pytest.mark.parametrize("name", optimizers())
@@ -96,9 +100,10 @@ def test_optimizer_states_are_read_whole_and_unchanged(name):
     assert np.isclose(sum(float(np.abs(array).sum(dtype=np.float64)) for array in read), total, rtol=1e-12)
 
 
-def test_group_members_are_in_nanochats_own_order():
-    table = data.load_json("optim/c1_master_groups.json")["groups_after_step_3"]
-    folder, step = checkpoint("c1_master")
+@pytest.mark.parametrize("name", data.names("optim", "_groups.json"))
+def test_group_members_are_in_nanochats_own_order(name):
+    table = data.load_json(f"optim/{name}_groups.json")["groups_after_step_3"]
+    folder, step = checkpoint(name)
     data.path(f"{folder}/optim_{step:06d}_rank0.pt")
     config, _, _ = read_model(folder, step)
     merge = Merge([], config)
@@ -113,9 +118,9 @@ def test_group_members_are_in_nanochats_own_order():
 
 
 @pytest.mark.parametrize("world", [2, 8])
-def test_a_real_state_split_over_ranks_as_nanochat_does_is_merged_again(tmp_path, world):
-    folder, step = checkpoint("c1_master")
-    data.path(f"{folder}/optim_{step:06d}_rank0.pt")
+@pytest.mark.parametrize("name", optimizers("optim_*_rank0.pt"))
+def test_a_real_state_split_over_ranks_as_nanochat_does_is_merged_again(tmp_path, name, world):
+    folder, step = checkpoint(name)
     config, _, _ = read_model(folder, step)
     want = read_optimizer(folder, step, config)
     whole = read_pt(folder / f"optim_{step:06d}_rank0.pt")

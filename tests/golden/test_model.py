@@ -15,34 +15,35 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 
 def inputs() -> list[tuple[str, str]]:
-    """(model, input) for every `<input>_ids` in forward/."""
+    """(file, input) for every `<input>_ids` in forward/."""
     found = []
-    for name in models.measured("forward"):
-        keys = models.arrays("forward", name) if name != "(none)" else ["(none)_ids"]
-        found += [(name, key.removesuffix("_ids")) for key in keys if key.endswith("_ids")]
+    for file in data.names("forward"):
+        keys = data.arrays(f"forward/{file}.npz") if file != "(none)" else ["(none)_ids"]
+        found += [(file, key.removesuffix("_ids")) for key in keys if key.endswith("_ids")]
     return found
 
 
 @functools.cache
-def forward(name: str):
+def forward(file: str):
     """-> jitted f(ids, targets): (logits, log p of each target)."""
-    config, params, _ = models.load(name)
+    config, params, _ = models.load(models.of_file(file))
 
     @quick_jit
     def run(params, ids, targets):
         model = models.built(config, params)
-        x, _ = model.hidden(ids)
+        with models.rotary_tables_of(file):
+            x, _ = model.hidden(ids)
         head = {"cap": config.logit_cap, "vocab_size": config.vocab_size}
         return model.logits(x), token_logprobs(x, params["lm_head"], targets, **head)
 
     return functools.partial(run, params)
 
 
-@pytest.mark.parametrize(("name", "input"), inputs())
-def test_logits_and_losses_are_nanochats(name, input):
-    golden = models.under(f"{input}_", models.arrays("forward", name))
+@pytest.mark.parametrize(("file", "input"), inputs())
+def test_logits_and_losses_are_nanochats(file, input):
+    golden = models.under(f"{input}_", data.arrays(f"forward/{file}.npz"))
     targets = golden["targets"]
-    logits, logp = jax.device_get(forward(name)(golden["ids"], np.maximum(targets, 0)))
+    logits, logp = jax.device_get(forward(file)(golden["ids"], np.maximum(targets, 0)))
     losses = np.where(targets >= 0, -logp, 0)
     np.testing.assert_allclose(logits[:, golden["positions"]], golden["logits"], atol=2e-4, rtol=1e-4)
     np.testing.assert_allclose(losses, golden["loss_per_token"], atol=1e-4, rtol=0)
@@ -55,14 +56,15 @@ def test_logits_and_losses_are_nanochats(name, input):
 def test_gradients_of_every_parameter_are_nanochats(name):
     golden = data.arrays(f"grads/{name}.npz")
     config, params, _ = models.load(name)
-    batch = models.arrays("forward", name)
+    batch = data.arrays(f"forward/{name}.npz")
     ids, targets = batch["t1_ids"], batch["t1_targets"]
     weights = jnp.asarray(targets >= 0, jnp.float32) / (targets >= 0).sum()
 
     @quick_jit
     def loss_and_gradients(params):
         def loss(params):
-            x, _ = models.built(config, params).hidden(ids)
+            with models.rotary_tables_of(name):
+                x, _ = models.built(config, params).hidden(ids)
             head = {"cap": config.logit_cap, "vocab_size": config.vocab_size}
             aux = {"weights": weights}
             return summed_token_loss(weighted_nll, x, params["lm_head"], np.maximum(targets, 0), aux, **head)[0]
@@ -72,7 +74,7 @@ def test_gradients_of_every_parameter_are_nanochats(name):
     loss, gradients = loss_and_gradients(params)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5)
     ours, expected = models.by_name(gradients), models.under("grad/", golden)
-    assert expected and expected.keys() <= ours.keys()
+    assert expected.keys() <= ours.keys()
     for parameter, gradient in expected.items():
         bound = 1e-4 * np.abs(gradient).max()
         np.testing.assert_allclose(ours[parameter], gradient, atol=bound, rtol=0, err_msg=parameter)
@@ -81,10 +83,10 @@ def test_gradients_of_every_parameter_are_nanochats(name):
 class Decoder:
     """All prompts of a decode file as one batch, padded on the right, in front of the model's own cache."""
 
-    def __init__(self, name: str):
-        self.config, self.params, _ = models.load(name)
-        golden = models.arrays("decode", name)
-        rows = range(sum(key.startswith("prompt") for key in golden))
+    def __init__(self, file: str):
+        self.config, self.params, _ = models.load(models.of_file(file))
+        golden = data.arrays(f"decode/{file}.npz")
+        rows = sorted(int(number) for number in models.under("prompt", golden))
         self.prompts, self.tokens, self.masks, self.margins = (
             [golden[f"{kind}{row}"] for row in rows] for kind in ("prompt", "tokens", "mask", "margin")
         )
@@ -94,7 +96,8 @@ class Decoder:
         @quick_jit
         def append(params, cache, ids, lengths):
             model = models.built(self.config, params)
-            x, cache = model.hidden(ids, cache=cache, lengths=lengths)
+            with models.rotary_tables_of(file):
+                x, cache = model.hidden(ids, cache=cache, lengths=lengths)
             last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
             return model.logits(last), cache
 
@@ -118,10 +121,10 @@ class Decoder:
 decoder = functools.cache(Decoder)
 
 
-@pytest.mark.parametrize("name", models.measured("decode"))
-def test_greedy_decoding_with_the_cache_chooses_nanochats_tokens(name):
+@pytest.mark.parametrize("file", models.one_file_a_model("decode"))
+def test_greedy_decoding_with_the_cache_chooses_nanochats_tokens(file):
     """The golden tokens are fed, forced ones too; where the two best logits are nearly equal, either may be chosen."""
-    d = decoder(name)
+    d = decoder(file)
     logits, cache = d.prefill(d.empty_cache(), 0 * d.lengths, d.lengths)
     for step in range(max(map(len, d.tokens))):
         logits = np.asarray(logits)
@@ -137,10 +140,10 @@ def test_greedy_decoding_with_the_cache_chooses_nanochats_tokens(name):
         logits, cache = d.append(cache, [tokens[step] if step < len(tokens) else 0 for tokens in d.tokens])
 
 
-@pytest.mark.parametrize("name", models.measured("decode"))
-def test_a_prompt_may_come_in_two_pieces(name):
+@pytest.mark.parametrize("file", models.one_file_a_model("decode"))
+def test_a_prompt_may_come_in_two_pieces(file):
     """Cut in the middle: a prompt of one id has an empty first piece."""
-    d = decoder(name)
+    d = decoder(file)
     start, cut = 0 * d.lengths, d.lengths // 2
     whole, cache = d.prefill(d.empty_cache(), start, d.lengths)
     _, half = d.prefill(d.empty_cache(), start, cut)
