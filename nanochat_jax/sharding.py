@@ -49,7 +49,7 @@ def make_mesh(spec: str = "", devices=None) -> Mesh:
     sizes = {"data": None, "model": None}
     for part in filter(None, spec.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
-        if name not in sizes or not size.isdigit() or int(size) < 1:
+        if name not in sizes or sizes[name] or not size.isdigit() or int(size) < 1:
             raise ValueError(f"--mesh must look like data=4,model=2, got {spec!r}")
         sizes[name] = int(size)
     model = sizes["model"] or 1

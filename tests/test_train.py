@@ -136,7 +136,7 @@ def test_every_parameter_has_a_rule_and_an_unknown_one_is_named():
 
 
 def test_a_mesh_that_cannot_be_built_is_refused():
-    for spec in ("data=3,model=4", "rows=2", "data=x", "data=0"):
+    for spec in ("data=3,model=4", "rows=2", "data=x", "data=0", "data=1,data=2"):
         with pytest.raises(ValueError, match="--mesh"):
             make_mesh(spec)
     assert dict(make_mesh("model=2").shape) == {"data": 4, "model": 2}
