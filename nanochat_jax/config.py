@@ -33,7 +33,11 @@ def parse(cls: type, argv: list[str] | None = None, prog: str | None = None) -> 
     given = {name.replace("_", "-") for name in given}
     from_file = file_flags(cls, Path(file), given) if file else []
     style = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
-    cfg = tyro.cli(cls, args=[*from_file, *argv], prog=prog, config=style)
+    try:
+        cfg = tyro.cli(cls, args=[*from_file, *argv], prog=prog, config=style)
+    except BrokenPipeError:  # --help | head
+        _write_nowhere()
+        sys.exit(0)
     given |= {flag.split("=")[0].removeprefix("--").removeprefix("no-") for flag in from_file}
     object.__setattr__(cfg, "given", frozenset(name.replace("-", "_") for name in given))
     return cfg
@@ -106,7 +110,7 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
     try:
         sys.exit(main(cfg))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it exits
+        _write_nowhere()
         sys.exit(
             "error: whoever read the output has closed it, so the run has stopped; write to a file instead of a pipe"
         )
@@ -114,3 +118,8 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _write_nowhere() -> None:
+    """After a closed pipe: else Python complains again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from nanochat_jax.common import process_index
 
@@ -111,9 +112,13 @@ class Reporter:
     def __init__(self, total: int, done: int = 0):
         self.total, self.enabled, self.progress = total, process_index() == 0, None
         if self.enabled and sys.stdout.isatty():
-            columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-            times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-            self.progress = Progress(*columns, *times, console=Console(), expand=True)
+            numbers = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what gives way on a narrow terminal
+            self.progress = Progress(
+                *(BarColumn(10), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True)),
+                TextColumn("{task.description}", markup=False, table_column=numbers),
+                console=Console(),
+                expand=True,
+            )
             self.task = self.progress.add_task("", total=total, completed=done)
             self.progress.start()
 
