@@ -31,10 +31,13 @@ def start_device(device_type: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compilation_cache"))
     try:
         jax.devices()
-    except RuntimeError as e:
-        extra = {"cuda": "tools/setup.sh --extra cuda13", "gpu": "tools/setup.sh --extra cuda13"}
-        fix = extra.get(device_type, "tools/setup.sh --extra tpu" if device_type == "tpu" else "the JAX installation")
-        raise ValueError(f"--device-type={device_type} cannot be started, see {fix}: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError) as e:  # the second where JAX knows the platform but has no plugin for it
+        extra = {"cuda": " --extra cuda13", "gpu": " --extra cuda13", "tpu": " --extra tpu"}.get(device_type, "")
+        said = "".join(str(e).splitlines()[:1]) or "no device or no plugin found"
+        raise ValueError(
+            f"--device-type={device_type} cannot be started ({said}): "
+            f"set up with tools/setup.sh{extra}, or choose another"
+        ) from e
 
 
 def compute_dtype(name: str) -> jnp.dtype:

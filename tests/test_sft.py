@@ -13,6 +13,7 @@ import pytest
 
 from nanochat_jax import checkpoint, config, sft
 from nanochat_jax.metrics import read_metrics
+from nanochat_jax.runs import start_device
 from nanochat_jax.tokenizer import Tokenizer
 from tests import tiny
 
@@ -430,3 +431,14 @@ def test_a_wrong_value_ends_without_a_traceback(base):
     command = [sys.executable, "-m", "nanochat_jax.sft", "--device-type", "mps"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: --device-type=mps") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("device", "flag"), [("cuda", "--extra cuda13"), ("tpu", "--extra tpu"), ("auto", "setup.sh")])
+def test_a_device_that_is_not_there_is_named_with_what_to_install(device, flag, monkeypatch):
+    def no_devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax, "devices", no_devices)
+    with pytest.raises(ValueError, match=f"--device-type={device} cannot be started .*{flag}, or choose"):
+        start_device(device)
