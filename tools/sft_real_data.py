@@ -1,6 +1,6 @@
 """Fine-tune a small base model on real data that lies in ../shared: GSM8K, MMLU, and oasst1 threads as custom JSON.
 
-python tools/sft_real_data.py --out /tmp/real                  # flags after -- go to nanochat_jax.sft
+python tools/sft_real_data.py --out /tmp/real
 """
 
 import json
@@ -21,7 +21,6 @@ def main(
     checkpoint: Path = ROOT.parent / "shared/golden/checkpoints/c1_master",
     data: Path = ROOT.parent / "shared/data/hub",
     num_iterations: int = 300,
-    flags: tuple[str, ...] = (),
 ) -> None:
     """out: base directory to make (must not exist); checkpoint: nanochat base directory to start from; data: mirror."""
     shutil.copytree(checkpoint, out)
@@ -33,7 +32,7 @@ def main(
         *(sys.executable, "-m", "nanochat_jax.sft", "--data-dir", data, "--smoltalk-epochs", 0, "--mmlu-epochs", 1),
         *("--gsm8k-epochs", 1, "--custom-json", out / "oasst1-train.jsonl", "--val-json", out / "oasst1-test.jsonl"),
         *("--device-batch-size", 16, "--total-batch-size", 4096, "--eval-every", 50, "--eval-tokens", 131072),
-        *("--save-every", 100, "--num-iterations", num_iterations, *flags),
+        *("--save-every", 100, "--num-iterations", num_iterations),
     ]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(out.absolute())}
     raise SystemExit(subprocess.run([str(part) for part in command], env=environment, cwd=ROOT).returncode)
