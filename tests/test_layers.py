@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "nanochat_jax"
 
 LAYERS = [  # a module imports its own row and the rows above it, nothing else; a folder is one module
     {"common", "config", "sharding", "safe_pickle"},
-    {"tokenizer", "calculator", "sandbox", "tasks", "packing", "token_cache", "data"},
-    {"attention", "gpt", "loss", "optim"},
-    {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "engine"},
+    {"tokenizer", "calculator", "sandbox", "download", "tasks", "packing", "token_cache", "data", "documents"},
+    {"attention", "gpt", "loss", "optim", "scaling", "objective", "sampling"},
+    {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "decode", "engine"},
     {"evals", "metrics", "report", "runs", "loop"},
     {"base", "sft", "rl", "eval", "chat", "quickstart"},
 ]
