@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from nanochat_jax.common import base_dir, print0, process_index, write_atomically
 from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.nanochat_import import _meta_file, _read_meta, find_steps, find_tag, read_model
-from nanochat_jax.nanochat_optimizer import read_optimizer
+from nanochat_jax.nanochat_optimizer import read_optimizer, recorded_groups
 from nanochat_jax.optim import GROUP_OF, AdamW, Groups, Muon, state_arrays, with_state_arrays
 from nanochat_jax.sharding import by_path, path_name
 from nanochat_jax.tokenizer import Tokenizer
@@ -303,15 +303,7 @@ def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Gro
     state = read_optimizer(found.folder, found.step, config)
     if state is None:
         return None
-    arrays, recorded = imported_arrays(state), {}
-    for group in state["groups"]:
-        known = {"weight_decay": group["weight_decay"]}
-        if group["kind"] == "adamw":
-            known |= {"b1": group["betas"][0], "b2": group["betas"][1], "eps": group["eps"]}
-        elif group.get("beta2") is not None:
-            known |= {"b2": group["beta2"]}
-        recorded[group["name"]] = known
-    return replace_groups(groups, recorded), arrays
+    return replace_groups(groups, recorded_groups(state["groups"])), imported_arrays(state)
 
 
 def imported_arrays(state: dict) -> dict[str, Any]:

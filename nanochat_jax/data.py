@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -75,18 +75,85 @@ class ConversationStore:
         ]
 
 
-class RowSource:
-    """Packed rows of T inputs by number: row r of an endless sequence of epochs, each with its own plan.
+Section = tuple[Plan, Callable[[int, int], tuple[np.ndarray, np.ndarray]]]  # and get(item, limit) -> (ids, mask)
 
-    Epoch 0 packs the mixture in its own order, epoch e in a permutation drawn from (seed, e). So a run's place in the
-    data is one integer, the number of rows it has consumed, whatever the batch size and the number of processes.
+
+class PackedRows:
+    """Packed rows of T inputs by number, in an endless sequence of sections, each planned when it is first needed.
+
+    So a run's place in the data is one integer, the number of rows it has consumed, whatever the batch size and the
+    number of processes. A subclass defines `_section`, `sections_in_epoch` and `fingerprint`.
     """
 
-    PLANS_HELD = 2  # at a border between epochs the prefetching threads need both
+    sections_in_epoch = 1
+    SECTIONS_HELD = 2  # at a border the prefetching thread and the progress display need both
+
+    def __init__(self, T: int, bos: int, seed: int):
+        self.T, self.bos, self.seed = T, bos, seed
+        self._held: dict[int, Section] = {}
+        self._ends: list[int] = []  # rows up to the end of each section planned so far
+        self._lock = threading.Lock()
+
+    def _section(self, number: int) -> Section:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Hash of the tokens and of how they are packed: a row number saved under another one means other data."""
+        raise NotImplementedError
+
+    def plan(self, section: int) -> Plan:
+        """The plan of a section, counted from 0."""
+        with self._lock:
+            return self._get(section)[0]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(section, row within it), both counted from 0, of a global row number."""
+        if row < 0:
+            raise IndexError(f"rows are counted from 0, got {row}")
+        with self._lock:
+            while not self._ends or row > self._ends[-1]:  # the first row of a section needs no plan of it
+                self._ends.append((self._ends[-1] if self._ends else 0) + self._get(len(self._ends))[0].n_rows)
+            section = bisect_right(self._ends, row)
+            return section, row - (self._ends[section - 1] if section else 0)
+
+    def epoch_and_progress(self, row: int) -> tuple[int, float]:
+        """For display, of a run that has consumed `row` rows: the epoch, counted from 1, and how much of it is done."""
+        section, within = self.locate(row)
+        epoch, done = divmod(section, self.sections_in_epoch)
+        part = within / self.plan(section).n_rows if within else 0.0
+        return epoch + 1, (done + part) / self.sections_in_epoch
+
+    def contents(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, mask) of everything that lies in a row, at most T + 1 tokens together."""
+        section, within = self.locate(row)
+        with self._lock:
+            plan, get = self._get(section)
+        found, room = [], self.T + 1
+        for item in plan.row(within):
+            found.append(get(item, room))
+            room -= len(found[-1][0])
+        return found
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The rows of these numbers, as assemble() gives them: leaves [len(rows), T]."""
+        return assemble([self.contents(int(row)) for row in rows], self.T, self.bos)
+
+    def _get(self, number: int) -> Section:
+        if number not in self._held:
+            while len(self._held) >= self.SECTIONS_HELD:
+                del self._held[next(iter(self._held))]
+            self._held[number] = self._section(number)
+        return self._held[number]
+
+
+class RowSource(PackedRows):
+    """The rows of a mixture of conversations. A section is an epoch: epoch 0 packs the mixture in its own order, epoch
+    e in a permutation drawn from (seed, e)."""
 
     def __init__(self, store: ConversationStore, T: int, *, seed: int = 0, buffer_size: int = BUFFER_SIZE):
         """ValueError: no conversation has a trained token within the cut."""
-        self.store, self.T, self.seed, self.buffer_size = store, T, seed, buffer_size
+        super().__init__(T, store.bos, seed)
+        self.store, self.buffer_size = store, buffer_size
         self.limit = min(max(RENDER_LIMIT, T), T + 1)  # nanochat's cut of a rendering, then that of a row
         self.lengths = store.lengths(self.limit)
         self.n_cut = int((store.lengths() > self.limit).sum())
@@ -97,55 +164,20 @@ class RowSource:
                 f"no conversation of {names} has a token to train on within its first {self.limit} tokens: the "
                 "assistant must say something there, so check the data, or make the rows longer"
             )
-        self._plans: dict[int, Plan] = {}
-        self._ends: list[int] = []  # rows up to the end of each epoch planned so far
-        self._lock = threading.Lock()
-
-    def plan(self, epoch: int) -> Plan:
-        """The plan of an epoch, counted from 0."""
-        with self._lock:
-            return self._plan(epoch)
 
     def rows_in_epoch(self, epoch: int) -> int:
         return self.plan(epoch).n_rows
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """(epoch, row within it), both counted from 0, of a global row number."""
-        if row < 0:
-            raise IndexError(f"rows are counted from 0, got {row}")
-        with self._lock:
-            while not self._ends or row > self._ends[-1]:  # the first row of an epoch needs no plan of it
-                self._ends.append((self._ends[-1] if self._ends else 0) + self._plan(len(self._ends)).n_rows)
-            epoch = bisect_right(self._ends, row)
-            return epoch, row - (self._ends[epoch - 1] if epoch else 0)
-
-    def epoch_and_progress(self, row: int) -> tuple[int, float]:
-        """For display, of a run that has consumed `row` rows: the epoch, counted from 1, and how much of it is done."""
-        epoch, within = self.locate(row)
-        return epoch + 1, within / self.rows_in_epoch(epoch) if within else 0.0
-
     def fingerprint(self) -> str:
-        """Hash of the tokens and of how they are packed: a row number saved under another one means other data."""
         digest = hashlib.sha256(self.store.pairs.tobytes())
         content = [cache.content for cache in self.store.caches]
         digest.update(repr((content, self.T, self.seed, self.buffer_size)).encode())
         return digest.hexdigest()
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """The rows of these numbers, as assemble() gives them: leaves [len(rows), T]."""
-        conversations = []
-        for row in rows:
-            epoch, within = self.locate(int(row))
-            conversations.append([self.store.get(i, self.limit) for i in self.plan(epoch).row(within)])
-        return assemble(conversations, self.T, self.store.bos)
-
-    def _plan(self, epoch: int) -> Plan:
-        if epoch not in self._plans:
-            order = shuffled(len(self.store), self.seed, epoch)
-            while len(self._plans) >= self.PLANS_HELD:
-                del self._plans[next(iter(self._plans))]
-            self._plans[epoch] = plan_epoch(self.lengths, order, self.T + 1, self.buffer_size)
-        return self._plans[epoch]
+    def _section(self, number: int) -> Section:
+        order = shuffled(len(self.store), self.seed, number)
+        plan = plan_epoch(self.lengths, order, self.T + 1, self.buffer_size)
+        return plan, lambda item, room: self.store.get(item, min(room, self.limit))
 
 
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -186,7 +218,7 @@ def assemble(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], T: int, bo
 
 
 def train_batches(
-    rows: RowSource,
+    rows: PackedRows,
     *,
     start_row: int,
     rows_per_step: int,
@@ -215,19 +247,18 @@ def train_batches(
 
 
 def fixed_batches(
-    rows: RowSource, *, n_rows: int, rows_per_batch: int, process_index: int = 0, process_count: int = 1
+    rows: PackedRows, *, n_rows: int, rows_per_batch: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """This process's share of the first `n_rows` rows of epoch 0, the same at each call: leaves [B/P, T].
+    """This process's share of the first `n_rows` rows of section 0, the same at each call: leaves [B/P, T].
 
-    No row comes twice: fewer come where the epoch is shorter, and the last batch is filled up with rows of padding.
+    No row comes twice: fewer come where the section is shorter, and the last batch is filled up with rows of padding.
     """
     share = _share(rows_per_batch, 1, process_index, process_count)[0]
-    n_rows = min(n_rows, rows.rows_in_epoch(0))
+    n_rows = min(n_rows, rows.plan(0).n_rows)
     for start in range(0, n_rows, rows_per_batch):
         wanted = (start + share)[start + share < n_rows]
-        plan = rows.plan(0)
-        conversations = [[rows.store.get(i, rows.limit) for i in plan.row(r)] for r in wanted]
-        yield assemble(conversations + [[]] * (len(share) - len(wanted)), rows.T, rows.store.bos)
+        padding = [[]] * (len(share) - len(wanted))
+        yield assemble([rows.contents(int(row)) for row in wanted] + padding, rows.T, rows.bos)
 
 
 def _share(n_rows: int, micro_batches: int, process_index: int, process_count: int) -> np.ndarray:

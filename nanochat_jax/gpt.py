@@ -13,6 +13,7 @@ The network (facts: nanochat as of 2026; norms have no parameters):
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ class Attention(nnx.Module):
     """Causal self-attention with grouped kv heads, norms on q and k, and on some layers a gated value embedding."""
 
     def __init__(self, config: GPTConfig, layer: int, *, rngs: nnx.Rngs):
-        self.config, self.window = config, config.windows[layer]
+        self.config = config
         D, bound = config.n_embd, 3**0.5 * config.n_embd**-0.5
         self.c_q = weight(rngs, uniform(bound), D, D)
         self.c_k = weight(rngs, uniform(bound), config.kv_dim, D)
@@ -140,9 +141,8 @@ class Attention(nnx.Module):
             self.ve_gate = weight(rngs, nnx.initializers.zeros, config.n_kv_head, config.value_gate_channels)
             self.value_embed = weight(rngs, uniform(bound), config.padded_vocab, config.kv_dim)
 
-    def __call__(self, h, ids, rope, k_start, k_last, cache, write):
-        """h [B,T,D], ids [B,T] -> ([B,T,D], cache). cache: this layer's k and v [B,S,K,H], which take the new ones at
-        the indices `write`, or None. Query t sees the keys k_start..k_last, int32 [B,T] (k_last None: t)."""
+    def __call__(self, h, ids, rope, attend):
+        """h [B,T,D], ids [B,T], attend(q, k, v) -> (y, kept) as in `GPT.hidden` -> ([B,T,D], kept)."""
         c = self.config
         B, T, _ = h.shape
         q = linear(h, self.c_q).reshape(B, T, c.n_head, c.head_dim)
@@ -153,11 +153,8 @@ class Attention(nnx.Module):
             embed = constrain_batch(self.value_embed[...][ids]).astype(v.dtype)
             v = v + gate[..., None] * embed.reshape(v.shape)
         q, k = (rotate_and_scale(x, rope, c.qk_scale) for x in (q, k))
-        if cache is not None:
-            k, v = (stored.at[write].set(new.astype(stored.dtype)) for stored, new in zip(cache, (k, v)))
-            cache = (k, v)
-        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), k_start, k_last=k_last, window=self.window)
-        return linear(y.reshape(B, T, c.n_embd), self.c_proj), cache
+        y, kept = attend(q, k, v)
+        return linear(y.reshape(B, T, c.n_embd), self.c_proj), kept
 
 
 class MLP(nnx.Module):
@@ -180,11 +177,11 @@ class Block(nnx.Module):
         self.attn = Attention(config, layer, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, ids, rope, k_start, k_last, cache, write):
-        """The residual stream x [B,T,D] -> ([B,T,D], cache); the other arguments are those of Attention."""
-        y, cache = self.attn(rms_norm(x), ids, rope, k_start, k_last, cache, write)
+    def __call__(self, x, ids, rope, attend):
+        """The residual stream x [B,T,D] -> ([B,T,D], kept); the other arguments are those of Attention."""
+        y, kept = self.attn(rms_norm(x), ids, rope, attend)
         x = x + y
-        return x + self.mlp(rms_norm(x)), cache
+        return x + self.mlp(rms_norm(x)), kept
 
 
 class GPT(nnx.Module):
@@ -214,66 +211,51 @@ class GPT(nnx.Module):
         head = self.lm_head[...][: self.config.vocab_size].astype(x.dtype)
         return capped_logits(x, head, self.config.logit_cap)[0]
 
-    def hidden(self, ids, *, document_start=None, cache=None, lengths=None):
-        """The one forward, for training, prefill and decode -> (hidden states [B,T,D] ready for lm_head, cache).
+    def hidden(self, ids, *, document_start=None, positions=None, previous=None, attend=None):
+        """The one forward, for training, prefill and decode -> (hidden states [B,T,D] ready for lm_head, kept).
 
         ids int32 [B,T]. document_start int32 [B,T]: where in the row each token's document begins; attention and smear
-        do not look further back (None: the row is one document). With a `cache` (see `empty_cache`) the tokens are
-        appended behind the cache's own lengths, row by row; `lengths` int32 [B] says how many of the T are real
-        (default all): the rest is padding on the right, overwritten by the next call. What does not fit into the cache
-        is lost without an error: the caller counts.
+        do not look further back (None: the row is one document). Tokens that continue a text come with their
+        `positions` int32 [B,T] (default 0..T-1), with the token before them, `previous` int32 [B], and with `attend`,
+        which knows the keys and values of the earlier ones: attend(layer, q [B,T,N,H], k and v [B,T,K,H]) ->
+        (y [B,T,N,H], kept). Without it the T tokens attend to each other, and each layer keeps its k and v.
         """
-        B, T = ids.shape
         c = self.config
-        if cache is None:
-            positions, before, k_last, write = jnp.arange(T)[None], None, None, None
-        else:
-            positions, before = cache["length"][:, None] + jnp.arange(T)[None], cache["before"]
-            k_last, write = positions, (jnp.arange(B)[:, None], positions)
-        if document_start is None:
-            document_start = jnp.zeros_like(ids)
+        positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
+        document_start = jnp.zeros_like(ids) if document_start is None else document_start
         rope = rotary(positions, c.head_dim, c.rope_base)
-        k_starts = {w: first_key(document_start, positions, w) for w in set(c.windows)}  # once, not once a layer
+        if attend is None:
+            k_starts = {w: first_key(document_start, positions, w) for w in set(c.windows)}  # once, not once a layer
 
-        e = rms_norm(constrain_batch(self.wte[...][ids]).astype(self.dtype))
-        x = x0 = self._smear(e, before, positions == document_start) if c.smear else e
-        layers = []
+            def attend(layer, q, k, v):
+                return attention(q, k, v, k_starts[c.windows[layer]], window=c.windows[layer]), (k, v)
+
+        e = self._embed(ids)
+        x = x0 = self._smear(e, previous, positions == document_start) if c.smear else e
+        kept = []
         for i, block in enumerate(self.blocks):
             if c.residual_lambdas:
                 x = mix(self.resid_lambdas[i], x, self.x0_lambdas[i], x0)
-            stored = None if cache is None else cache["layers"][i]
-            x, stored = block(x, ids, rope, k_starts[c.windows[i]], k_last, stored, write)
+            x, layer = block(x, ids, rope, partial(attend, i))
             x = constrain_batch(x)
-            layers.append(stored)
+            kept.append(layer)
             if i == c.n_layer // 2:
                 halfway = x
         if c.backout:
             x = mix(1.0, x, -self.backout_lambda[0], halfway)
-        if cache is not None:
-            count = jnp.full(B, T) if lengths is None else lengths
-            last = jnp.take_along_axis(e, jnp.maximum(count - 1, 0)[:, None, None], 1)[:, 0]
-            before = jnp.where((count > 0)[:, None], last, before)
-            cache = {"layers": tuple(layers), "length": cache["length"] + count, "before": before}
-        return rms_norm(x), cache
+        return rms_norm(x), tuple(kept)
 
-    def _smear(self, e, before, is_start):
+    def _embed(self, ids):
+        """ids [...] -> normalised embeddings [...,D] in the compute type."""
+        return rms_norm(constrain_batch(self.wte[...][ids]).astype(self.dtype))
+
+    def _smear(self, e, previous, is_start):
         """Add the previous token's embedding, gated by the current one's first channels; none before a document."""
-        previous = jnp.zeros_like(e[:, 0]) if before is None else before
-        previous = jnp.concatenate([previous[:, None], e[:, :-1]], 1)
+        before = jnp.zeros_like(e[:, 0]) if previous is None else self._embed(previous)
+        before = jnp.concatenate([before[:, None], e[:, :-1]], 1)
         gate = jax.nn.sigmoid(linear(e[..., :SMEAR_CHANNELS], self.smear_gate).astype(jnp.float32))
         gate = jnp.where(is_start[..., None], 0.0, self.smear_lambda[...][None, None] * gate)
-        return (e.astype(jnp.float32) + gate * previous.astype(jnp.float32)).astype(e.dtype)
-
-    def empty_cache(self, batch: int, size: int, dtype=None) -> dict:
-        """Room for `size` tokens in each of `batch` rows: per layer k and v [B,S,K,H] in `dtype` (default: the compute
-        type), filled lengths int32 [B], and the last token's embedding before smearing [B,D]."""
-        c, dtype = self.config, dtype or self.dtype
-        zeros = [jnp.zeros((batch, size, c.n_kv_head, c.head_dim), dtype) for _ in range(2 * c.n_layer)]
-        return {
-            "layers": tuple(zip(zeros[::2], zeros[1::2])),
-            "length": jnp.zeros(batch, jnp.int32),
-            "before": jnp.zeros((batch, c.n_embd), self.dtype),
-        }
+        return (e.astype(jnp.float32) + gate * before.astype(jnp.float32)).astype(e.dtype)
 
 
 def mix(a: jax.Array | float, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:

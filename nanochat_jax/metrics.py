@@ -129,6 +129,11 @@ class Reporter:
         elif self.enabled:
             print(f"step {done:05d}/{self.total:05d} | {text}", flush=True)
 
+    def doing(self, text: str) -> None:
+        """In the middle of a long step: what the bar shows meanwhile."""
+        if self.progress:
+            self.progress.update(self.task, description=text)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.progress:

@@ -313,7 +313,8 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
     A model that is there already and intact is left alone, so an interrupted conversion goes on where it stopped.
     FileNotFoundError: `src` holds no model. FileExistsError: `to` holds another tokenizer or other models.
     """
-    from nanochat_jax import checkpoint, optim  # checkpoint reads nanochat's files through this module
+    from nanochat_jax import checkpoint  # it reads nanochat's files through this module
+    from nanochat_jax.nanochat_optimizer import read_optimizer, recorded_groups
     from nanochat_jax.tokenizer import Tokenizer
 
     models = [
@@ -340,18 +341,15 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
         if checkpoint.is_intact(target):
             log(f"{target} is there already")
             continue
-        config, params, meta = read_model(folder, step, logit_cap)
-        meta |= {"step": step, "model_config": dataclasses.asdict(config), "tokenizer": tokenizer.digest()}
-        meta["converted_from"] = digest
-        rates = dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr"), 0.0)
-        empty = optim.groups_in_use(optim.default_groups(config.n_embd, **rates), params)
-        warm = checkpoint.load_optimizer(checkpoint.Found(folder, step, False), config, empty)
-        if warm:
-            groups, arrays = warm
-            fields = {name: dataclasses.asdict(group) for name, group in groups.items()}
-            meta["optimizer_groups"] = {name: {k: v for k, v in f.items() if k != "lr"} for name, f in fields.items()}
-        checkpoint.write(target, checkpoint.flat(params), arrays if warm else None, meta)
-        log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if warm else " (no optimizer state)"))
+        config, params, theirs = read_model(folder, step, logit_cap)
+        state = read_optimizer(folder, step, config)
+        meta = theirs | {"step": step, "model_config": dataclasses.asdict(config), "tokenizer": tokenizer.digest()}
+        meta |= {"converted_from": digest, "nanochat_meta": theirs}  # nanochat_export gives the latter back
+        if state:
+            meta |= {"optimizer_groups": recorded_groups(state["groups"]), "nanochat_groups": state["groups"]}
+        arrays = checkpoint.imported_arrays(state) if state else None
+        checkpoint.write(target, checkpoint.flat(params), arrays, meta)
+        log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if state else " (no optimizer state)"))
     return len(models)
 
 

@@ -7,6 +7,7 @@ Parameter numbers have no names. They follow from the order of groups, from shap
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.nanochat_import import naming, tensor_shapes, widen
 from nanochat_jax.safe_pickle import Refused, read_pt
 
+NEWTON_SCHULZ_STEPS = 5  # iterations of nanochat's Muon; its files record them
+LAST_MOMENTUM = 0.95  # of Muon in a file of ours, which records none: nanochat sets it anew before every step
 SHARDED_FROM = 1024  # AdamW state of at least so many elements is split over the ranks by rows, smaller is replicated
 
 
@@ -36,6 +39,35 @@ def read_optimizer(folder: Path, step: int, config: GPTConfig) -> dict | None:
             ranks.append(_parts(content))
     with naming(files[0] if len(files) == 1 else folder / f"optim_{step:06d}_rank*.pt"):
         return Merge(ranks, config).result()
+
+
+def recorded_groups(groups: list[dict]) -> dict[str, dict]:
+    """What nanochat's groups record of ours: group name -> fields of `optim.AdamW` or `optim.Muon`, lr being the rate
+    that schedules multiply."""
+    recorded = {}
+    for group in groups:
+        fields = {"lr": group["initial_lr"], "weight_decay": group["weight_decay"]}
+        if group["kind"] == "adamw":
+            fields |= {"b1": group["betas"][0], "b2": group["betas"][1], "eps": group["eps"]}
+        elif group["beta2"] is not None:
+            fields["b2"] = group["beta2"]
+        recorded[group["name"]] = fields
+    return recorded
+
+
+def nanochat_groups(recorded: Mapping[str, Mapping]) -> list[dict]:
+    """The other way round: `groups` as `read_optimizer` gives them. ValueError: no rates are recorded."""
+    groups = []
+    for name, fields in recorded.items():
+        if "lr" not in fields:  # our first conversions of nanochat's models
+            raise ValueError(f"the checkpoint has no rate of group {name}: convert the model again, or --no-optimizer")
+        group = {"name": name, "lr": fields["lr"], "initial_lr": fields["lr"], "weight_decay": fields["weight_decay"]}
+        if "b1" in fields:
+            group |= {"kind": "adamw", "betas": (fields["b1"], fields["b2"]), "eps": fields["eps"]}
+        else:
+            group |= {"kind": "muon", "momentum": LAST_MOMENTUM, "beta2": fields["b2"]}
+        groups.append(group)
+    return groups
 
 
 def _rank_files(folder: Path, step: int) -> list[Path]:

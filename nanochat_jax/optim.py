@@ -1,12 +1,14 @@
 """nanochat's optimizer as optax transforms: AdamW for embeddings, head and scalars, Muon for the matrices in blocks.
 
-Groups differ in learning rate, betas and decay. What changes from step to step (the rate's multiplier, Muon's momentum)
-is an argument of `update`, computed from the step by the schedules below: there is no schedule state to restore.
+Groups differ in learning rate, betas and decay. What changes from step to step (the rate's multiplier, Muon's momentum,
+in pretraining its weight decay) is an argument of `update`, computed from the step by the schedules below: there is no
+schedule state to restore.
 `optax.contrib.muon` is another optimizer: this one equalises rows, iterates with Polar Express coefficients
 (arXiv 2505.16932), keeps NorMuon's factored second moment (arXiv 2510.05491) and decays weights cautiously.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +95,8 @@ def scale_rates(groups: Groups, factor: float) -> Groups:
 
 
 def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
-    """The whole optimizer over the parameter tree. `update` needs the keywords lr_multiplier and muon_momentum.
+    """The whole optimizer over the parameter tree. `update` needs the keywords lr_multiplier and muon_momentum, and
+    takes decay_multiplier (default 1), a factor on Muon's weight decay.
 
     compute_dtype: the type in which Muon orthogonalises (bfloat16 on accelerators, as in nanochat).
     """
@@ -222,12 +225,13 @@ def reduce_variance(X: jax.Array, second: jax.Array, b2: float) -> tuple[jax.Arr
 
 
 def muon_decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformationExtraArgs:
-    """-L (X + wd p) with L = lr * multiplier * sqrt(max(1, r / c)); wd only where X and p agree in sign (cautious)."""
+    """-L (X + wd p) with L = lr * multiplier * sqrt(max(1, r / c)); wd = weight_decay * decay_multiplier, but only
+    where X and p agree in sign (cautious)."""
 
-    def update(updates, state, params, *, lr_multiplier, **_):
+    def update(updates, state, params, *, lr_multiplier, decay_multiplier=1.0, **_):
         def one(X, p):
             L = lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5 * lr_multiplier
-            return -L * jnp.where(X * p >= 0, X + weight_decay * p, X)
+            return -L * jnp.where(X * p >= 0, X + weight_decay * decay_multiplier * p, X)
 
         return jax.tree.map(one, updates, params), state
 
@@ -248,6 +252,34 @@ def sft_muon_momentum(step: int) -> float:
     """From 0.85 to 0.95 over the first 300 steps."""
     warm = min(step / 300, 1)
     return (1 - warm) * 0.85 + warm * 0.95
+
+
+def base_lr_multiplier(
+    step: int, total: int, *, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float
+) -> float:
+    """Pretraining (nanochat, 2026): linearly up over warmup_steps, then 1, then linearly down to final_lr_frac, which
+    step `total` would have, over the last warmdown_ratio of the run."""
+    warmdown = round(warmdown_ratio * total)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if step <= total - warmdown:
+        return 1.0
+    left = (total - step) / warmdown
+    return left + (1 - left) * final_lr_frac
+
+
+def base_muon_momentum(step: int, total: int, *, warmdown_ratio: float) -> float:
+    """Pretraining (nanochat, 2026): from 0.85 to 0.97 over the first 400 steps, to 0.90 while the rates go down."""
+    if step < 400:
+        return 0.85 + (0.97 - 0.85) * step / 400
+    warmdown = round(warmdown_ratio * total)
+    done = (step - (total - warmdown)) / warmdown if step >= total - warmdown else 0.0
+    return 0.97 + (0.90 - 0.97) * done
+
+
+def base_decay_multiplier(step: int, total: int) -> float:
+    """Pretraining (nanochat, 2026): of Muon's weight decay, half a cosine from 1 to 0 at step `total`."""
+    return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def rl_lr_multiplier(step: int, num_steps: int) -> float:

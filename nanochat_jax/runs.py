@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,21 @@ def start_device(device_type: str) -> None:
             f"--device-type={device_type} cannot be started ({said}): "
             f"set up with tools/setup.sh{extra}, or choose another"
         ) from e
+
+
+def check_settings(cfg: Any, rules: Iterable[tuple[str, bool, str]], ratios: Iterable[str], rates: Iterable[str]):
+    """ValueError for the first of (field, whether it holds, what must hold) that does not, with what must hold of every
+    stage's settings, and of those that are ratios or rates."""
+    for name, holds, rule in (
+        *rules,
+        ("keep_checkpoints", cfg.keep_checkpoints >= 1, "at least 1"),
+        ("seed", cfg.seed >= 0, "at least 0"),
+        ("eval_tokens", getattr(cfg, "eval_tokens", 1) >= 1, "at least 1 (--eval-every -1 measures nothing)"),
+        *((name, 0 <= getattr(cfg, name) <= 1, "between 0 and 1") for name in ratios),
+        *((name, 0 <= (getattr(cfg, name) or 0) <= 1000, "between 0 and 1000") for name in rates),
+    ):
+        if not holds:
+            raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -99,9 +114,9 @@ class Run:
     cfg: Any  # resolved: nothing is left to inherit
     folder: Path  # of its checkpoints and metrics
     tokenizer_digest: str
-    base: checkpoint.Found | None = None  # the model a new run starts from
+    base: checkpoint.Found | None = None  # the model a new run starts from; None: random weights
     record: dict = dataclasses.field(default_factory=dict)  # meta of the checkpoint to go on from; {} for a new run
-    model_config: GPTConfig | None = None  # from here on filled by `load`
+    model_config: GPTConfig | None = None  # from here on filled by `load`; pretraining sets the first two itself
     groups: optim.Groups = dataclasses.field(default_factory=dict)
     params: Any = None  # of the base model, for a new run
     optimizer: Any = None  # optim.state_arrays to start with, or None
@@ -160,7 +175,8 @@ class Run:
             lock.acquire(timeout=0)
         except Timeout:
             raise FileExistsError(
-                f"another process is training in {self.folder}: choose another folder with --output-tag"
+                f"another process is training in {self.folder}: choose another folder with "
+                f"{tag_flag(self.folder.parent)}"
             ) from None
         except NotImplementedError:  # a file system without locks
             pass
@@ -177,6 +193,8 @@ class Run:
         """On the shardings of the abstract state `like`."""
         if self.resumed:
             return checkpoint.restore_state(self.folder / str(self.first_step), like)
+        if self.base is None:
+            return train.random_state(self.model_config, tx, like, self.cfg.seed)
         params = train.place(self.params, like.params)
         if self.optimizer is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, like.opt_state)
@@ -192,11 +210,11 @@ class Run:
         return train.TrainState(step, params, opt_state, bad_steps)
 
     def check_data(self, fingerprint: str) -> None:
-        """A resumed run must see the conversations it began with."""
+        """A resumed run must see the data it began with."""
         if self.resumed and self.record["data"] != fingerprint:
             raise ValueError(
                 f"--resume: the data of {self.folder} has changed since step {self.first_step}; restore the files, or "
-                "start another run with --output-tag"
+                f"start another run with {tag_flag(self.folder.parent)}"
             )
 
     def meta(self, total_steps: int) -> dict:
@@ -218,8 +236,11 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def open_run(cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dict, log: Callable) -> Run:
-    """Decide what this run is, from metadata alone: new from the base model, or the one in the output folder going on.
+def open_run(
+    cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dict, log: Callable, source: str = "base"
+) -> Run:
+    """Decide what this run is, from metadata alone: new from a model of the stage `source`, or the one in the output
+    folder going on.
 
     FileExistsError: the folder holds checkpoints and neither --resume nor --overwrite was given. ValueError: a setting
     that would change the training of a run that goes on, or a model that does not fit the tokenizer.
@@ -227,13 +248,31 @@ def open_run(cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dic
     found = None
     tag = cfg.output_tag or (cfg.run if cfg.run != "dummy" else None)
     if tag is None:
-        found = checkpoint.find_model("base", cfg.model_tag, cfg.model_step)
+        found = checkpoint.find_model(source, cfg.model_tag, cfg.model_step)
         tag = f"d{checkpoint.peek_meta(found)['model_config']['n_layer']}"
+    run = open_folder(cfg, stage, tag, tokenizer, harmless, log)
+    if run.resumed:
+        return run
+    found = found or checkpoint.find_model(source, cfg.model_tag, cfg.model_step)
+    log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
+    meta = checkpoint.peek_meta(found)
+    check_tokenizer(tokenizer, meta)
+    settings = meta.get("user_config")
+    cfg = config.inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, inherited, log)
+    limit = 10 * meta["model_config"]["sequence_len"]
+    fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
+    config.require(fits, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
+    return dataclasses.replace(run, cfg=cfg, base=found)
+
+
+def open_folder(cfg: Any, stage: str, tag: str, tokenizer, harmless: set[str], log: Callable) -> Run:
+    """The run that goes on in the folder <tag> of the stage, or a new one for it; errors as for `open_run`."""
     root = base_dir() / checkpoint.SOURCES[stage]
     folder = root / tag
+    otherwise = "" if stage == "base" else " (where it is not given, --run)"
     config.require(
         folder.resolve().parent == root.resolve(),
-        f"--output-tag (where it is not given, --run) must be the name of one folder, got {tag!r}",
+        f"{tag_flag(root)}{otherwise} must be the name of one folder, got {tag!r}",
     )
     if claim(folder, cfg.resume, cfg.overwrite) and cfg.resume:
         step = checkpoint.newest_intact(folder, log)
@@ -241,32 +280,31 @@ def open_run(cfg: Any, stage: str, tokenizer, harmless: set[str], inherited: dic
             raise ValueError(f"--resume: no checkpoint in {folder} is intact; --overwrite starts the run again")
         record = checkpoint.read_meta(folder / str(step))
         log(f"Resuming {folder} from step {step}")
-        cfg = same_settings(cfg, record["user_config"], harmless, log)
+        cfg = same_settings(cfg, record["user_config"], harmless, tag_flag(root), log)
         check_tokenizer(tokenizer, record)
         return Run(cfg, folder, tokenizer.digest(), record=record)
     if cfg.resume:
         log(f"Nothing to resume in {folder}: a new run")
-    found = found or checkpoint.find_model("base", cfg.model_tag, cfg.model_step)
-    log(f"Base model: {found}")
-    meta = checkpoint.peek_meta(found)
-    check_tokenizer(tokenizer, meta)
-    settings = meta.get("user_config")
-    cfg = config.inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, inherited, log)
-    limit = 10 * meta["model_config"]["sequence_len"]
-    config.require(cfg.max_seq_len <= limit, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
-    return Run(cfg, folder, tokenizer.digest(), base=found)
+    return Run(cfg, folder, tokenizer.digest())
+
+
+def tag_flag(root: Path) -> str:
+    """The flag that names a run's folder in `root`: in pretraining --model-tag, which later is the base model's."""
+    return "--model-tag" if root.name == checkpoint.SOURCES["base"] else "--output-tag"
 
 
 def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
     """The checkpoints to go on from, or to give up; the folder is refused where it holds what must not be touched."""
     if any(folder.glob("model_*.pt")):
-        raise FileExistsError(f"{folder} holds checkpoints of nanochat's own: choose another folder with --output-tag")
+        raise FileExistsError(
+            f"{folder} holds checkpoints of nanochat's own: choose another folder with {tag_flag(folder.parent)}"
+        )
     config.require(not (resume and overwrite), "--resume and --overwrite contradict each other: give one of them")
     steps = checkpoint.sealed_steps(folder)
     if steps and not (resume or overwrite):
         raise FileExistsError(
             f"{folder} holds checkpoints of another run (steps {', '.join(map(str, steps))}): --resume goes on with "
-            "it, --overwrite deletes it, --output-tag names another folder"
+            f"it, --overwrite deletes it, {tag_flag(folder.parent)} names another folder"
         )
     return steps
 
@@ -274,7 +312,7 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
 THIS_TIME = {"resume", "overwrite", "config", "output_tag", "device_type", "mesh"}  # never taken from a checkpoint
 
 
-def same_settings(cfg: Any, saved: dict, harmless: set[str], log: Callable) -> Any:
+def same_settings(cfg: Any, saved: dict, harmless: set[str], tag: str, log: Callable) -> Any:
     """The settings of a run that goes on: the checkpoint's, but for harmless ones that the user gives anew.
 
     ValueError names the others that the user gives differently."""
@@ -293,7 +331,7 @@ def same_settings(cfg: Any, saved: dict, harmless: set[str], log: Callable) -> A
         else:
             changed.append(f"{flag} was {saved[name]} and is {ours}")
     if changed:
-        raise ValueError(f"--resume goes on with the same run, but {'; '.join(changed)}; use another --output-tag")
+        raise ValueError(f"--resume goes on with the same run, but {'; '.join(changed)}; use another {tag}")
     return dataclasses.replace(cfg, **restored)
 
 

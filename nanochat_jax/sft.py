@@ -4,21 +4,33 @@ python -m nanochat_jax.sft                                  # everything inherit
 python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run my-run
 """
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
-import jax
-
-from nanochat_jax import checkpoint, config, data, optim, sharding, train
+from nanochat_jax import config, data, optim, sharding
+from nanochat_jax.chatcore import chatcore_measurement
 from nanochat_jax.common import base_dir, print0
 from nanochat_jax.config import Maybe, require
-from nanochat_jax.evals import make_bits_per_byte
-from nanochat_jax.gpt import flops_per_token, parameter_counts
-from nanochat_jax.loop import Loop, explaining_memory
-from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss
-from nanochat_jax.runs import compute_dtype, describe_device, open_run, plan_batches, start_device
-from nanochat_jax.tasks import GSM8K, MMLU, CustomJSON, SmolTalk, TaskMixture, load_task
+from nanochat_jax.loop import train_on, validation
+from nanochat_jax.runs import (
+    check_settings,
+    compute_dtype,
+    describe_device,
+    open_run,
+    plan_batches,
+    start_device,
+)
+from nanochat_jax.tasks import (
+    GSM8K,
+    MMLU,
+    Arithmetic,
+    CustomJSON,
+    SimpleSpelling,
+    SmolTalk,
+    SpellingBee,
+    TaskMixture,
+    load_task,
+)
 from nanochat_jax.token_cache import open_caches
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -71,6 +83,9 @@ class SFTConfig:
     smoltalk_epochs: int = 1  # times SmolTalk is in the mixture (0 = left out)
     mmlu_epochs: int = 3  # times MMLU's auxiliary_train is in it
     gsm8k_epochs: int = 4  # times GSM8K's train split is in it
+    simple_spelling_rows: int = 200_000  # words to spell (0 = left out)
+    spelling_bee_rows: int = 80_000  # words to count a letter of
+    arithmetic_rows: int = 0  # generated word problems
     custom_json: tuple[Path, ...] = ()  # file with a conversation a line
     custom_epochs: int = 1  # times the custom files are in the mixture
     val_json: tuple[Path, ...] = ()  # such a file to validate on, beside the tasks' own test splits
@@ -96,17 +111,24 @@ def training_tasks(cfg: SFTConfig) -> list:
     """The sources of the mixture, each as often as it has epochs; sharing one object costs its tokens once."""
     sources = ((SmolTalk, cfg.smoltalk_epochs), (MMLU, cfg.mmlu_epochs), (GSM8K, cfg.gsm8k_epochs))
     tasks = [task for make, epochs in sources if epochs > 0 for task in [make("train", data_dir=cfg.data_dir)] * epochs]
+    spelling = ((SimpleSpelling, cfg.simple_spelling_rows), (SpellingBee, cfg.spelling_bee_rows))
+    tasks += [make("train", rows, data_dir=cfg.data_dir) for make, rows in spelling if rows > 0]
+    if cfg.arithmetic_rows > 0:
+        tasks.append(Arithmetic("train", cfg.arithmetic_rows))
     if cfg.custom_epochs > 0:
         tasks += [task for path in cfg.custom_json for task in [own_file("custom_json", path)] * cfg.custom_epochs]
     tasks += [load_task(spec) for spec in cfg.task]
-    require(bool(tasks), "the mixture is empty: every --*-epochs is 0 and there is no --custom-json or --task")
+    require(bool(tasks), "the mixture is empty: all --*-epochs and --*-rows are 0, without --custom-json or --task")
     return tasks
 
 
 def validation_tasks(cfg: SFTConfig) -> list:
-    """nanochat's validation mixture, of the tasks that are trained on, and the files of --val-json."""
+    """nanochat's validation mixture (it has no spelling) of the tasks that are trained on, unseen problems of
+    arithmetic, and the files of --val-json."""
     sources = [(SmolTalk, cfg.smoltalk_epochs, None), (MMLU, cfg.mmlu_epochs, 5200), (GSM8K, cfg.gsm8k_epochs, 420)]
     tasks = [make("test", stop=stop, data_dir=cfg.data_dir) for make, epochs, stop in sources if epochs > 0]
+    if cfg.arithmetic_rows > 0:
+        tasks.append(Arithmetic("test", 256))
     return tasks + [own_file("val_json", path) for path in cfg.val_json]
 
 
@@ -122,18 +144,17 @@ def check(cfg: SFTConfig) -> None:
     ratios = ("warmup_ratio", "warmdown_ratio", "final_lr_frac")
     rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac")
     epochs = ("smoltalk_epochs", "mmlu_epochs", "gsm8k_epochs", "custom_epochs")
+    rows = ("simple_spelling_rows", "spelling_bee_rows", "arithmetic_rows")
     steps = cfg.num_iterations
-    for name, holds, rule in (
+    limits = ("chatcore_max_cat", "chatcore_max_sample")
+    rules = (
         ("num_iterations", steps == -1 or 1 <= steps < 2**31, "from 1 to 2147483647, or -1 for one epoch"),
-        ("keep_checkpoints", cfg.keep_checkpoints >= 1, "at least 1"),
         ("load_optimizer", cfg.load_optimizer in (0, 1), "0 or 1"),
-        ("seed", cfg.seed >= 0, "at least 0"),
-        ("eval_tokens", cfg.eval_tokens >= 1, "at least 1 (--eval-every -1 measures nothing)"),
-        *((name, 0 <= getattr(cfg, name) <= 1, "between 0 and 1") for name in ratios),
-        *((name, 0 <= (getattr(cfg, name) or 0) <= 1000, "between 0 and 1000") for name in rates),
         *((name, 0 <= getattr(cfg, name) <= 1000, "from 0 to 1000 (see --num-iterations)") for name in epochs),
-    ):
-        require(holds, f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
+        *((name, 0 <= getattr(cfg, name) <= 10_000_000, "from 0 to 10000000") for name in rows),
+        *((name, getattr(cfg, name) == -1 or getattr(cfg, name) >= 1, "at least 1, or -1 for all") for name in limits),
+    )
+    check_settings(cfg, rules, ratios, rates)
 
 
 def main(cfg: SFTConfig) -> int:
@@ -150,8 +171,6 @@ def main(cfg: SFTConfig) -> int:
     check(cfg)  # also what was inherited
     dtype = compute_dtype(cfg.dtype)
     batch = plan_batches(cfg, mesh, print0)
-    if cfg.chatcore_every > 0:
-        print0("NOTE: this version has no ChatCORE evaluation yet; the --chatcore flags change nothing")
 
     # Data: conversations once through the tokenizer, packed into rows by plan
     tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
@@ -160,62 +179,20 @@ def main(cfg: SFTConfig) -> int:
     print0("\n".join(data.describe(rows)))
     held_out_rows = validation_rows(held_out, cfg, tokenizer)
     total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.rows_in_epoch(0) // batch.rows_per_step)
-    sizes = {name: getattr(cfg, name) for name in ("device_batch_size", "max_seq_len", "total_batch_size")}
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
-    with jax.set_mesh(mesh), explaining_memory(sizes), contextlib.ExitStack() as stack:
-        # Model, optimizer and step
-        run.load(print0)
-        evaluate = bits_per_byte_on(held_out_rows, cfg, run.model_config, tokenizer, batch, mesh, dtype)
-        tx = optim.make_optimizer(run.groups, dtype)
-        abstract = train.abstract_state(run.model_config, tx, mesh, cfg.replicate)
-        state = run.initial_state(tx, abstract)
-        step_fn = train.make_train_step(run.model_config, tx, abstract, mesh, dtype=dtype)
-        flops = flops_per_token(run.model_config, cfg.max_seq_len)
-        counts = [f"{name} {count:,}" for name, count in parameter_counts(run.model_config).items()]
-        print0(f"Parameters: {', '.join(counts)} | FLOPs per token: {flops:e} | steps: {total}")
-
-        def schedule(step):
-            ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
-            return optim.sft_lr_multiplier(step / total, **ratios), optim.sft_muon_momentum(step)
-
-        def rows_before(step):
-            return run.first_row + (step - run.first_step) * batch.rows_per_step
-
-        def meta(step):
-            return run.meta(total) | {"rows_consumed": rows_before(step), "data": rows.fingerprint()}
-
-        # The loop, with the folder for this process alone
-        stack.enter_context(run.start())
-        log = MetricsLog(
-            run.folder, cfg.run, run.meta(total)["user_config"], project="nanochat-sft", resumed_at=run.resumed_at
-        )
-        reporter = Reporter(total, run.first_step)
-        steps = {"rows_per_step": batch.rows_per_step, "micro_batches": batch.micro_batches}
-        batches = data.train_batches(rows, start_row=run.first_row, **steps, **shares)
-        for opened in (log, reporter, batches):
-            stack.callback(opened.close)
-        received = Loop(
-            train_step=step_fn,
-            batches=batches if cfg.document_mask else map(data.without_documents, batches),
-            mesh=mesh,
-            total=total,
-            schedule=schedule,
-            evaluate=evaluate,
-            eval_every=cfg.eval_every,
-            saver=checkpoint.Saver(run.folder, cfg.keep_checkpoints),
-            save_every=cfg.save_every,
-            meta=meta,
-            log=log,
-            reporter=reporter,
-            epoch_of=lambda step: rows.epoch_and_progress(rows_before(step) - 1)[0],
-            tokens_per_step=batch.tokens_per_step,
-            flops_per_token=flops,
-            peak_flops=peak,
-            smoothed=SmoothedLoss(0.9, *run.smoothed_loss),
-            skipped=run.record.get("skipped", 0),
-        ).run(state)
-    return 128 + received if received else 0
+    # Model, schedule and loop
+    run.load(print0)
+    ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
+    schedule = {
+        "lr_multiplier": lambda step: optim.sft_lr_multiplier(step / total, **ratios),
+        "muon_momentum": optim.sft_muon_momentum,
+    }
+    how = {"batch": batch, "mesh": mesh, "dtype": dtype}
+    limits = {"max_cat": cfg.chatcore_max_cat, "max_sample": cfg.chatcore_max_sample}
+    where = {"mesh": mesh, "dtype": dtype, "data_dir": cfg.data_dir}
+    chat = chatcore_measurement(cfg.chatcore_every, run.model_config, tokenizer, **where, **limits)
+    measurements = [validation(held_out_rows, run, tokenizer, **how), chat]
+    return train_on(rows, run, schedule, **how, total=total, peak_flops=peak, measurements=measurements)
 
 
 def row_source(mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer) -> data.RowSource:
@@ -234,23 +211,6 @@ def validation_rows(tasks: list, cfg: SFTConfig, tokenizer: Tokenizer) -> data.R
         return row_source(TaskMixture(tasks), cfg, tokenizer)
     except ValueError as e:
         raise ValueError(f"validation data: {e}") from e
-
-
-def bits_per_byte_on(rows, cfg, model_config, tokenizer, batch, mesh, dtype):
-    """-> evaluate(params) for the loop: {"val_bpb": ...} on the same rows each time, or {} without rows."""
-    if rows is None:
-        return lambda params: {}
-    count = max(1, cfg.eval_tokens // (batch.rows_per_pass * cfg.max_seq_len)) * batch.rows_per_pass
-    bits_per_byte = make_bits_per_byte(model_config, tokenizer.token_bytes(), dtype=dtype)
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-    def evaluate(params):
-        batches = data.fixed_batches(rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares)
-        if not cfg.document_mask:
-            batches = map(data.without_documents, batches)
-        return {"val_bpb": bits_per_byte(params, (sharding.to_global(b, mesh) for b in batches))}
-
-    return evaluate
 
 
 if __name__ == "__main__":

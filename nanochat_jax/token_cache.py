@@ -1,4 +1,5 @@
-"""A task's conversations as token ids and masks on disk: rendered once, opened at once by every later run."""
+"""A task's conversations, or a shard's documents, as token ids and masks on disk: rendered once, opened at once by
+every later run."""
 
 import hashlib
 import json
@@ -7,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +78,14 @@ class TokenCache:
         return self.ids[start:stop], bits[start % 8 :][: stop - start]
 
     @classmethod
-    def open_or_build(cls, task, tokenizer, folder: Path, log: Callable = print0) -> "TokenCache":
+    def open_or_build(
+        cls, task, tokenizer, folder: Path, log: Callable = print0, render: Callable | None = None
+    ) -> "TokenCache":
         """The cache of `task` in `folder`, built first where there is none; processes that want it at once share it.
 
         task: a sequence of conversations with `name` and `fingerprint()`, the hash of its content. tokenizer: has
         `render_many(conversations, max_tokens)`, `render_conversation`, `bos`, `vocab_size` and `digest()`.
+        render: list of entries -> list of (ids, mask), where the task's entries are no conversations.
         ValueError: a conversation that cannot be rendered, named by its row.
         """
         key = cache_key(task, tokenizer)
@@ -97,7 +102,7 @@ class TokenCache:
             lock.acquire()
         try:
             if not _is_usable(final, log):  # another process may have built it meanwhile
-                _build(task, tokenizer, final, key, log)
+                _build(task, tokenizer, final, key, log, render)
         finally:
             lock.release()
         _sweep(final.parent)
@@ -133,14 +138,14 @@ def _is_usable(folder: Path, log: Callable) -> bool:
     return True
 
 
-def _build(task, tokenizer, final: Path, key: str, log: Callable) -> None:
+def _build(task, tokenizer, final: Path, key: str, log: Callable, render: Callable | None) -> None:
     """Write the cache beside its place, then move it there in one step. The caller holds the lock."""
     building = final.with_name(final.name + ".building")
     shutil.rmtree(building, ignore_errors=True)  # of a build that was killed: the lock is ours, so nobody writes there
     building.mkdir()
     try:
         started = time.perf_counter()
-        counts = _write_arrays(task, tokenizer, building, log)
+        counts = _write_arrays(task, tokenizer, building, log, render)
         files = {f: {"size": (building / f).stat().st_size, "checksum": _checksum(building / f)} for f in FILES}
         meta = {"name": task.name, "key": key, "tokenizer": tokenizer.digest(), "bos": int(tokenizer.bos)}
         _write(building / "meta.json", json.dumps(meta | counts | {"files": files}, indent=1).encode())
@@ -150,12 +155,12 @@ def _build(task, tokenizer, final: Path, key: str, log: Callable) -> None:
         shutil.rmtree(building, ignore_errors=True)
         raise
     log(
-        f"tokenized {task.name}: {counts['conversations']:,} conversations, {counts['tokens']:,} tokens, "
+        f"tokenized {task.name}: {counts['conversations']:,} entries, {counts['tokens']:,} tokens, "
         f"{counts['trained_tokens']:,} of them trained, in {time.perf_counter() - started:.1f} s"
     )
 
 
-def _write_arrays(task, tokenizer, folder: Path, log: Callable) -> dict[str, int]:
+def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: Callable | None) -> dict[str, int]:
     """Write FILES into the folder, a batch of conversations at a time; return the counts of meta.json."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     lengths, trained = [], []
@@ -164,7 +169,7 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable) -> dict[str, int
         _header(ids_file, dtype, 0)
         _header(mask_file, np.dtype(np.uint8), 0)
         said = time.perf_counter()
-        for rendered in _render(task, tokenizer):
+        for rendered in _render(task, tokenizer, render):
             sizes = [len(ids) for ids, _ in rendered]
             ids_file.write(np.concatenate([ids for ids, _ in rendered]).astype(dtype).tobytes())
             mask = np.concatenate([mask for _, mask in rendered]).astype(np.uint8)
@@ -176,7 +181,7 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable) -> dict[str, int
             odd_bits = bits[whole:]
             if time.perf_counter() - said > 10:
                 said = time.perf_counter()
-                log(f"tokenizing {task.name}: {sum(map(len, lengths)):,} of {len(task):,} conversations")
+                log(f"tokenizing {task.name}: {sum(map(len, lengths)):,} of {len(task):,} entries")
         mask_file.write(np.packbits(odd_bits).tobytes())
         offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
         tokens = int(offsets[-1])
@@ -194,16 +199,17 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable) -> dict[str, int
     return {"conversations": len(trained), "tokens": tokens, "trained_tokens": int(trained.sum(dtype=np.int64))}
 
 
-def _render(task, tokenizer) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+def _render(task, tokenizer, render: Callable | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Batches of (ids, mask), uncut. ValueError: the first row that cannot be read or rendered, with the reason."""
+    render_many = render or partial(tokenizer.render_many, max_tokens=None)
     for start in range(0, len(task), BATCH):
         rows = range(start, min(start + BATCH, len(task)))
         try:
-            rendered = tokenizer.render_many([task[i] for i in rows], max_tokens=None)
+            rendered = render_many([task[i] for i in rows])
         except Exception:  # find the row to blame; one that fails only among others is told as it came
             for i in rows:
                 try:
-                    tokenizer.render_conversation(task[i], max_tokens=None)
+                    render([task[i]]) if render else tokenizer.render_conversation(task[i], max_tokens=None)
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
                     raise ValueError(f"{task.name}, row {i} cannot be rendered: {reason}") from error

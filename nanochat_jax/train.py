@@ -1,6 +1,6 @@
 """The train step, written once: SFT, RL and pretraining differ in `token_loss` and in their batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from nanochat_jax.gpt import GPTConfig, abstract_gpt
+from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.loss import summed_token_loss, weighted_nll
 from nanochat_jax.sharding import batch_sharding, data_shards, fit, param_shardings, path_name, replicated
 
@@ -27,6 +27,16 @@ class TrainState(NamedTuple):
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before step 1, with an empty optimizer."""
     return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
+
+
+def random_state(config: GPTConfig, tx: optax.GradientTransformation, like: TrainState, seed: int) -> TrainState:
+    """The state before step 1 of an untrained model, on the shardings of the abstract state `like`: the same numbers on
+    every mesh, and no device ever holds more than its share of them."""
+
+    def fresh():
+        return init_state(nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(seed)))), tx)
+
+    return jax.jit(fresh, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))()
 
 
 def abstract_state(config: GPTConfig, tx: optax.GradientTransformation, mesh: Mesh, replicate: bool = False):
@@ -79,16 +89,21 @@ def make_train_step(
     token_loss: Callable = weighted_nll,
     dtype=jnp.float32,
     per_micro_batch: bool = False,
+    logprobs: bool = False,
+    scheduled: Sequence[str] = ("lr_multiplier", "muon_momentum"),
 ):
-    """-> jitted train_step(state, batch, lr_multiplier, muon_momentum) -> (state, metrics); `state` is donated.
+    """-> jitted train_step(state, batch, *scalars) -> (state, metrics); `state` is donated.
 
+    scheduled: what the scalars are, names of what the optimizer's `update` takes anew at each step, in their order.
     state: a TrainState, real or abstract, for its shardings, which are pinned on the way in and out (else the
     partitioner may move a weight after step 1, and a resumed run is no longer the same program).
     batch: leaves [A,B,T]: inputs, targets, document_start int32; weights float32 >= 0 (1 where the target is trained);
     and whatever else token_loss(log p(target), aux) reads from aux, which holds all but the first three. The weights it
     sees are divided by their sum over all micro-batches and devices, so that the loss, a plain sum, depends on neither
     (a batch with no trained token gives loss 0). per_micro_batch: nanochat's mean of the micro-batches' means instead.
-    metrics, float32: loss, micro_losses [A], grad_norm, tokens (trained ones in the batch), ok (0 if it was skipped).
+    Micro-batches without weight at the end cost nothing: a batch may be filled up with padding to keep its shape.
+    metrics, float32: loss, micro_losses [A], grad_norm, tokens (trained ones in the batch), ok (0 if it was skipped);
+    with `logprobs` also log p(target) [A,B,T] before the update, 0 in those micro-batches.
     """
     graphdef, _ = abstract_gpt(config, dtype)
 
@@ -98,9 +113,11 @@ def make_train_step(
         ids, targets, document_start = (aux.pop(name) for name in ("inputs", "targets", "document_start"))
         x, _ = model.hidden(ids, document_start=document_start)
         head = {"cap": config.logit_cap, "vocab_size": config.vocab_size}
-        return summed_token_loss(token_loss, x, params["lm_head"], targets, aux, **head)[0]
+        return summed_token_loss(token_loss, x, params["lm_head"], targets, aux, **head)
 
-    def train_step(state: TrainState, batch, lr_multiplier, muon_momentum):
+    loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def train_step(state: TrainState, batch, *scalars):
         if data_shards() != mesh.shape["data"]:
             raise ValueError("the train step must be called under jax.set_mesh with the mesh it was made for")
         A = batch["inputs"].shape[0]
@@ -109,19 +126,21 @@ def make_train_step(
         weights = batch["weights"] / jnp.where(total > 0, total, 1.0)[:, None, None]
         batch = batch | {"weights": weights}
 
-        def accumulate(total, micro):
-            loss, grads = jax.value_and_grad(micro_loss)(state.params, micro)
-            return jax.tree.map(jnp.add, total, grads), loss
+        def accumulate(a, carry):
+            total, losses, logp = carry
+            (loss, micro_logp), grads = loss_and_grads(state.params, jax.tree.map(lambda b: b[a], batch))
+            return jax.tree.map(jnp.add, total, grads), losses.at[a].set(loss), logp.at[a].set(micro_logp)
 
         if A == 1:
-            loss, grads = jax.value_and_grad(micro_loss)(state.params, jax.tree.map(lambda b: b[0], batch))
-            losses = loss[None]
+            (loss, logp), grads = loss_and_grads(state.params, jax.tree.map(lambda b: b[0], batch))
+            losses, logp = loss[None], logp[None]
         else:
-            grads, losses = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), batch)
+            zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(A), jnp.zeros(weights.shape)
+            filled = jnp.max(jnp.where(size != 0, jnp.arange(1, A + 1), 0))
+            grads, losses, logp = jax.lax.fori_loop(0, filled, accumulate, zeros)
         loss, grad_norm = jnp.sum(losses), optax.tree.norm(grads)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, lr_multiplier=lr_multiplier, muon_momentum=muon_momentum
-        )
+        now = dict(zip(scheduled, scalars, strict=True))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **now)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
@@ -133,7 +152,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "tokens": jnp.sum(weights > 0, dtype=jnp.float32),
             "ok": ok.astype(jnp.float32),
-        }
+        } | ({"logprobs": logp} if logprobs else {})
         return TrainState(state.step + 1, params, opt_state, jnp.where(ok, 0, state.bad_steps + 1)), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -141,6 +160,6 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh), everywhere, everywhere),
+        in_shardings=(shardings, batch_sharding(mesh), *[everywhere] * len(scheduled)),
         out_shardings=(shardings, everywhere),
     )

@@ -7,6 +7,7 @@ runs them on the code that users run.
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests talk to loopback only
 if not os.environ.get("NANOCHAT_TEST_OPTIMIZED"):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.attention import attention
+from nanochat_jax.attention import attention, over_parts
 
 
 def draw(B=2, T=40, N=4, K=2, H=8, seed=0, documents=True):
@@ -83,11 +83,22 @@ def test_chunked_never_holds_the_score_matrix():
     assert temporary("chunked") < temporary("reference") / 2.5
 
 
-def test_decoding_reads_the_interval_it_is_given():
-    q, k, v, k_start = draw(T=40)
-    full = attention(q, k, v, k_start)
-    last = attention(q[:, -1:], k, v, k_start[:, -1:], k_last=jnp.full((2, 1), 39))
-    np.testing.assert_allclose(last, full[:, -1:], atol=1e-6)
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (3, 1)])
+def test_attention_over_parts_is_that_over_all_their_keys(N, K):
+    """Six rows in groups of three over a shared part, each with a part of its own, a second one, and an empty one."""
+    rng = np.random.default_rng(0)
+    R, H, sizes = 6, 8, [(2, 30), (6, 11), (6, 4), (6, 1)]
+    q = rng.standard_normal((R, N, H)).astype(np.float32)
+    parts = [[rng.standard_normal((P, K, S, H)).astype(np.float32) for _ in "kv"] for P, S in sizes]
+    seen = [rng.random((R, S)) < share for (_, S), share in zip(sizes, (0.5, 0.7, 1, 0))]
+    got = jax.jit(over_parts)(q, [(k, v, visible) for (k, v), visible in zip(parts, seen)], H**-0.5)
+    for r, n in itertools.product(range(R), range(N)):
+        k, v = (
+            np.concatenate([part[i][r * len(part[i]) // R, n * K // N][s[r]] for part, s in zip(parts, seen)])
+            for i in (0, 1)
+        )
+        p = np.exp(k.astype(np.float64) @ q[r, n] / H**0.5)
+        np.testing.assert_allclose(got[r, n], p / p.sum() @ v, atol=2e-6)
 
 
 def test_bfloat16_goes_in_and_comes_out_with_a_float32_softmax():

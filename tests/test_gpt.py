@@ -1,4 +1,4 @@
-"""Properties of the network: causality, isolation of documents, prefill + decode = full forward, counts."""
+"""Properties of the network: causality, isolation of documents, continued texts, counts."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from nanochat_jax import nanochat_import
+from nanochat_jax.attention import attention
 from nanochat_jax.gpt import (
     GPT,
     GPTConfig,
@@ -35,12 +36,6 @@ def build(config, dtype=jnp.float32, seed=0):
 @jax.jit
 def logits_of(model, ids, document_start=None):
     return model(ids, document_start=document_start)
-
-
-@jax.jit
-def extend(model, cache, ids, lengths=None):
-    x, cache = model.hidden(ids, cache=cache, lengths=lengths)
-    return model.logits(x), cache
 
 
 def ids_of(config, B=2, T=48, seed=0):
@@ -93,26 +88,27 @@ def test_documents_in_a_row_are_isolated():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_prefill_and_decode_equal_the_full_forward(variant):
+def test_a_text_may_come_in_two_pieces(variant):
     config = tiny_config(**VARIANTS[variant])
-    model, ids = build(config), ids_of(config, B=3, T=50)
-    logits, cache = extend(model, model.empty_cache(3, 60), ids[:, :20])
-    got = [logits]
-    for t in range(20, 50):
-        logits, cache = extend(model, cache, ids[:, t : t + 1])
-        got.append(logits)
-    np.testing.assert_allclose(np.concatenate(got, 1), logits_of(model, ids), atol=3e-5)
+    model, ids = build(config), ids_of(config)
 
+    @jax.jit
+    def in_pieces(model, ids, cut=20):
+        x, earlier = model.hidden(ids[:, :cut])
 
-def test_prompts_of_different_lengths_share_a_prefill():
-    config = tiny_config()
-    model, ids = build(config), ids_of(config, B=3, T=30)
-    lengths = jnp.asarray([30, 11, 1])
-    _, cache = extend(model, model.empty_cache(3, 40), ids, lengths)
-    logits, _ = extend(model, cache, jnp.full((3, 1), 5, jnp.int32))
-    for row, n in enumerate(lengths.tolist()):
-        alone = logits_of(model, jnp.pad(ids, [(0, 0), (0, 1)]).at[row, n].set(5))  # what follows is not seen
-        np.testing.assert_allclose(logits[row, 0], alone[row, n], atol=3e-5)
+        def attend(layer, q, k, v):
+            """Attention over both pieces, with queries of no meaning for the first."""
+            k, v = (jnp.concatenate(pair, 1) for pair in zip(earlier[layer], (k, v)))
+            q = jnp.pad(q, [(0, 0), (cut, 0), (0, 0), (0, 0)])
+            window = config.windows[layer]
+            k_start = jnp.maximum(jnp.arange(48)[None].repeat(2, 0) - window, 0) if window >= 0 else jnp.zeros_like(ids)
+            return attention(q, k, v, k_start, window=window)[:, cut:], None
+
+        positions = jnp.arange(cut, 48)[None].repeat(2, 0)
+        y, _ = model.hidden(ids[:, cut:], positions=positions, previous=ids[:, cut - 1], attend=attend)
+        return model.logits(jnp.concatenate([x, y], 1))
+
+    np.testing.assert_allclose(in_pieces(model, ids), logits_of(model, ids), atol=3e-5)
 
 
 def test_a_batch_that_does_not_divide_the_devices_is_computed_all_the_same():

@@ -14,15 +14,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nanochat_jax"
 
 LAYERS = [  # a module imports its own row and the rows above it, nothing else; a folder is one module
-    {"common", "config", "sharding", "safe_pickle"},
-    {"tokenizer", "calculator", "sandbox", "download", "tasks", "packing", "token_cache", "data", "documents"},
+    {"common", "config", "sharding", "safe_pickle", "torch_save"},
+    {
+        *("tokenizer", "calculator", "sandbox", "download", "tasks", "packing", "token_cache", "data", "documents"),
+        *("rollouts", "statistics"),
+    },
     {"attention", "gpt", "loss", "optim", "scaling", "objective", "sampling"},
     {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "decode", "engine"},
-    {"evals", "metrics", "report", "runs", "loop"},
+    {"evals", "chatcore", "metrics", "report", "runs", "loop", "practice"},
     {"base", "sft", "rl", "eval", "chat", "quickstart"},
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
-HOST_ONLY = LAYERS[1] | {"common", "config", "safe_pickle"}
+HOST_ONLY = LAYERS[1] | {"common", "config", "safe_pickle", "torch_save"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 HEAVY = {"torch", "tensorflow", "ray", "transformers", "datasets"}
 MAX_LINES = 420

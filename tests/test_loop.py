@@ -1,5 +1,6 @@
 """The loop around a train step that is made up: what it reports, evaluates, saves, skips, and how it stops."""
 
+import functools
 import os
 import signal
 
@@ -7,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.loop import MAX_BAD_STEPS, Loop, explaining_memory
+from nanochat_jax.loop import MAX_BAD_STEPS, Loop, Measurement, explaining_memory, throughput
 from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss, read_metrics
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.train import TrainState
 
 
@@ -32,28 +32,27 @@ class FakeSaver:
 class Training:
     """A loop over `total` steps. losses: step (from 1) -> loss, default 1; on_step(k) is called inside step k."""
 
-    def __init__(self, folder, total=10, *, losses=None, on_step=str, start=0, bad_steps=0, **fields):
+    def __init__(
+        self, folder, total=10, *, losses=None, on_step=str, start=0, bad_steps=0, eval_every=-1, others=(), **fields
+    ):
         self.saver, self.evaluated, self.seen, self.folder = FakeSaver(folder), [], [], folder
         self.losses, self.on_step = losses or {}, on_step
         self.state = TrainState(np.int32(start), {"w": np.float32(start)}, None, np.int32(bad_steps))
         self.log = MetricsLog(folder, "dummy", {}, project="test", resumed_at=start or None)
+        smoothed = SmoothedLoss()
+        sizes = {"total": total, "tokens_per_step": 1000, "flops_per_token": 10, "peak_flops": 1e6}
         self.loop = Loop(
             train_step=self.step,
-            batches=({"inputs": np.full((1, 1, 2), k)} for k in range(start, 1000)),
-            mesh=make_mesh(devices=jax.devices()[:1]),
+            next_batch=lambda state: {"inputs": np.full((1, 1, 2), int(state.step))},
             total=total,
             schedule=lambda step: (1 - step / total, 0.9),
-            evaluate=self.evaluate,
+            measurements=[Measurement(eval_every, lambda params: self.evaluate(params), at_start=True), *others],
             saver=self.saver,
-            meta=lambda step: {"rows": 2 * step},
+            meta=lambda step: {"rows": 2 * step, "smoothed_loss": smoothed.state()},
             log=self.log,
             reporter=Reporter(total, start),
-            epoch_of=lambda step: 1 + step // 6,
-            tokens_per_step=1000,
-            flops_per_token=10,
-            peak_flops=1e6,
-            smoothed=SmoothedLoss(),
-            **({"eval_every": -1, "save_every": -1} | fields),
+            report=functools.partial(throughput, smoothed=smoothed, epoch_of=lambda step: 1 + step // 6, **sizes),
+            **({"save_every": -1} | fields),
         )
 
     def step(self, state, batch, multiplier, momentum):
@@ -90,6 +89,24 @@ def test_evaluation_and_saving_come_every_so_often_and_at_the_end(tmp_path):
         "rows": 18,
     }
     assert "val_bpb" in training.saver.metas[3] and training.saver.metas[3]["smoothed_loss"] != [0, 0]
+
+
+def test_measurements_have_their_own_rhythm_and_texts_stay_out_of_the_checkpoint(tmp_path, capsys):
+    seen = []
+
+    def samples(params):
+        seen.append(len(training.seen))
+        return {"samples": ["a b", "[red]c"], "length": 2.0}
+
+    training = Training(
+        tmp_path, 5, eval_every=4, others=[Measurement(2, samples), Measurement(-1, None)], save_every=2
+    )
+    training.run()
+    assert (training.evaluated, seen) == ([0, 4, 5], [2, 4, 5])  # not before the first step, but at the end
+    meta = training.saver.metas[2]
+    assert (meta["val_bpb"], meta["length"]) == (1.5, 2.0) and "samples" not in meta
+    assert [r["step"] for r in training.records() if r.get("samples") == ["a b", "[red]c"]] == [2, 4, 5]
+    assert "step 00002 | samples | [red]c" in capsys.readouterr().out.splitlines()
 
 
 def test_minus_one_means_no_evaluation_and_a_checkpoint_at_the_end_only(tmp_path):
@@ -152,7 +169,7 @@ def test_five_in_a_row_are_borne_and_a_sixth_stops_the_run_with_the_last_good_ch
     )
     assert str(stop.value).endswith(f"the last good checkpoint is {tmp_path}/six/3")
     assert training.saver.saved == [1, 2, 3]  # nothing is saved over the good ones
-    assert training.saver.waited == 1
+    assert training.saver.waited
 
 
 def test_skipped_steps_before_a_resume_count(tmp_path):
@@ -188,7 +205,7 @@ def test_a_signal_ends_the_step_saves_it_and_is_returned(tmp_path, number):
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_save(tmp_path):
     training = Training(tmp_path, eval_every=5)
-    training.loop.evaluate = lambda params: os.kill(os.getpid(), signal.SIGTERM) or {}
+    training.evaluate = lambda params: os.kill(os.getpid(), signal.SIGTERM) or {}
     assert training.run() == signal.SIGTERM
     assert (training.seen, training.saver.saved) == ([], [])
 
@@ -201,6 +218,46 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
     training = Training(tmp_path, on_step=twice)
     with pytest.raises(KeyboardInterrupt):
         training.run()
+
+
+def test_a_signal_in_the_middle_of_a_batch_gives_it_up_and_saves_what_was_before(tmp_path):
+    training = Training(tmp_path, report_late=False)
+    make = training.loop.next_batch
+
+    def interrupted(state):
+        if int(state.step) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            training.loop.signals.check()
+        return make(state)
+
+    training.loop.next_batch = interrupted
+    assert training.run() == signal.SIGTERM
+    assert training.saver.saved == [4] and [k for k, *_ in training.seen] == [1, 2, 3, 4]
+
+
+def test_a_step_is_reported_at_once_where_the_next_batch_waits_for_it_anyway(tmp_path):
+    for late, known in ((True, [0, 0, 1]), (False, [0, 1, 2])):
+        reported = []
+        training = Training(tmp_path / str(late), 3, report_late=late)
+        make = training.loop.next_batch
+
+        def counting(state, make=make, reported=reported, training=training):
+            reported.append(len([r for r in training.records() if "loss" in r]))
+            return make(state)
+
+        training.loop.next_batch = counting
+        training.run()
+        assert reported == known
+
+
+def test_a_measurement_may_say_what_the_console_shows_of_it(tmp_path, capsys):
+    found = {"pass@1": 0.5, "pass@1_low": 0.25}
+    training = Training(
+        tmp_path, 2, others=[Measurement(2, lambda params: found, shown=lambda n: f"pass {n['pass@1']}")]
+    )
+    training.run()
+    assert "step 00002 | pass 0.5" in capsys.readouterr().out.splitlines()
+    assert training.saver.metas[2]["pass@1_low"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -221,3 +278,14 @@ def test_other_errors_of_the_device_stay_what_they_are():
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         with explaining_memory({}):
             raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+
+def test_data_that_fail_in_the_middle_end_the_run_when_the_last_save_is_on_disk(tmp_path):
+    def fail(k):
+        if k == 5:
+            raise ValueError("row 7 cannot be rendered")
+
+    training = Training(tmp_path, on_step=fail, save_every=4)
+    with pytest.raises(ValueError, match="row 7"):
+        training.run()
+    assert (training.saver.saved, training.saver.waited) == ([4], 1)

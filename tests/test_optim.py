@@ -149,3 +149,36 @@ def test_schedules_have_their_corners_where_they_should():
     assert optim.sft_lr_multiplier(0.7, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) == 1
     assert [optim.sft_muon_momentum(s) for s in (0, 150, 300, 900)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
     assert optim.rl_lr_multiplier(3, 10) == pytest.approx(0.7)
+
+
+def test_pretraining_rates_rise_by_steps_and_fall_over_the_last_part():
+    shape = {"warmup_steps": 4, "warmdown_ratio": 0.5, "final_lr_frac": 0.1}
+    values = [optim.base_lr_multiplier(step, 20, **shape) for step in (0, 3, 4, 10, 11, 15, 19, 20)]
+    assert values == pytest.approx([0.25, 1.0, 1.0, 1.0, 0.91, 0.55, 0.19, 0.1])
+    never = {"warmup_steps": 0, "warmdown_ratio": 0.0, "final_lr_frac": 0.1}
+    assert [optim.base_lr_multiplier(step, 20, **never) for step in (0, 19, 20)] == [1.0, 1.0, 1.0]
+
+
+def test_pretraining_momentum_rises_for_400_steps_and_falls_with_the_rates():
+    values = [optim.base_muon_momentum(step, 2000, warmdown_ratio=0.5) for step in (0, 200, 400, 999, 1000, 1500, 2000)]
+    assert values == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.97, 0.935, 0.90])
+    assert optim.base_muon_momentum(300, 301, warmdown_ratio=0.65) == pytest.approx(
+        0.94
+    )  # a short run never gets there
+    assert optim.base_muon_momentum(500, 501, warmdown_ratio=0.0) == pytest.approx(0.97)
+
+
+def test_weight_decay_falls_along_half_a_cosine_and_reaches_the_matrices_only():
+    values = [optim.base_decay_multiplier(step, 12) for step in (0, 4, 6, 8, 12)]
+    assert values == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    params, half = random_params(tiny_config()), {**GROUPS, "matrix": Muon(GROUPS["matrix"].lr, 0.05)}
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def updates(groups, **scalars):
+        tx = make_optimizer(groups)
+        return tx.update(grads, tx.init(params), params, lr_multiplier=1.0, muon_momentum=0.9, **scalars)[0]
+
+    scaled = updates(GROUPS, decay_multiplier=0.5)
+    jax.tree.map(np.testing.assert_array_equal, scaled, updates(half))
+    different = jax.tree.map(lambda a, b: bool((a != b).any()), scaled, updates(GROUPS))
+    assert different["blocks"][0]["mlp"]["c_fc"] and not different["wte"] and not different["x0_lambdas"]

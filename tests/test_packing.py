@@ -128,3 +128,45 @@ def test_nothing_makes_no_rows():
     assert list(pack_rows([], 5)) == []
     plan = plan_epoch(np.zeros(0, np.int64), np.zeros(0, np.int64), 5)
     assert (plan.n_rows, plan.n_tokens, plan.fill) == (0, 0, 0)
+
+
+def plain_full_rows(lengths, capacity, buffer_size):
+    """nanochat's rule for documents in the plainest words; a last row that cannot be filled is dropped."""
+    stream, buffer = iter(enumerate(lengths)), []
+    while True:
+        row, room = [], capacity
+        while room > 0:
+            while len(buffer) < buffer_size and (entry := next(stream, None)) is not None:
+                buffer.append(entry)
+            if not buffer:
+                return
+            fitting = [length for _, length in buffer if length <= room]
+            wanted = max(fitting) if fitting else min(length for _, length in buffer)
+            place = next(i for i, (_, length) in enumerate(buffer) if length == wanted)
+            item, length = buffer.pop(place)
+            row.append((item, min(length, room)))
+            room -= row[-1][1]
+        yield row
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths, st.integers(1, 24), st.integers(1, 12))
+def test_full_rows_are_those_of_the_plain_rule_and_hold_no_document_twice(lengths, capacity, buffer_size):
+    rows = list(pack_rows(enumerate(lengths), capacity, buffer_size, too_long="fill"))
+    assert rows == list(plain_full_rows(lengths, capacity, buffer_size))
+    assert all(sum(length for _, length in row) == capacity for row in rows)
+    assert all(length == lengths[item] for row in rows for item, length in row[:-1])  # only the last one is cut
+    placed = [item for row in rows for item, _ in row]
+    assert len(placed) == len(set(placed))
+    assert sum(lengths[i] for i in set(range(len(lengths))) - set(placed)) < capacity
+    plan = plan_epoch(np.array(lengths, int), np.arange(len(lengths)), capacity, buffer_size, "fill")
+    assert [plan.row(r).tolist() for r in range(plan.n_rows)] == [[item for item, _ in row] for row in rows]
+    assert plan.n_tokens == plan.n_rows * capacity
+    assert plan.n_cut == sum(row[-1][1] < lengths[row[-1][0]] for row in rows)
+
+
+def test_when_no_document_fits_the_shortest_is_cut_of_equals_the_earliest():
+    stream = [("a", 5), ("b", 4), ("c", 4), ("d", 9), ("e", 2), ("f", 7)]
+    rows = list(pack_rows(stream, 8, buffer_size=4, too_long="fill"))
+    # a fits best in 8, then of b, c, d, e: e (2 of 3), then none of b, c, d, f fits in 1: b is the earliest shortest
+    assert rows == [[("a", 5), ("e", 2), ("b", 1)], [("f", 7), ("c", 1)], [("d", 8)]]

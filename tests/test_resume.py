@@ -62,6 +62,18 @@ def test_a_run_that_is_killed_at_random_moments_ends_bit_identical(base, alone, 
     assert_identical(folder, alone(devices))
 
 
+def test_pretraining_that_is_killed_ends_bit_identical_across_shards_and_epochs(tmp_path):
+    steps = ["--num-iterations", str(STEPS), "--save-every", "3", "--eval-every", "-1"]
+    run = {"devices": 1, "flags": [*kill_resume.tiny_base_flags(tmp_path), *steps], "stage": "base"}
+    output, _ = kill_resume.start(tmp_path, "alone", **run).communicate()
+    case = kill_resume.killed_run(
+        tmp_path, "killed", **run, number=signal.SIGKILL, kills=2, total=STEPS, rng=random.Random(1)
+    )
+    assert -signal.SIGKILL in case["exit_codes"]
+    assert "epoch 2" in output and case["resumed_from"], output
+    assert_identical(*(tmp_path / "base_checkpoints" / tag for tag in ("killed", "alone")))
+
+
 def test_sigterm_saves_the_step_it_came_in_and_exits_with_143(base, alone):
     folder = base / "chatsft_checkpoints" / "term"
     process = kill_resume.start(base, "term", 1, flags(base, save_every=-1))

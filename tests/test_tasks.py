@@ -24,6 +24,7 @@ from nanochat_jax.tasks.multiple_choice import choice_conversation
 def no_mirror_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def chat(user="u", assistant="a"):

@@ -1,13 +1,23 @@
 """The tokenizer on a vocabulary written here: 256 bytes, four merges, nine specials."""
 
 import copy
+import io
 import json
+import os
+import pickle
+import pickletools
+import random
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat_jax.safe_pickle import read_pt
 from nanochat_jax.tokenizer import (
     MAX_TOKENS,
     SEPARATOR,
@@ -15,6 +25,7 @@ from nanochat_jax.tokenizer import (
     BadConversation,
     Tokenizer,
     UnsplittableText,
+    train_tokenizer,
 )
 
 PATTERN = (
@@ -163,7 +174,7 @@ def test_a_batch_is_the_same_as_one_by_one(batch, max_tokens):
 
 
 def test_a_batch_of_many_chunks_is_the_same_as_one_by_one(monkeypatch):
-    monkeypatch.setattr("nanochat_jax.tokenizer.CHUNK_CHARS", 10)
+    monkeypatch.setattr("nanochat_jax.tokenizer.bpe.CHUNK_CHARS", 10)
     batch = [chat(f"hello {i}", SEPARATOR if i == 7 else "well " * (i % 5)) for i in range(40)]
     for conversation, (ids, mask) in zip(batch, TOKENIZER.render_many(iter(batch)), strict=True):
         assert (ids.tolist(), mask.tolist()) == TOKENIZER.render_conversation(conversation)
@@ -207,10 +218,6 @@ def test_without_a_tokenizer_the_error_says_what_to_do(tmp_path):
 
 
 def pickled(folder, ranks):
-    import pickle
-
-    import tiktoken
-
     encoding = tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=SPECIALS)
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
 
@@ -278,3 +285,112 @@ def test_an_unknown_special_token_is_named():
     assert TOKENIZER.special("<|user_start|>") == USER
     with pytest.raises(ValueError, match="pad"):
         TOKENIZER.special("<|pad|>")
+
+
+# ---- files for nanochat
+
+
+def test_nanochat_unpickles_the_tokenizer_and_it_encodes_the_same(tmp_path):
+    TOKENIZER.save_for_nanochat(tmp_path)
+    encoding = pickle.loads((tmp_path / "tokenizer.pkl").read_bytes())
+    assert type(encoding) is tiktoken.Encoding and encoding.n_vocab == 269
+    assert encoding.encode_ordinary("hello w") == TOKENIZER.encode("hello w")
+    assert encoding.encode_single_token("<|bos|>") == BOS
+    assert Tokenizer.load(tmp_path).digest() == TOKENIZER.digest()
+
+
+def test_token_bytes_are_a_file_that_torch_loads_with_weights_only(tmp_path):
+    TOKENIZER.save_for_nanochat(tmp_path)
+    read = read_pt(tmp_path / "token_bytes.pt")
+    assert read.dtype == np.int32 and read.tolist() == TOKENIZER.token_bytes().tolist()
+    content = (tmp_path / "token_bytes.pt").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = {arg for op, arg, _ in pickletools.genops(archive.read("token_bytes/data.pkl")) if op.name == "GLOBAL"}
+        assert archive.testzip() is None
+    assert names == {"torch._utils _rebuild_tensor_v2", "torch IntStorage", "collections OrderedDict"}
+    assert content.index(TOKENIZER.token_bytes().tobytes()) % 64 == 0
+
+
+# ---- training
+
+NOUNS, VERBS = ("river", "harbour", "mill", "baker", "orchard", "lantern"), ("crossed", "mended", "painted", "sold")
+PROSE = [f"The {a} {verb} the {b}, and then the {b} {verb} {a}s!" for a in NOUNS for b in NOUNS for verb in VERBS]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(PROSE, 320)
+
+
+def test_a_trained_tokenizer_has_the_size_asked_for_and_nanochats_tables(trained):
+    assert trained.vocab_size == 320 and trained.name == "rustbpe" and trained.pattern == PATTERN
+    assert [trained.special_tokens[s] for s in SPECIAL_TOKENS] == list(range(311, 320))
+    assert len(trained.encode(PROSE[0])) < len(PROSE[0]) / 3
+
+
+def test_merges_are_those_of_byte_pair_encoding():
+    tokenizer = train_tokenizer(["abab"] * 3 + ["cd"] * 2, 268)
+    ranks = [token for token, rank in tokenizer.mergeable_ranks.items() if rank >= 256]
+    assert ranks == [b"ab", b"abab", b"cd"]
+
+
+def test_a_trained_tokenizer_survives_saving(trained, tmp_path):
+    trained.save(tmp_path)
+    trained.save_for_nanochat(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer.pkl", "token_bytes.pt"}
+    assert Tokenizer.load(tmp_path).digest() == trained.digest()  # it compares the two files
+
+
+def test_training_depends_neither_on_the_order_of_texts_nor_on_threads(trained):
+    shuffled = random.Random(0).sample(PROSE, len(PROSE))
+    assert train_tokenizer(iter(shuffled), 320).digest() == trained.digest()
+    program = "import sys, json; from nanochat_jax.tokenizer import train_tokenizer as t; "
+    program += "print(t(json.load(sys.stdin), 320).digest())"
+    for threads in ("1", "2"):
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            input=json.dumps(PROSE),
+            env=os.environ | {"RAYON_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.strip() == trained.digest()
+
+
+def test_special_tokens_in_training_text_do_not_become_special(trained):
+    tokenizer = train_tokenizer(PROSE + ["<|bos|> <|assistant_end|>"] * 100, 320)
+    ids = tokenizer.encode("<|bos|>")
+    assert max(ids) < 311 and tokenizer.decode(ids) == "<|bos|>"
+    assert b"<|bos|>" not in tokenizer.mergeable_ranks
+    assert not any(b"<|" in token and b"|>" in token for token in tokenizer.mergeable_ranks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=100))
+def test_any_text_survives_a_trained_tokenizer(text):
+    tokenizer = train_tokenizer([text, "ab ab"], 266)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_surrogates_in_training_text_are_replaced():
+    assert train_tokenizer(["a\ud83db"] * 2, 267).digest() == train_tokenizer(["a\ufffdb"] * 2, 267).digest()
+
+
+def test_what_cannot_be_trained_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"at least 265 tokens.*got 264.*--vocab-size"):
+        train_tokenizer(PROSE, 264)
+    assert train_tokenizer([], 265).encode("ab") == [97, 98]
+    with pytest.raises(ValueError, match=r"vocabulary of 267 tokens only, not for 300"):
+        train_tokenizer(["ab ab"], 300)
+    with pytest.raises(UnsplittableText, match="white space"):
+        train_tokenizer([" " * 2_000_000 + "x"], 300)
+
+
+def test_an_error_while_texts_are_read_reaches_the_caller():
+    def texts():
+        yield "ab"
+        raise ValueError("shard 3 is damaged")
+
+    with pytest.raises(ValueError, match=r"^shard 3 is damaged$"):
+        train_tokenizer(texts(), 265)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.optim import default_groups, make_optimizer
 from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, to_global
-from nanochat_jax.train import abstract_state, init_state, make_train_step, place
+from nanochat_jax.train import abstract_state, init_state, make_train_step, place, random_state
 from tests.models import random_batch, random_params, tiny_config
 
 CONFIG = tiny_config(n_layer=2, windows=(7, -1))
@@ -90,6 +90,18 @@ def test_a_batch_without_a_trained_token_costs_nothing():
     assert losses == [0.0] and metrics["ok"] == 1 and metrics["tokens"] == 0
 
 
+def test_padding_at_the_end_changes_no_number_and_log_probabilities_are_those_before_the_update():
+    (full,) = batches(A=2, count=1)
+    padded = {name: np.concatenate([leaf, np.zeros_like(leaf)]) for name, leaf in full.items()}
+    losses, metrics, state = run([full], logprobs=True)
+    others, more, other = run([padded], logprobs=True)
+    assert others == losses and more["tokens"] == metrics["tokens"]
+    logp, weights = np.asarray(metrics["logprobs"]), full["weights"]
+    np.testing.assert_array_equal(np.asarray(more["logprobs"]), np.concatenate([logp, np.zeros_like(logp)]))
+    assert losses[0] == pytest.approx(-np.sum(weights * logp) / weights.sum(), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, other.params)
+
+
 def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted():
     good, bad = batches(count=1)[0], batches(count=1)[0]
     bad["weights"][0, 0, 0] = np.inf
@@ -155,3 +167,33 @@ def test_bfloat16_compute_trains_float32_weights():
     losses, _, state = run(batches(count=1) * 6, dtype=jnp.bfloat16)
     assert losses[-1] < 0.8 * losses[0]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+
+
+def test_scalars_reach_the_optimizer_by_the_names_that_were_given():
+    scheduled = ("lr_multiplier", "muon_momentum", "decay_multiplier")
+    tx, mesh, like, step = build("data=1", False, scheduled=scheduled)
+    with jax.set_mesh(mesh):
+        batch, ends = to_global(batches(count=1)[0], mesh), []
+        for decay in (1.0, 0.0):
+            state = place(init_state(random_params(CONFIG), tx), like)
+            ends.append(step(state, batch, np.float32(1.0), np.float32(0.9), np.float32(decay))[0].params)
+    plain = run(batches(count=1))[2].params
+    same = [jax.tree.map(lambda a, b: bool((a == b).all()), plain, end) for end in ends]
+    assert same[0]["blocks"][0]["mlp"]["c_fc"] and not same[1]["blocks"][0]["mlp"]["c_fc"] and same[1]["wte"]
+
+
+def test_an_untrained_model_is_the_same_on_every_mesh():
+    states = []
+    for spec in ("data=1", "data=8", "data=4,model=2"):
+        tx, mesh, like, _ = build(spec, False)
+        with jax.set_mesh(mesh):
+            states.append(random_state(CONFIG, tx, like, seed=5))
+    for state in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, state, states[0])
+    first = states[0]
+    assert first.step == 0 and not np.asarray(first.params["blocks"][0]["attn"]["c_proj"]).any()
+    assert 0.7 < np.asarray(first.params["wte"]).std() < 0.9
+    with jax.set_mesh(make_mesh("data=1")):
+        tx, _, like, _ = build("data=1", False)
+        other = random_state(CONFIG, tx, like, seed=6)
+    assert (np.asarray(other.params["wte"]) != np.asarray(first.params["wte"])).mean() > 0.99

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from flax import nnx
 
 from nanochat_jax import checkpoint, optim, train
@@ -98,4 +100,18 @@ def write_conversations(path: Path, n: int = 60, seed: int = 0) -> Path:
     return path
 
 
-FLAGS = ["--smoltalk-epochs", "0", "--mmlu-epochs", "0", "--gsm8k-epochs", "0", "--chatcore-every", "-1"]
+def write_shards(folder: Path, sizes=(40, 40, 20), seed: int = 0) -> Path:
+    """Parquet shards of so many documents of 8 to 200 characters -> the folder."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, size in enumerate(sizes):
+        texts = [" ".join(rng.choices(("one", "two", "three", "four"), k=rng.randint(2, 40))) for _ in range(size)]
+        pq.write_table(pa.table({"text": texts}), folder / f"shard_{i:05d}.parquet")
+    return folder
+
+
+# A base model that is trained in seconds, at 8 rows of 64 tokens a step
+DIALS = ["--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--window-pattern", "SL", "--max-seq-len", "64"]
+BASE_FLAGS = [*DIALS, "--total-batch-size", "512", "--device-batch-size", "1", "--sample-every", "-1"]
+NO_SPELLING = ["--simple-spelling-rows", "0", "--spelling-bee-rows", "0"]
+FLAGS = ["--smoltalk-epochs", "0", "--mmlu-epochs", "0", "--gsm8k-epochs", "0", *NO_SPELLING, "--chatcore-every", "-1"]

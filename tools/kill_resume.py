@@ -2,6 +2,7 @@
 
 python tools/kill_resume.py                                    # 1 and 8 CPU devices, SIGKILL and SIGTERM: 10 minutes
 python tools/kill_resume.py --devices 8 --signals KILL --kills 3
+python tools/kill_resume.py --stage base                       # pretraining, or rl; the default is sft
 
 Prints a JSON line for every case, then a summary; exits with 1 where anything differs by a bit.
 """
@@ -21,21 +22,50 @@ from pathlib import Path
 
 import numpy as np
 
+STAGES = {  # folder, flags of its name and of its length
+    "sft": ("chatsft_checkpoints", "--output-tag", "--num-iterations"),
+    "base": ("base_checkpoints", "--model-tag", "--num-iterations"),
+    "rl": ("chatrl_checkpoints", "--output-tag", "--num-steps"),
+}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for tests.tiny
 
 
-def make_base(base: Path) -> list[str]:
-    """A base directory to train in, from the golden files where they are, else tiny and random -> flags of the run."""
+class Early:
+    """A task on which any model gets rewards that differ: the share of letters before n in an answer."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> dict:
+        texts = (("user", f"say {i}"), ("assistant", "a"))
+        return {"messages": [{"role": role, "content": text} for role, text in texts]}
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        return sum(c < "n" for c in answer) / max(1, len(answer))
+
+
+def make_base(base: Path, stage: str) -> list[str]:
+    """A base directory to train in -> flags of the run. SFT and RL start from the golden files where they are; what
+    else is needed is tiny and random."""
+    if stage == "base":
+        return tiny_base_flags(base)
     golden = Path(os.environ.get("NANOCHAT_GOLDEN", ROOT.parent / "shared" / "golden"))
     if (golden / "checkpoints" / "c1_master").is_dir():
         shutil.copytree(golden / "checkpoints" / "c1_master", base, dirs_exist_ok=True)
+        if stage == "rl":
+            return rl_flags()
         shutil.copytree(golden / "sft_run" / "task_data", base / "task_data")
         return ["--mmlu-epochs", "2", "--gsm8k-epochs", "2", "--total-batch-size", "2048", "--eval-tokens", "2048"]
     from tests import tiny
 
     tiny.write_base(base)
-    return tiny_flags(base)
+    return rl_flags() if stage == "rl" else tiny_flags(base)
+
+
+def rl_flags() -> list[str]:
+    sizes = ["--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "32", "--eval-every", "-1"]
+    return ["--source", "base", "--task", "tools.kill_resume:Early", "--resample", *sizes]
 
 
 def tiny_flags(base: Path) -> list[str]:
@@ -45,9 +75,16 @@ def tiny_flags(base: Path) -> list[str]:
     return [*tiny.FLAGS, "--custom-json", str(files[0]), "--val-json", str(files[1]), "--eval-tokens", "512"]
 
 
-def start(base: Path, tag: str, devices: int, flags: list[str]) -> subprocess.Popen:
+def tiny_base_flags(base: Path) -> list[str]:
+    from tests import tiny
+
+    tiny.tokenizer().save(base / "tokenizer")
+    return [*tiny.BASE_FLAGS, "--data-dir", str(tiny.write_shards(base / "shards")), "--eval-tokens", "512"]
+
+
+def start(base: Path, tag: str, devices: int, flags: list[str], stage: str = "sft") -> subprocess.Popen:
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", "nanochat_jax.sft", "--output-tag", tag, *flags]
+    command = [sys.executable, "-m", f"nanochat_jax.{stage}", STAGES[stage][1], tag, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env=env, cwd=ROOT, text=True, **pipes)
 
@@ -76,14 +113,16 @@ def unfinished(folder: Path) -> bool:
     return any(not (p / "INTEGRITY.json").exists() for p in steps)
 
 
-def killed_run(base: Path, tag: str, devices: int, flags: list[str], number: int, kills: int, total: int, rng) -> dict:
+def killed_run(
+    base: Path, tag: str, devices: int, flags: list[str], number: int, kills: int, total: int, rng, stage: str = "sft"
+) -> dict:
     """Train to the end through `kills` interruptions: at random steps, every fourth at a random moment of starting."""
-    folder = base / "chatsft_checkpoints" / tag
+    folder = base / STAGES[stage][0] / tag
     steps = sorted(rng.randint(1, total - 1) for _ in range(kills))
     codes, in_save, resumed = [], 0, []
     for i, step in enumerate(steps):
         pattern, delay = (".", rng.uniform(0, 5)) if i % 4 == 3 else (at_step(step, total), rng.uniform(0, 0.6))
-        code, output = run_until(start(base, tag, devices, [*flags, "--resume"]), pattern, delay, number)
+        code, output = run_until(start(base, tag, devices, [*flags, "--resume"], stage), pattern, delay, number)
         codes.append(code)
         in_save += unfinished(folder)
         resumed += re.findall(r"from step (\d+)", output)
@@ -91,7 +130,7 @@ def killed_run(base: Path, tag: str, devices: int, flags: list[str], number: int
             break
         if "error:" in output or "Traceback" in output:
             raise SystemExit(output)
-    last = start(base, tag, devices, [*flags, "--resume"])
+    last = start(base, tag, devices, [*flags, "--resume"], stage)
     output, _ = last.communicate()
     if last.returncode:
         raise SystemExit(output)
@@ -100,7 +139,7 @@ def killed_run(base: Path, tag: str, devices: int, flags: list[str], number: int
 
 
 def difference(one: Path, other: Path, total: int) -> dict:
-    """What differs between the ends of two runs: arrays by name, steps by their recorded loss."""
+    """What differs between the ends of two runs: arrays by name, steps by their recorded loss, in RL the rollouts."""
     from nanochat_jax import checkpoint, metrics
 
     arrays, compared = [], 0
@@ -115,11 +154,15 @@ def difference(one: Path, other: Path, total: int) -> dict:
         for folder in (one, other)
     )
     steps = [step for step in sorted(a.keys() | b.keys()) if a.get(step) != b.get(step)]
-    return {"arrays_compared": compared, "arrays_that_differ": arrays, "steps_whose_loss_differs": steps}
+    found = {"arrays_compared": compared, "arrays_that_differ": arrays, "steps_whose_loss_differs": steps}
+    if (one / "rollouts.jsonl").exists():
+        found["rollouts_differ"] = (one / "rollouts.jsonl").read_bytes() != (other / "rollouts.jsonl").read_bytes()
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", choices=tuple(STAGES), default="sft")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
     parser.add_argument("--kills", type=int, default=10)
@@ -131,12 +174,13 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        flags = make_base(base)
-        flags += ["--num-iterations", str(args.steps), "--save-every", str(args.save_every), "--eval-every", "20"]
+        flags = make_base(base, args.stage)
+        flags += [STAGES[args.stage][2], str(args.steps), "--save-every", str(args.save_every)]
+        flags += [] if args.stage == "rl" else ["--eval-every", "20"]
         for devices in args.devices:
             flags_now = [*flags, "--device-batch-size", "1"]
             began = time.perf_counter()
-            alone = start(base, f"alone{devices}", devices, flags_now)
+            alone = start(base, f"alone{devices}", devices, flags_now, args.stage)
             output, _ = alone.communicate()
             if alone.returncode:
                 raise SystemExit(output)
@@ -145,10 +189,11 @@ def main() -> int:
                 number, tag = getattr(signal, f"SIG{name}"), f"{name.lower()}{devices}"
                 rng = random.Random(args.seed + devices)
                 case = {"devices": devices, "signal": name, "uninterrupted_seconds": round(seconds, 1)}
-                case |= killed_run(base, tag, devices, flags_now, number, args.kills, args.steps, rng)
-                runs = base / "chatsft_checkpoints"
+                case |= killed_run(base, tag, devices, flags_now, number, args.kills, args.steps, rng, args.stage)
+                runs = base / STAGES[args.stage][0]
                 case |= difference(runs / f"alone{devices}", runs / tag, args.steps)
-                case["identical"] = not case["arrays_that_differ"] and not case["steps_whose_loss_differs"]
+                same = ("arrays_that_differ", "steps_whose_loss_differs", "rollouts_differ")
+                case["identical"] = not any(case.get(name) for name in same)
                 print(json.dumps(case), flush=True)
                 results.append(case)
     same = sum(case["identical"] for case in results)

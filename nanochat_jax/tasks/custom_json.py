@@ -19,15 +19,19 @@ SOURCES = {
 }
 
 
+def source_hint(path: Path) -> str:
+    """The end of a sentence: how to get the known file `path`, nothing for any other."""
+    url = SOURCES.get(path.name)
+    return f"; to download it: curl -L -o {path} {url}" if url else ""
+
+
 def require_file(path: Path, log: Callable = print0) -> None:
     """Warn through `log` and raise FileNotFoundError where `path` does not exist, with the way to get a known file."""
     if path.is_file():
         return
     if path.exists():
         raise ValueError(f"{path} is not a file")
-    hint = ""
-    if url := SOURCES.get(path.name):
-        hint = f"; to download it: curl -L -o {path} {url}"
+    hint = source_hint(path)
     log(f"Warning: File {path} does not exist{hint}")
     raise FileNotFoundError(f"{path} does not exist{hint}")
 

@@ -2,7 +2,8 @@
 
 A mirror holds DIR/<owner>--<name>/<subset>/<split>/manifest.json, a list of the parquet files beside it in order. This
 is also how nanochat's own cache looks. A mirror is looked for in the `data_dir` argument, in NANOCHAT_DATA_DIR and in
-task_data/ of the base directory; each may be the folder of the <owner>--<name> folders or one with hub/ in it.
+task_data/ of the base directory; each may be the folder of the <owner>--<name> folders or one with hub/ in it. What is
+in none of them is downloaded into task_data/.
 """
 
 import bisect
@@ -11,23 +12,44 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.common import base_dir, write_atomically
+from nanochat_jax.common import base_dir, print0, write_atomically
+from nanochat_jax.download import (
+    HUB,
+    DownloadError,
+    download,
+    download_all,
+    endpoint,
+    first_line,
+    locked,
+    read,
+    read_footer,
+    read_parquet,
+    writing,
+)
+from nanochat_jax.tasks.custom_json import SOURCES, source_hint
 from nanochat_jax.tasks.task import Task, digest_of
 
 SHUFFLE_SEED = 42  # nanochat permutes every dataset with this seed before it slices
+MAX_FILES = 1000  # of a split: the hub exports the first 5 GB of a dataset, in files of hundreds of megabytes
+STALE_SECONDS = 24 * 3600  # after so long a stopped download starts anew: the dataset may have changed
+FETCHED = ("words_alpha.txt",)  # files that are downloaded unasked; the others are the user's choice
 RACY_SECONDS = 2  # a file this young may still change without changing size or time: its hash is not remembered
 
 
 def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None = None) -> list[Path]:
-    """The split's parquet files in order. FileNotFoundError: in no mirror; ValueError: a damaged manifest."""
-    roots = [data_dir, os.environ.get("NANOCHAT_DATA_DIR"), base_dir() / "task_data"]
+    """The split's parquet files in order, downloaded where no mirror has it.
+
+    FileNotFoundError: in no mirror, and it cannot be downloaded; ValueError: a damaged manifest.
+    """
     folders = []
-    for root in [Path(root).expanduser() for root in roots if root]:
+    for root in (*_roots(data_dir), base_dir() / "task_data"):
         for parent in (root, root / "hub"):
             folder = parent / repo.replace("/", "--") / subset / split
             if (folder / "manifest.json").exists():
@@ -37,11 +59,104 @@ def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None 
 
 
 def fetch_split(repo: str, subset: str, split: str, looked: list[Path]) -> list[Path]:
-    """What happens when no mirror has the split: the place for a download into task_data/. It returns its files."""
+    """What happens when no mirror has the split: the hub's parquet export of it goes to task_data/. Returns its files.
+
+    FileNotFoundError: it cannot be had; the message says where it was looked for, what was tried and what helps.
+    """
+    for part in (subset, split):
+        if part != os.path.basename(part) or part in ("", ".", ".."):
+            raise ValueError(f"the subset or split {part!r:.80} of {repo} must be the name of a folder")
+    final = base_dir() / "task_data" / repo.replace("/", "--") / subset / split
+    try:
+        with locked(final):
+            if not (final / "manifest.json").exists():  # another process may have made it meanwhile
+                _download_split(repo, subset, split, final)
+    except DownloadError as e:
+        raise FileNotFoundError(
+            f"dataset {repo} (subset {subset}, split {split}) is not on this machine, looked for manifest.json in "
+            f"{', '.join(map(str, looked))}, and the hub does not give it: {e}; or set NANOCHAT_DATA_DIR or --data-dir "
+            f"to a folder that holds {repo.replace('/', '--')}/"
+        ) from e
+    return _read_manifest(final)
+
+
+def _download_split(repo: str, subset: str, split: str, final: Path) -> None:
+    """Fill a folder beside `final`, manifest last, then move it there in one step. The caller holds the lock.
+
+    Files of a download that was stopped are kept where it was lately and the hub lists the same.
+    """
+    path = "/".join(urllib.parse.quote(part, safe="/") for part in (repo, "parquet", subset, split))
+    urls = _listed(f"{endpoint()}/api/datasets/{path}")
+    print0(f"downloading {repo} (subset {subset}, split {split}), {len(urls)} files, to {final}")
+    building = final.with_name(f".{final.name}.building")
+    listing, names = building / ".listing.json", [f"{i:05d}.parquet" for i in range(len(urls))]
+    with writing(final.parent):
+        if not (
+            listing.exists()
+            and time.time() - listing.stat().st_mtime < STALE_SECONDS
+            and listing.read_bytes() == json.dumps(urls).encode()
+        ):
+            shutil.rmtree(building, ignore_errors=True)
+            write_atomically(listing, json.dumps(urls).encode())
+    download_all([(url, building / name) for url, name in zip(urls, names)], check=read_footer)
+    with writing(final.parent):
+        write_atomically(building / "manifest.json", json.dumps(names).encode())
+        listing.unlink()
+        if final.exists() and any(final.iterdir()):  # of nanochat's download, stopped halfway, or a user's own
+            aside = final.with_name(f"{final.name}.{time.time_ns()}")
+            os.rename(final, aside)
+            print0(f"{final} had no manifest.json: what was in it is now in {aside}")
+        os.rename(building, final)
+
+
+def _listed(url: str) -> list[str]:
+    """The addresses that the hub lists. DownloadError: it is no list of at most MAX_FILES addresses."""
+    try:
+        urls = json.loads(read(url, limit=1 << 22))
+    except (ValueError, RecursionError):
+        urls = None
+    if not isinstance(urls, list) or not all(isinstance(u, str) for u in urls) or not 1 <= len(urls) <= MAX_FILES:
+        raise DownloadError(f"{url} must answer with a JSON list of 1 to {MAX_FILES} addresses, and does not")
+    ours = endpoint()
+    urls = [ours + u.removeprefix(HUB) if u.startswith(HUB + "/") else u for u in urls]  # a mirror may list the hub's
+    scheme = urllib.parse.urlsplit(ours).scheme
+    if bad := [u for u in urls if not u.startswith(("https://", f"{scheme}://"))]:
+        raise DownloadError(f"{url} lists {bad[0]!r:.100}, which is no {scheme} address")
+    return urls
+
+
+def find_file(name: str, data_dir: Path | str | None = None) -> Path:
+    """NAME or words/NAME in `data_dir`, in NANOCHAT_DATA_DIR, in the folders around these, or in the base directory.
+
+    The word list is downloaded to the base directory where no place has it. FileNotFoundError: it cannot be had.
+    """
+    around = [folder for root in _roots(data_dir) for folder in (root, root.parent)]
+    places = [place for folder in (*around, base_dir()) for place in (folder / name, folder / "words" / name)]
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    why = ""
+    if name in FETCHED:
+        try:
+            return fetch_file(name)
+        except DownloadError as e:
+            why = f", and cannot be downloaded: {e}"
     raise FileNotFoundError(
-        f"dataset {repo} (subset {subset}, split {split}) is not on this machine, looked for manifest.json in "
-        f"{', '.join(map(str, looked))}: set NANOCHAT_DATA_DIR to a folder that holds {repo.replace('/', '--')}/"
+        f"{name} is not on this machine, looked for {', '.join(map(str, places))}{why}; put it into one of these, or "
+        f"set NANOCHAT_DATA_DIR or --data-dir to a folder that holds it{source_hint(base_dir() / name)}"
     )
+
+
+def fetch_file(name: str) -> Path:
+    """A file of custom_json.SOURCES at nanochat's place for it, the base directory; downloaded where it is not there.
+
+    DownloadError: it cannot be had.
+    """
+    return download(SOURCES[name], base_dir() / name)
+
+
+def _roots(data_dir: Path | str | None) -> list[Path]:
+    """Where a user says that data lies; the first place that has it wins."""
+    return [Path(root).expanduser() for root in (data_dir, os.environ.get("NANOCHAT_DATA_DIR")) if root]
 
 
 def _read_manifest(folder: Path) -> list[Path]:
@@ -62,11 +177,9 @@ def _read_manifest(folder: Path) -> list[Path]:
 
 def count_rows(files: list[Path], columns: tuple[str, ...]) -> int:
     """Rows of all files, from their footers. ValueError: a damaged file, or one without one of the columns."""
-    import pyarrow.parquet as pq
-
     total = 0
     for path in files:
-        footer = _naming(path, pq.read_metadata, path)
+        footer = read_footer(path)
         present = set(footer.schema.to_arrow_schema().names)
         if missing := [c for c in columns if c not in present]:
             raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(sorted(present))}")
@@ -90,26 +203,13 @@ def read_files(files: list[Path], columns: tuple[str, ...] | None = None):
         count_rows(files, columns)  # its message names a missing column
         columns = list(columns)
     tables = [
-        _naming(path, pq.read_table, path, columns=columns, memory_map=True).replace_schema_metadata(None)
+        read_parquet(pq.read_table, path, columns=columns, memory_map=True).replace_schema_metadata(None)
         for path in files
     ]
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowException, OSError) as e:
-        raise ValueError(f"the parquet files of {files[0].parent} do not fit together: {_first_line(e)}") from e
-
-
-def _naming(path: Path, read, *args, **kwargs):
-    import pyarrow as pa
-
-    try:
-        return read(*args, **kwargs)
-    except (pa.ArrowException, OSError, ValueError) as e:
-        raise ValueError(f"{path} is not a readable parquet file: {_first_line(e)}") from e
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise ValueError(f"the parquet files of {files[0].parent} do not fit together: {first_line(e)}") from e
 
 
 class HubTask(Task):

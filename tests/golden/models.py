@@ -33,12 +33,6 @@ def of_file(file: str) -> str:
     return file.removesuffix(UNROUNDED)
 
 
-def one_file_a_model(folder: str) -> list[str]:
-    """Files in `folder`, for parametrize; of two about one model that with unrounded rotary tables, as ours are."""
-    files = data.names(folder)
-    return [file for file in files if file + UNROUNDED not in files]
-
-
 @contextmanager
 def rotary_tables_of(file: str):
     """While a model is traced inside, its rotary tables are rounded as those were that `file` was computed with.

@@ -1,4 +1,4 @@
-"""The network of every era against what nanochat computed: logits, losses, gradients, and decoding with a cache."""
+"""The network of every era against what nanochat computed: logits, losses, gradients. Decoding: test_engine.py."""
 
 import functools
 
@@ -78,78 +78,3 @@ def test_gradients_of_every_parameter_are_nanochats(name):
     for parameter, gradient in expected.items():
         bound = 1e-4 * np.abs(gradient).max()
         np.testing.assert_allclose(ours[parameter], gradient, atol=bound, rtol=0, err_msg=parameter)
-
-
-class Decoder:
-    """All prompts of a decode file as one batch, padded on the right, in front of the model's own cache."""
-
-    def __init__(self, file: str):
-        self.config, self.params, _ = models.load(models.of_file(file))
-        golden = data.arrays(f"decode/{file}.npz")
-        rows = sorted(int(number) for number in models.under("prompt", golden))
-        self.prompts, self.tokens, self.masks, self.margins = (
-            [golden[f"{kind}{row}"] for row in rows] for kind in ("prompt", "tokens", "mask", "margin")
-        )
-        self.lengths = np.array([len(prompt) for prompt in self.prompts])
-        self.size = 2 * self.lengths.max() + max(map(len, self.tokens))  # for prompts that come in two padded pieces
-
-        @quick_jit
-        def append(params, cache, ids, lengths):
-            model = models.built(self.config, params)
-            with models.rotary_tables_of(file):
-                x, cache = model.hidden(ids, cache=cache, lengths=lengths)
-            last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)[:, 0]
-            return model.logits(last), cache
-
-        self._append = append
-
-    def empty_cache(self):
-        return models.built(self.config, self.params).empty_cache(len(self.prompts), self.size)
-
-    def prefill(self, cache, start, stop):
-        """Append prompt[start:stop] of each row, padded to the longest prompt -> (logits after the last id, cache)."""
-        ids = np.zeros((len(self.prompts), self.lengths.max()), np.int32)
-        for row, (prompt, a, b) in enumerate(zip(self.prompts, start, stop)):
-            ids[row, : b - a] = prompt[a:b]
-        return self._append(self.params, cache, ids, np.asarray(stop - start))
-
-    def append(self, cache, ids):
-        """One token a row."""
-        return self._append(self.params, cache, np.asarray(ids, np.int32)[:, None], np.ones(len(ids), np.int64))
-
-
-decoder = functools.cache(Decoder)
-
-
-@pytest.mark.parametrize("file", models.one_file_a_model("decode"))
-def test_greedy_decoding_with_the_cache_chooses_nanochats_tokens(file):
-    """The golden tokens are fed, forced ones too; where the two best logits are nearly equal, either may be chosen."""
-    d = decoder(file)
-    logits, cache = d.prefill(d.empty_cache(), 0 * d.lengths, d.lengths)
-    for step in range(max(map(len, d.tokens))):
-        logits = np.asarray(logits)
-        second, first = np.sort(logits, -1)[:, -2:].T
-        for row, tokens in enumerate(d.tokens):
-            if step >= len(tokens):
-                continue
-            margin, where = d.margins[row][step], f"prompt {row}, step {step}"
-            if d.masks[row][step] and not margin <= 1e-3:
-                assert logits[row].argmax() == tokens[step], where
-            if np.isfinite(margin):
-                np.testing.assert_allclose(first[row] - second[row], margin, atol=4e-4, rtol=1e-4, err_msg=where)
-        logits, cache = d.append(cache, [tokens[step] if step < len(tokens) else 0 for tokens in d.tokens])
-
-
-@pytest.mark.parametrize("file", models.one_file_a_model("decode"))
-def test_a_prompt_may_come_in_two_pieces(file):
-    """Cut in the middle: a prompt of one id has an empty first piece."""
-    d = decoder(file)
-    start, cut = 0 * d.lengths, d.lengths // 2
-    whole, cache = d.prefill(d.empty_cache(), start, d.lengths)
-    _, half = d.prefill(d.empty_cache(), start, cut)
-    np.testing.assert_array_equal(half["length"], cut)
-    pieces, pieced_cache = d.prefill(half, cut, d.lengths)
-    np.testing.assert_allclose(pieces, whole, atol=2e-5, rtol=0)
-    np.testing.assert_array_equal(pieced_cache["length"], cache["length"])
-    next_ids = [tokens[0] for tokens in d.tokens]
-    np.testing.assert_allclose(d.append(pieced_cache, next_ids)[0], d.append(cache, next_ids)[0], atol=2e-5, rtol=0)

@@ -1,14 +1,20 @@
-"""Schedules, the defaults of nanochat's flags, and bits per byte."""
+"""Schedules, the defaults of nanochat's flags, bits per byte, multiple choice and ChatCORE."""
 
 import math
 
 import numpy as np
 import pytest
 
-from nanochat_jax.evals import make_bits_per_byte
+from nanochat_jax.chatcore import BASELINES, Examiner, Problems, chatcore, judge, prepare
+from nanochat_jax.evals import make_bits_per_byte, make_letter_logits
+from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.optim import rl_lr_multiplier, sft_lr_multiplier, sft_muon_momentum
 from nanochat_jax.safe_pickle import read_pt
 from nanochat_jax.sft import INHERITED, SFTConfig
+from nanochat_jax.sharding import make_mesh
+from nanochat_jax.tasks.multiple_choice import is_right
+from nanochat_jax.tasks.task import AdaptedTask
+from nanochat_jax.tokenizer import Tokenizer
 from tests.golden import data, models
 
 EXACT = {"rtol": 1e-9, "atol": 1e-15}  # atol: where a multiplier reaches 0
@@ -43,12 +49,13 @@ def test_every_sft_flag_of_nanochat_exists_with_its_default():
     assert fallbacks.items() <= INHERITED.items()
 
 
-def bpb_cases() -> list[str]:
+def cases_of(prefix: str) -> list[str]:
+    """Models whose entry in eval.json begins with `prefix`, for parametrize."""
     known = data.load_json("eval.json") if (data.GOLDEN / "eval.json").exists() else {}
-    return [key.removeprefix("bpb_") for key in known if key.startswith("bpb_")] or ["(none)"]
+    return [key.removeprefix(prefix) for key in known if key.startswith(prefix)] or ["(none)"]
 
 
-@pytest.mark.parametrize("name", bpb_cases())
+@pytest.mark.parametrize("name", cases_of("bpb_"))
 def test_bits_per_byte_are_nanochats(name):
     config, params, _ = models.load(name)
     token_bytes = read_pt(data.path(f"checkpoints/{name}/tokenizer/token_bytes.pt"))
@@ -63,3 +70,60 @@ def test_bits_per_byte_are_nanochats(name):
         with models.rotary_tables_of(name):
             ours = bits_per_byte(params, batches)
         assert ours == expected if math.isinf(expected) else math.isclose(ours, expected, rel_tol=1e-5), case["bpb"]
+
+
+# --------------------------------------------------------------------------------------------------- chat evaluation
+class Quiz:
+    """The items of a golden case as a task."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def evaluate(self, conversation, answer):
+        return is_right(conversation, answer)
+
+
+def quiz(name: str) -> tuple[dict, Problems, GPTConfig, dict, Tokenizer]:
+    """(the golden case, its items as problems, the model's config and parameters, the tokenizer)."""
+    config, params, _ = models.load(name)
+    tokenizer = Tokenizer.load(data.path(f"checkpoints/{name}/tokenizer"))
+    golden = data.load_json("eval.json")[f"categorical_{name}"]
+    return golden, prepare(name, AdaptedTask(Quiz(golden["items"])), tokenizer), config, params, tokenizer
+
+
+@pytest.mark.parametrize("name", cases_of("categorical_"))
+def test_prompts_and_the_letters_logits_are_nanochats(name):
+    golden, problems, config, params, tokenizer = quiz(name)
+    letter_logits = make_letter_logits(config, make_mesh("data=1"), tokenizer.bos)
+    with models.rotary_tables_of(name):
+        ours = letter_logits(params, problems.prompts, problems.letters)
+    for prompt, logits, item in zip(problems.prompts, ours, golden["per_item"], strict=True):
+        assert prompt.tolist() == item["prompt_ids"]
+        np.testing.assert_allclose(logits, item["letter_logits"], rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", cases_of("categorical_"))
+def test_letters_and_accuracies_are_nanochats_whatever_the_batch(name):
+    golden, problems, config, params, tokenizer = quiz(name)
+    sizes = [run["batch_size"] for run in golden["runs"]]
+    for rows in {min(sizes), max(sizes)}:
+        examiner = Examiner(config, tokenizer, make_mesh("data=1"), rows=rows)
+        examiner.load(params)
+        with models.rotary_tables_of(name):
+            chosen = examiner.choose(problems)
+        right = [judge(problems, i, letter) for i, letter in enumerate(chosen)]
+        for run in golden["runs"]:
+            assert chosen[: run["max_problems"]] == run["predicted"]
+            assert np.mean(right[: run["max_problems"]]) == pytest.approx(run["accuracy"], abs=1e-12)
+
+
+def test_chatcore_is_nanochats():
+    for case in data.load_json("eval.json")["chatcore"]:
+        assert case["baselines"] == BASELINES
+        assert chatcore(case["accuracies"]) == pytest.approx(case["chatcore"], abs=1e-12)

@@ -19,6 +19,7 @@ from nanochat_jax.packing import BUFFER_SIZE
 from nanochat_jax.runs import open_run, plan_batches
 from nanochat_jax.tasks import TaskMixture
 from nanochat_jax.tokenizer import Tokenizer
+from tests import tiny
 from tests.golden import data, models
 from tests.golden.test_packing import nanochat_batches
 
@@ -67,7 +68,7 @@ def replay(name: str) -> dict:
     """Drive our train step with the recorded multipliers and momenta -> what it measured."""
     run = recording(name)
     arguments, task_data = run["arguments"], data.path("sft_run/task_data")
-    cfg = dataclasses.replace(config.parse(sft.SFTConfig, arguments), data_dir=task_data)
+    cfg = dataclasses.replace(config.parse(sft.SFTConfig, [*arguments, *tiny.NO_SPELLING]), data_dir=task_data)
     with pytest.MonkeyPatch.context() as patch:
         folder = base_directory(cfg.model_tag, run["final_meta"]["model_config"])
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))

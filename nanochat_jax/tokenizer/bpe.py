@@ -1,17 +1,15 @@
-"""Text to token ids and back, and the one place where a conversation becomes ids and a loss mask.
+"""Byte pair encoding with nanochat's special tokens: texts and conversations to ids, and back.
 
-A conversation is rendered as: bos, then per message user_start text user_end, or assistant_start parts assistant_end.
-The mask is 1 for what the assistant writes itself (text, python_start code python_end, assistant_end), and 0 for
-everything it is given (bos, the user's side, assistant_start, and output_start result output_end).
-
-`split_conversation` makes that decision once, as a list of segments; `render_conversation` (one, as lists) and
-`render_many` (a batch, as NumPy arrays, for the token cache) only turn segments into ids.
+`split_conversation` decides once what a conversation's segments and their masks are; `render_conversation` (one, as
+lists) and `render_many` (a batch, as NumPy arrays, for the token cache) only turn segments into ids.
 """
 
 import base64
 import hashlib
 import json
 import os
+import pickle
+import tempfile
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,8 @@ import numpy as np
 import tiktoken
 
 from nanochat_jax.common import write_atomically
+from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, messages_of, role_of, split_conversation
+from nanochat_jax.torch_save import write_pt
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -42,12 +42,8 @@ SEPARATOR = "\0nanochat_jax\1"
 CHUNK_CHARS = 1 << 17  # text of one bulk call; enough of them to keep every core busy on a small batch too
 
 
-class BadConversation(ValueError):
-    """This conversation cannot be rendered; the message is one sentence that says why."""
-
-
 class UnsplittableText(BadConversation):
-    """tiktoken gives up on this text."""
+    """The split pattern's engine gives up on this text."""
 
 
 class Tokenizer:
@@ -99,7 +95,8 @@ class Tokenizer:
         if not found:
             raise FileNotFoundError(
                 f"no tokenizer.json or tokenizer.pkl in {folder}: copy the tokenizer folder of the nanochat run there, "
-                "or set NANOCHAT_BASE_DIR to the run's base directory"
+                "set NANOCHAT_BASE_DIR to the run's base directory, or, before there is any model, train one with "
+                "python -m nanochat_jax.tokenizer train"
             )
         if found[0].digest() != found[-1].digest():
             raise ValueError(f"{ours} and {theirs} hold different tokenizers: remove the one that is not the model's")
@@ -135,6 +132,20 @@ class Tokenizer:
         }
         write_atomically(Path(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
 
+    def save_for_nanochat(self, folder: Path | str) -> None:
+        """Write FOLDER/tokenizer.pkl and FOLDER/token_bytes.pt, which nanochat loads. `save` does not, as a folder
+        that came from nanochat holds files of its own."""
+        encoding = tiktoken.Encoding(
+            self.name,
+            pat_str=self.pattern,
+            mergeable_ranks=self.mergeable_ranks,
+            special_tokens=self.special_tokens,
+        )
+        write_atomically(Path(folder) / "tokenizer.pkl", pickle.dumps(encoding, protocol=4))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".token_bytes-") as made:
+            write_pt(Path(made) / "token_bytes.pt", self.token_bytes())
+            os.replace(Path(made) / "token_bytes.pt", Path(folder) / "token_bytes.pt")
+
     def digest(self) -> str:
         """sha256 (hex) over everything that decides ids: pattern, tokens in id order, specials. The name does not."""
         ranks = [token.hex() for token in self._bytes[: len(self.mergeable_ranks)]]
@@ -156,7 +167,7 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"only text can be encoded, got {type(text).__name__}")
-        return _guarded(lambda: self._plain.encode_ordinary(text))
+        return guarded(lambda: self._plain.encode_ordinary(text))
 
     def decode_bytes(self, ids) -> bytes:
         """The bytes of `ids`; specials as they are written in the vocabulary. ValueError for an id out of range."""
@@ -193,8 +204,8 @@ class Tokenizer:
 
         The rest is rendered and cut at 2048, then assistant_start is appended: up to 2049 ids.
         """
-        messages = _messages(conversation)
-        if _role(messages[-1]) != "assistant":
+        messages = messages_of(conversation)
+        if role_of(messages[-1]) != "assistant":
             raise BadConversation("the last message must be the assistant's, it is what is to be completed")
         if len(messages) < 2:
             raise BadConversation("there is no message before the one to be completed")
@@ -225,7 +236,7 @@ class Tokenizer:
                 segments_end.append(len(flags))
 
         try:
-            text_ids, text_lengths = self._encode_many(texts())
+            text_ids, text_lengths = self.encode_many(texts())
         except UnsplittableText as e:  # rare: render one by one to learn which
             for i, conversation in enumerate(conversations):
                 try:
@@ -250,7 +261,7 @@ class Tokenizer:
         cut = len(ids) if max_tokens is None else max_tokens
         return [(ids[a:b][:cut], mask[a:b][:cut]) for a, b in zip(starts, ends)]
 
-    def _encode_many(self, texts) -> tuple[np.ndarray, np.ndarray]:
+    def encode_many(self, texts) -> tuple[np.ndarray, np.ndarray]:
         """-> (ids uint32 of all texts in a row, length int64 of each); `texts` is any iterable.
 
         tiktoken's own batch call costs a Python task and a list of Python ints per text, which for chat messages of 50
@@ -276,89 +287,11 @@ class Tokenizer:
             lists = [self.encode(text) for text in texts]
             ids = np.array([i for one in lists for i in one], np.uint32)
             return ids, np.array([len(one) for one in lists], np.int64)
-        try:
-            joined.encode()
-        except UnicodeEncodeError:
-            joined = joined.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # as tiktoken does
-        ids = _guarded(lambda: self._bulk.encode_to_numpy(joined, allowed_special={SEPARATOR}, disallowed_special=()))
+        joined = without_surrogates(joined)
+        ids = guarded(lambda: self._bulk.encode_to_numpy(joined, allowed_special={SEPARATOR}, disallowed_special=()))
         is_separator = ids == self.vocab_size
         borders = np.concatenate([[-1], np.flatnonzero(is_separator), [len(ids)]])
         return ids[~is_separator], np.diff(borders) - 1
-
-
-SPECIAL = 2  # the flag of a segment is its mask, plus SPECIAL where the piece names a special token
-
-
-def split_conversation(conversation: dict) -> list[tuple[str, int]]:
-    """-> segments (piece, flag): flag is the mask of a text, or SPECIAL plus the mask of the special token `piece`."""
-    messages = _messages(conversation)
-    first, system = 0, ""
-    if _role(messages[0]) == "system":
-        if len(messages) < 2 or _role(messages[1]) != "user":
-            raise BadConversation("a system message must be followed by a user message")
-        first, system = 1, _text(messages[0], "the system message") + "\n\n"
-
-    segments = [("<|bos|>", SPECIAL)]
-    for i in range(first, len(messages)):
-        message = messages[i]
-        expected = "user" if (i - first) % 2 == 0 else "assistant"
-        role = _role(message)
-        if role != expected:
-            raise BadConversation(f"message {i} must be from {expected!r}, as roles alternate, got {role!r:.40}")
-        if role == "user":
-            text = _text(message, f"user message {i}")
-            segments += [("<|user_start|>", SPECIAL), (system + text if i == first else text, 0)]
-            segments.append(("<|user_end|>", SPECIAL))
-        else:
-            segments.append(("<|assistant_start|>", SPECIAL))
-            content = message.get("content")
-            if isinstance(content, str):
-                segments.append((content, 1))
-            elif isinstance(content, list):
-                for k, part in enumerate(content):
-                    segments += _split_part(part, f"part {k} of message {i}")
-            else:
-                raise BadConversation(
-                    f"assistant message {i} must hold text or a list of parts, got {type(content).__name__}"
-                )
-            segments.append(("<|assistant_end|>", SPECIAL + 1))
-    return segments
-
-
-def _split_part(part, where: str) -> list[tuple[str, int]]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "python", "python_output"):
-        raise BadConversation(f"{where} must be of type text, python or python_output, got {kind!r:.40}")
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise BadConversation(f'{where} must have a "text" that is a string, got {type(text).__name__}')
-    if kind == "text":
-        return [(text, 1)]
-    if kind == "python":
-        return [("<|python_start|>", SPECIAL + 1), (text, 1), ("<|python_end|>", SPECIAL + 1)]
-    return [("<|output_start|>", SPECIAL), (text, 0), ("<|output_end|>", SPECIAL)]
-
-
-def _messages(conversation) -> list:
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, list | tuple):
-        raise BadConversation('a conversation must be a dict with a list of "messages"')
-    if not messages:
-        raise BadConversation("the conversation has no messages")
-    return list(messages)
-
-
-def _role(message):
-    if not isinstance(message, dict):
-        raise BadConversation(f"a message must be a dict with role and content, got {type(message).__name__}")
-    return message.get("role")
-
-
-def _text(message: dict, where: str) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise BadConversation(f"the content of {where} must be a string, got {type(content).__name__}")
-    return content
 
 
 def _check_vocabulary(ranks, special) -> None:
@@ -383,13 +316,25 @@ def _naming(path: Path, make, *args):
         raise ValueError(f"{path} is not a usable tokenizer: {e}") from e
 
 
-def _guarded(encode):
-    """encode(); tiktoken's regex engine panics, outside Exception, on a very long run of white space."""
+def without_surrogates(text: str) -> str:
+    """The text as UTF-8 can hold it, and as tiktoken takes it: a pair becomes its character, a lone one U+FFFD."""
     try:
-        return encode()
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def guarded(split, errors: tuple[type[Exception], ...] = (ValueError,)):
+    """split(); UnsplittableText where the regex engine gives up, as on a very long run of white space.
+
+    It panics then, outside Exception, or split() raises one of `errors`.
+    """
+    try:
+        return split()
     except BaseException as e:
-        if isinstance(e, ValueError) or type(e).__name__ == "PanicException":
-            raise UnsplittableText(f"tiktoken cannot split a text (too long a run of white space?): {e!s:.80}") from e
+        if isinstance(e, errors) or type(e).__name__ == "PanicException":
+            raise UnsplittableText(f"a text cannot be split (too long a run of white space?): {e!s:.80}") from e
         raise
 
 

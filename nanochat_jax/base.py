@@ -1,0 +1,232 @@
+"""Pretraining: from documents to a base model.
+
+python -m nanochat_jax.base --download 8 --depth 12         # fetch 8 shards, then train for the best length
+python -m nanochat_jax.base --data-dir shards --depth 4 --num-iterations 300 --total-batch-size 8192
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from nanochat_jax import config, documents, optim, scaling, sharding
+from nanochat_jax.common import base_dir, print0
+from nanochat_jax.config import Maybe
+from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.loop import Measurement, train_on, validation
+from nanochat_jax.runs import (
+    Run,
+    check_settings,
+    compute_dtype,
+    describe_device,
+    open_folder,
+    plan_batches,
+    start_device,
+)
+from nanochat_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """Pretrain a model on documents. Everything follows from --depth; the other defaults are nanochat's."""
+
+    # where and what
+    run: str = "dummy"  # name of the run; "dummy" = no wandb
+    device_type: str = "auto"  # auto, cuda, tpu or cpu
+    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
+    replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
+    model_tag: Maybe[str] = None  # folder under base_checkpoints; default: d<depth>
+    resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
+    overwrite: bool = False  # delete the checkpoints that an earlier run left in the folder
+    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
+    seed: int = 42  # first weights, and the order of the documents from the second epoch on
+    # model
+    depth: int = 20  # layers: the dial that decides everything else
+    aspect_ratio: int = 64  # width = depth x this, rounded up to whole heads
+    head_dim: int = 128  # width of an attention head
+    window_pattern: str = "SSSL"  # attention of the layers in turn: L = whole row, S = a quarter; the last is L
+    max_seq_len: int = 2048  # tokens in a row
+    # length: the first of these three that is above 0
+    num_iterations: int = -1  # optimizer steps
+    target_flops: float = -1.0  # floating-point operations of the whole training
+    target_param_data_ratio: float = 12.0  # tokens per parameter of matrices and lm_head
+    # batch
+    device_batch_size: Maybe[int] = None  # rows per device in one pass; default: 32, or fewer that divide the batch
+    total_batch_size: int = -1  # tokens per optimizer step, all devices together (-1 = the best for the model's size)
+    document_mask: bool = True  # documents in one row do not see each other; off = nanochat's behaviour
+    # optimizer: rates for batches of 524,288 tokens, scaled to the batch in force
+    embedding_lr: float = 0.3  # AdamW: token and value embeddings, scaled by width too
+    unembedding_lr: float = 0.008  # AdamW: lm_head, scaled by width too
+    matrix_lr: float = 0.02  # Muon: matrices inside blocks
+    scalar_lr: float = 0.5  # AdamW: residual scalars
+    weight_decay: float = 0.28  # Muon, at depth 12; scaled to the model and to the batch, and falling to 0
+    warmup_steps: int = 40  # steps over which rates rise
+    warmdown_ratio: float = 0.65  # part of the run over which rates fall
+    final_lr_frac: float = 0.05  # rates end at this fraction
+    # evaluation and checkpoints
+    eval_every: int = 250  # steps between measurements of validation bits per byte (-1 = never)
+    eval_tokens: int = 80 * 524288  # tokens to measure it on, at most one pass over the validation shard
+    sample_every: int = 2000  # steps between samples from the model (-1 = never)
+    save_every: int = 250  # steps between checkpoints (-1 = only at the end)
+    keep_checkpoints: int = 2  # how many of them stay on disk
+    # data
+    data_dir: Maybe[Path] = None  # parquet files with a column text; default: base_data_climbmix of the base dir
+    download: int = 0  # fetch this many shards of climbmix-400b-shuffle first, and one for validation
+
+
+HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
+    *("run", "resume", "overwrite", "config", "model_tag", "data_dir", "download", "eval_every", "eval_tokens"),
+    *("sample_every", "save_every", "keep_checkpoints", "device_type", "mesh", "replicate", "device_batch_size"),
+}
+PROMPTS = (  # what is sampled from as training goes on: facts, a rule, arithmetic, a story
+    "The largest ocean on Earth is",
+    "Water is made of hydrogen and",
+    "One, two, three, four,",
+    "The opposite of early is",
+    "Seven plus two equals",
+    "Once upon a time there was a",
+)
+SAMPLE_TOKENS = 16
+
+
+def check(cfg: BaseConfig) -> None:
+    """ValueError for a setting that cannot work whatever the data are."""
+    rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
+    rules = (
+        ("num_iterations", -1 <= cfg.num_iterations < 2**31, "from 1 to 2147483647, or -1"),
+        ("target_flops", math.isfinite(cfg.target_flops), "a finite number"),
+        ("target_param_data_ratio", math.isfinite(cfg.target_param_data_ratio), "a finite number"),
+        ("total_batch_size", cfg.total_batch_size == -1 or cfg.total_batch_size >= 1, "at least 1, or -1"),
+        ("warmup_steps", cfg.warmup_steps >= 0, "at least 0"),
+        ("download", cfg.download >= 0, "at least 0"),
+        ("seed", cfg.seed < 2**32, "below 4294967296"),
+    )
+    check_settings(cfg, rules, ("warmdown_ratio", "final_lr_frac"), rates)
+
+
+def main(cfg: BaseConfig) -> int:
+    """Train -> the exit code: 0, or 128 + n after signal n."""
+    check(cfg)
+    start_device(cfg.device_type)
+    mesh = sharding.make_mesh(cfg.mesh or "")
+    peak = describe_device(mesh, print0)
+
+    # The run: a new one, or one to go on with
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    run = open_folder(cfg, "base", cfg.model_tag or f"d{cfg.depth}", tokenizer, HARMLESS, print0)
+    cfg = run.cfg
+    check(cfg)  # also what a checkpoint recorded
+    dtype = compute_dtype(cfg.dtype)
+
+    # Model, batch and length from the depth
+    run.model_config = model_of(cfg, cfg.depth, tokenizer)
+    lengths = {name: getattr(cfg, name) for name in ("num_iterations", "target_flops", "target_param_data_ratio")}
+    reference = model_of(cfg, scaling.REFERENCE_DEPTH, tokenizer)
+    recipe = scaling.recipe(run.model_config, reference, total_batch_size=cfg.total_batch_size, **lengths)
+    total = recipe.iterations
+    batch = plan_batches(sized(cfg, recipe.total_batch_size, mesh.shape["data"]), mesh, print0)
+    run.groups = groups_of(cfg, run.model_config.n_embd, recipe)
+    tell(run, recipe)
+
+    # Data: documents once through the tokenizer, a shard at a time, packed into full rows by plan
+    *shards, held_out = shards_of(cfg)
+    rows = documents.DocumentRows(shards, tokenizer, cfg.max_seq_len, seed=cfg.seed)
+    held_out_rows = documents.DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
+    run.check_data(rows.fingerprint())
+    print0("\n".join(documents.describe(rows, total * batch.rows_per_step)))
+
+    # Schedule and loop
+    shape = {"warmdown_ratio": cfg.warmdown_ratio}
+    warm = {"warmup_steps": cfg.warmup_steps, "final_lr_frac": cfg.final_lr_frac}
+    schedule = {
+        "lr_multiplier": lambda step: optim.base_lr_multiplier(step, total, **shape, **warm),
+        "muon_momentum": lambda step: optim.base_muon_momentum(step, total, **shape),
+        "decay_multiplier": lambda step: optim.base_decay_multiplier(step, total),
+    }
+    how = {"batch": batch, "mesh": mesh, "dtype": dtype}
+    measurements = [validation(held_out_rows, run, tokenizer, **how), samples(run, tokenizer, mesh, dtype)]
+
+    def meta(step):
+        """What fine-tuning inherits: the sizes in force, and the last step's decay, as in nanochat's files."""
+        groups = {name: dataclasses.asdict(group) for name, group in run.groups.items()}
+        groups["matrix"]["weight_decay"] *= optim.base_decay_multiplier(step - 1, total)
+        per_device = batch.rows_per_pass // mesh.shape["data"]
+        sizes = {"device_batch_size": per_device, "total_batch_size": batch.tokens_per_step}
+        return {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
+
+    return train_on(rows, run, schedule, **how, total=total, peak_flops=peak, measurements=measurements, meta=meta)
+
+
+def shards_of(cfg: BaseConfig) -> list[Path]:
+    """The parquet files of the run, the last for validation: those that --download names, else all of the folder."""
+    if not cfg.download:
+        return documents.find_shards(cfg.data_dir)
+    from nanochat_jax.download import fetch_shards
+
+    folder = cfg.data_dir.expanduser() if cfg.data_dir else base_dir() / documents.FOLDERS[0]
+    return fetch_shards(cfg.download, folder, print0)
+
+
+def model_of(cfg: BaseConfig, depth: int, tokenizer: Tokenizer) -> GPTConfig:
+    """The network of this depth with the run's other dials."""
+    dials = {name: getattr(cfg, name) for name in ("aspect_ratio", "head_dim", "window_pattern", "max_seq_len")}
+    return scaling.config_of_depth(depth, **dials, vocab_size=tokenizer.vocab_size)
+
+
+def sized(cfg: BaseConfig, total_batch_size: int, data_shards: int) -> BaseConfig:
+    """The settings with the batch in force; a device gets 32 rows at a time, or as many as divide it."""
+    rows = cfg.device_batch_size
+    if rows is None:
+        wanted = total_batch_size // (cfg.max_seq_len * data_shards)
+        rows = next(n for n in range(max(1, min(32, wanted)), 0, -1) if n == 1 or wanted % n == 0)
+    return dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total_batch_size)
+
+
+def groups_of(cfg: BaseConfig, n_embd: int, recipe: scaling.Recipe) -> optim.Groups:
+    """The optimizer's groups with the rates scaled to the batch, but for the fixed one of the smear."""
+    rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
+    rates = {name: rate * recipe.rate_factor for name, rate in rates.items()}
+    return optim.default_groups(n_embd, **rates, weight_decay=cfg.weight_decay * recipe.decay_factor)
+
+
+def tell(run: Run, recipe: scaling.Recipe) -> None:
+    """The model and what follows from its size."""
+    model = run.model_config
+    ratio = recipe.iterations * recipe.total_batch_size / scaling.scaling_params(model)
+    print0(
+        f"Model: depth {model.n_layer}, width {model.n_embd}, {model.n_head} heads of {model.head_dim}, windows "
+        f"{', '.join(map(str, dict.fromkeys(model.windows)))}, vocabulary {model.vocab_size:,}"
+    )
+    print0(
+        f"{recipe.iterations:,} steps of {recipe.total_batch_size:,} tokens from {recipe.why}: "
+        f"{recipe.iterations * recipe.total_batch_size:,} tokens, {ratio:.2f} for each scaling parameter"
+    )
+    decay = run.groups["matrix"].weight_decay
+    print0(f"Learning rates x {recipe.rate_factor:.4f} for this batch, Muon's weight decay {decay:.6f}")
+
+
+def samples(run: Run, tokenizer: Tokenizer, mesh, dtype) -> Measurement:
+    """The most likely continuations of PROMPTS, as far as they fit into a row."""
+    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in PROMPTS]
+    prompts = [ids for ids in prompts if len(ids) + SAMPLE_TOKENS <= run.model_config.sequence_len]
+
+    def measure(params):
+        if not prompts:
+            return {}
+        from nanochat_jax.engine import Engine, Sampling
+
+        engine = Engine(run.model_config, tokenizer, mesh, dtype=dtype, tools=False)  # anew: it holds all the weights
+        engine.load(params)
+        answers = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=SAMPLE_TOKENS))
+        return {"samples": [printable(tokenizer.decode([*p[1:], *a[0].tokens])) for p, a in zip(prompts, answers)]}
+
+    return Measurement(run.cfg.sample_every, measure)
+
+
+def printable(text: str) -> str:
+    """One line that no terminal takes for a command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+if __name__ == "__main__":
+    config.run_stage(main, config.parse(BaseConfig, prog="python -m nanochat_jax.base"))

@@ -1,0 +1,273 @@
+"""Talk with a model in the terminal.
+
+python -m nanochat_jax.chat                                 # the newest SFT model
+python -m nanochat_jax.chat -i rl -t 0.8                    # one that RL has trained
+python -m nanochat_jax.chat -p "How much is 12 * 3.5?"      # one answer, and nothing else, on standard output
+printf 'Hello!\\nWho are you?\\n' | python -m nanochat_jax.chat   # a turn a line
+
+Answers go to standard output, whatever is said about them to standard error. A calculator call is shown as
+[expression = result], one without a result as [expression].
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+import tyro
+from rich.color import ColorSystem
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from nanochat_jax import checkpoint, config
+from nanochat_jax.common import base_dir
+from nanochat_jax.config import Maybe, require
+from nanochat_jax.engine import Engine, Sampling, text_pieces
+from nanochat_jax.runs import check_tokenizer, compute_dtype, start_device
+from nanochat_jax.sharding import make_mesh
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tokenizer.show import visible
+
+CALL_STYLE, NOTE_STYLE = "cyan", "dim"
+JOINERS = "\u200c\u200d"  # invisible, but Persian, the scripts of India and emoji are spelled with them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talk with a model. `clear` forgets the chat; `quit`, `exit` and Ctrl-D end it; Ctrl-C stops an answer, and what
+    there is of it stays in the chat."""
+
+    # one message: print the answer to it, and nothing else, and exit
+    prompt: Annotated[Maybe[str], tyro.conf.arg(aliases=["-p"])] = None
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # stage that made the model: sft, rl or base
+    # tag of the model; default: the largest d<number>
+    model_tag: Annotated[Maybe[str], tyro.conf.arg(aliases=["-g"])] = None
+    # step of the model; default: its last
+    step: Annotated[Maybe[int], tyro.conf.arg(aliases=["-s", "--model-step"])] = None
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 = always the likeliest token
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # draw from the likeliest k tokens (0 = from all)
+    max_new_tokens: int = 256  # tokens of an answer, calculator results included
+    seed: int = 42  # of the first answer; each one after it has the next number
+    device_type: str = "auto"  # auto, cuda, tpu or cpu
+    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
+
+
+class History:
+    """The chat so far as token ids. A turn goes from user_start to assistant_end; answers stay as they were generated.
+
+    context: most tokens of a prompt with its answer. room: tokens of it that earlier turns leave to an answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: int, room: int):
+        self.tokenizer, self.context, self.room = tokenizer, context, room
+        self.turns: list[list[int]] = []
+
+    def question(self, message: str) -> list[int]:
+        """user_start, the message, user_end, assistant_start. ValueError where it leaves no room for an answer."""
+        conversation = {"messages": [{"role": "user", "content": message}]}
+        (_bos, *ids), _ = self.tokenizer.render_conversation(conversation, max_tokens=None)
+        limit = self.context - 5  # bos, the three special tokens, and one token of the answer
+        require(
+            len(ids) - 2 <= limit,
+            f"a message must have at most {limit:,} tokens to fit into the model's context of {self.context:,}, "
+            f"this one has {len(ids) - 2:,}; it was not sent",
+        )
+        return [*ids, self.tokenizer.special("<|assistant_start|>")]
+
+    def make_room(self, question: list[int]) -> int:
+        """Forget the oldest turns until question and answer fit -> how many they were."""
+        before = len(self.turns)
+        while self.turns and len(self.prompt(question)) + self.room > self.context:
+            del self.turns[0]
+        return before - len(self.turns)
+
+    def prompt(self, question: list[int]) -> list[int]:
+        return [self.tokenizer.bos, *itertools.chain(*self.turns), *question]
+
+    def add(self, question: list[int], answer: Iterable[int]) -> None:
+        """A turn; `answer` without its end token."""
+        self.turns.append([*question, *answer, self.tokenizer.special("<|assistant_end|>")])
+
+
+class Answer:
+    """One answer as it comes: `pieces` is what is shown of it, `tokens` what came so far."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.tokens = tokenizer, []
+        self.call: int | None = None  # where the calculator call began that is not over yet
+        self._names = {i: name for name, i in tokenizer.special_tokens.items()}
+
+    def pieces(self, stream: Iterable[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
+        """(token, mask) pairs -> (text, whether it belongs to a calculator call). Special tokens are not shown."""
+        inside = ""  # what of a call came last: "expression", "end" (there may be no result), "result"
+        for name, run in itertools.groupby(self._taken(stream), self._name):
+            if inside == "end" and name != "<|output_start|>":
+                yield "]", True
+                inside, self.call = "", None
+            if name == "":
+                for text in text_pieces(self.tokenizer, (token for token, _ in run)):
+                    yield escaped(text), bool(inside)
+            elif name == "<|python_start|>":  # inside of a call it begins anew, as in the engine
+                yield "][" if inside else "[", True
+                inside, self.call = "expression", len(self.tokens) - 1
+            elif name == "<|python_end|>" and inside == "expression":
+                inside = "end"
+            elif name == "<|output_start|>" and inside == "end":
+                yield " = ", True
+                inside = "result"
+            elif name == "<|output_end|>" and inside == "result":
+                yield "]", True
+                inside, self.call = "", None
+        if inside:
+            yield "]", True
+
+    def kept(self, ended: bool) -> list[int]:
+        """What the history keeps: no end token, and of an answer that was cut no call that was cut with it."""
+        return self.tokens[:-1] if ended else self.tokens[: self.call]
+
+    def _taken(self, stream):
+        for token, mask in stream:
+            self.tokens.append(token)
+            yield token, mask
+
+    def _name(self, pair: tuple[int, int]) -> str:
+        """A special token's name, "" for text; what only the engine may give means nothing where it was sampled."""
+        token, sampled = pair
+        name = self._names.get(token, "")
+        return "stray" if sampled and name.startswith("<|output") else name
+
+
+def escaped(text: str) -> str:
+    """The text without anything that a terminal acts on but new lines and tabs: \\x1b, \\u202e, ..."""
+    return "".join(c if c in "\n\t" + JOINERS or unicodedata.category(c) == "Zs" else visible(c, "") for c in text)
+
+
+class Chat:
+    """A model, the chat with it, and the terminal."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, seed: int):
+        self.engine, self.sampling, self.seed, self.asked = engine, sampling, seed, 0
+        self.history = History(engine.tokenizer, engine.context, min(sampling.max_new_tokens, engine.context // 2))
+        self.notes = Console(stderr=True)
+        stdout = Console()
+        colours = ColorSystem.STANDARD if stdout.color_system and not stdout.no_color else None
+        self._paint = lambda text: Style.parse(CALL_STYLE).render(text, color_system=colours)
+
+    def reply(self, message: str) -> bool:
+        """Print the answer as it comes -> whether it was left to end. ValueError: the message cannot be sent."""
+        question = self.history.question(message)
+        if forgotten := self.history.make_room(question):
+            turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
+            self.note(f"the oldest {turns} forgotten: the context of {self.engine.context:,} has no room for more")
+        prompt, answer, stopped = self.history.prompt(question), Answer(self.engine.tokenizer), False
+        seed = (self.seed + self.asked) % 2**31
+        wait = "thinking" if self.asked else "compiling, for the first answer"
+        self.asked += 1
+        try:
+            with contextlib.closing(self.engine.stream(prompt, self.sampling, seed=seed)) as stream:
+                with self.notes.status(wait):
+                    first = list(itertools.islice(stream, 1))
+                for text, is_call in answer.pieces(itertools.chain(first, stream)):
+                    self.write(self._paint(text) if is_call else text)
+        except KeyboardInterrupt:
+            stopped = True
+        self.write("\n")
+        ended = not self.engine.ends.isdisjoint(answer.tokens[-1:])
+        if answer.tokens:
+            self.history.add(question, answer.kept(ended))
+        if stopped:
+            self.note("stopped" if answer.tokens else "stopped before the answer began; the message is forgotten")
+        elif not ended:
+            full = len(prompt) + len(answer.tokens) == self.engine.context
+            limit = f"the end of the context of {self.engine.context:,}" if full else "--max-new-tokens"
+            self.note(f"the answer was cut after {len(answer.tokens):,} tokens, by {limit}")
+        return not stopped
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def note(self, sentence: str, style: str = NOTE_STYLE) -> None:
+        self.notes.print(Text(f"({visible(sentence, '')})", style), soft_wrap=True)
+
+    def talk(self) -> None:
+        """Until the user has enough."""
+        for line in self.lines():
+            message = line.strip()
+            if message.lower() in ("quit", "exit"):
+                return
+            if message.lower() == "clear":
+                self.history.turns.clear()
+                self.note("the chat is forgotten")
+            elif message:
+                try:
+                    self.reply(message)
+                except ValueError as e:
+                    self.note(str(e), "red")
+
+    def lines(self) -> Iterator[str]:
+        """What the user types, or a file's lines, until the end."""
+        typed = sys.stdin.isatty()
+        if typed:
+            with contextlib.suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401  # input() uses it; without a terminal it would write escape codes
+        warned = False
+        while True:
+            try:
+                line = input("> " if typed and sys.stdout.isatty() else "")
+            except EOFError:
+                self.write("\n" if typed else "")
+                return
+            except KeyboardInterrupt:
+                if warned:
+                    raise
+                warned = True
+                self.write("\n" if typed else "")
+                self.note("Ctrl-C again, Ctrl-D or quit ends the chat")
+                continue
+            warned = False
+            yield line
+
+
+def open_engine(cfg: ChatConfig) -> tuple[Engine, checkpoint.Found]:
+    """The model on one device. Its context is the length it was trained with."""
+    found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.step)
+    start_device(cfg.device_type)
+    dtype = compute_dtype(cfg.dtype)
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    check_tokenizer(tokenizer, checkpoint.peek_meta(found))
+    model_config, params, _ = checkpoint.load_params(found)
+    context = model_config.sequence_len
+    engine = Engine(model_config, tokenizer, make_mesh("data=1"), dtype=dtype, slots=1, context=context)
+    engine.load(params)
+    return engine, found
+
+
+def main(cfg: ChatConfig) -> int:
+    """Talk -> the exit code: 0, or 130 where Ctrl-C stopped the one answer."""
+    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
+    require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
+    require(cfg.prompt != "", "--prompt must hold a message, got an empty one")
+    require(cfg.prompt is not None or sys.stdin is not None, "standard input is closed: give a message with --prompt")
+    require(sys.stdout is not None, "standard output is closed: there is nowhere to print an answer to")
+    with contextlib.redirect_stdout(sys.stderr):  # a warning is no part of an answer
+        engine, found = open_engine(cfg)
+    chat = Chat(engine, sampling, cfg.seed)
+    if cfg.source == "base":
+        chat.note("a base model has not learned to take turns: expect it to go on with any text")
+    if cfg.prompt is not None:
+        return 0 if chat.reply(cfg.prompt) else 130
+    if sys.stdin.isatty():
+        chat.note(f"{found}; clear: start again; quit or Ctrl-D: end; Ctrl-C: stop an answer")
+    chat.talk()
+    return 0
+
+
+if __name__ == "__main__":
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # a terminal that is not UTF-8 shows \xNN
+        stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+    config.run_stage(main, config.parse(ChatConfig, prog="python -m nanochat_jax.chat"))

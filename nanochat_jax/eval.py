@@ -1,0 +1,275 @@
+"""Evaluation of a model on tasks: accuracies with intervals, and ChatCORE.
+
+python -m nanochat_jax.eval                                 # the newest SFT model on all tasks
+python -m nanochat_jax.eval -i rl -a "GSM8K|Arithmetic" -n 8 -t 1.0 --json gsm8k.json
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from nanochat_jax import checkpoint, config, sharding
+from nanochat_jax.chatcore import (
+    BASELINES,
+    NEW_TOKENS,
+    TASKS,
+    WITH_SPELLING,
+    Examiner,
+    Problems,
+    Verdict,
+    chatcore,
+    make_task,
+    prepare,
+)
+from nanochat_jax.common import base_dir, print0, write_atomically
+from nanochat_jax.config import Maybe, require
+from nanochat_jax.engine import Sampling
+from nanochat_jax.loop import explaining_memory
+from nanochat_jax.runs import check_tokenizer, compute_dtype, describe_device, start_device
+from nanochat_jax.tokenizer import Tokenizer
+
+
+def short(*names: str):
+    """The one-letter forms of a flag."""
+    return tyro.conf.arg(aliases=names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Put tasks to a model and print how many problems it solves. One-letter flags are those of nanochat."""
+
+    # which model, which tasks
+    source: Annotated[str, short("-i")] = "sft"  # base, sft or rl
+    task_name: Annotated[Maybe[str], short("-a")] = None  # such as "ARC-Easy|my_module:MyTask"; default: all tasks
+    model_tag: Annotated[Maybe[str], short("-g")] = None  # tag of the model; default: the largest d<number>
+    step: Annotated[Maybe[int], short("-s", "--model-step")] = None  # step of the model; default: its last
+    max_problems: Annotated[Maybe[int], short("-x")] = None  # of each task, the first ones; default: all
+    data_dir: Maybe[Path] = None  # folder of datasets on disk, looked at first
+    unsafe_exec: bool = False  # run HumanEval's programs also where this machine cannot guard against them
+    # answers
+    temperature: Annotated[float, short("-t")] = 0.0  # of generated answers; 0 = the most likely one
+    max_new_tokens: Annotated[int, short("-m")] = NEW_TOKENS  # tokens of an answer, the calculator's included
+    num_samples: Annotated[int, short("-n")] = 1  # answers to each problem, for pass@1 to pass@n
+    top_k: Annotated[int, short("-k")] = 50  # sample among so many tokens; 0 = all
+    seed: int = 42  # of the sampling
+    # machine
+    device_type: str = "auto"  # auto, cuda, tpu or cpu
+    dtype: Annotated[str, short("-d")] = "auto"  # compute type: float32 or bfloat16; auto = float32 on CPU
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
+    batch_size: Annotated[Maybe[int], short("-b")] = None  # multiple-choice questions in a pass, per device
+    slots: int = 256  # answers that are generated together
+    # output
+    json: Maybe[Path] = None  # new file for all numbers
+    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
+
+
+def check(cfg: EvalConfig) -> Sampling:
+    """How to sample. ValueError for a setting that cannot work whatever the model and the tasks are."""
+    at_least_1 = ("max_problems", "num_samples", "batch_size", "slots")
+    for name in at_least_1:
+        value = getattr(cfg, name)
+        require(value is None or 1 <= value < 2**31, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to 2147483647, got {cfg.seed}")
+    require(
+        cfg.num_samples == 1 or cfg.temperature > 0,
+        f"--num-samples={cfg.num_samples} at --temperature 0 would be the same answer each time: give a --temperature",
+    )
+    if cfg.json:
+        require(not cfg.json.exists(), f"--json {cfg.json} exists: name a new file")
+        folder = cfg.json.absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        require(os.access(folder, os.W_OK), f"--json {cfg.json} must be in a folder with write access")
+    return Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
+
+
+def task_names(flag: str | None) -> list[str]:
+    """What -a asks for, each once. ValueError: there is no such task."""
+    if flag is None:
+        return list(TASKS)
+    names = list(dict.fromkeys(name.strip() for name in flag.split("|")))
+    for name in names:
+        near = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, TASKS, 1, 0.3))
+        known = name in TASKS or ":" in name
+        require(known, f"-a must name tasks among {', '.join(TASKS)}, or module:Class, got {name!r:.60}{near}")
+    return names
+
+
+def prepare_all(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Problems], dict[str, str]]:
+    """The problems of every task that can be run, and why the others cannot. A task that -a names must be runnable."""
+    papers, not_run = [], {}
+    for name in task_names(cfg.task_name):
+        try:
+            task = make_task(name, cfg.data_dir, unsafe=cfg.unsafe_exec)
+        except (ValueError, OSError) as e:
+            if cfg.task_name:
+                raise
+            not_run[name] = str(e)
+            continue
+        papers.append(prepare(name, task, tokenizer, cfg.max_problems))
+    for name, reason in not_run.items():
+        print0(f"WARNING: {name} is not run: {reason}")
+    require(bool(papers), "no task can be run: see the reasons above")
+    return papers, not_run
+
+
+def main(cfg: EvalConfig) -> int:
+    sampling = check(cfg)
+    task_names(cfg.task_name)
+    start_device(cfg.device_type)
+    require(jax.process_count() == 1, "evaluation runs in one process: start it on one host")
+    mesh = sharding.make_mesh(cfg.mesh or "")
+    describe_device(mesh, print0)
+    dtype = compute_dtype(cfg.dtype)
+
+    # Model and problems; its weights come last
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.step)
+    check_tokenizer(tokenizer, checkpoint.peek_meta(found))
+    papers, not_run = prepare_all(cfg, tokenizer)
+    print0(f"Model: {found}")
+    model_config, params, _ = checkpoint.load_params(found)
+
+    # One task after the other; what is done is on disk
+    report = {
+        "model": str(found),
+        "source": cfg.source,
+        "step": found.step,
+        "dtype": dtype.name,
+        "sampling": dataclasses.asdict(sampling) | {"samples": cfg.num_samples, "seed": cfg.seed},
+        "max_problems": cfg.max_problems,
+        "tasks": {},
+        "not_run": not_run,
+        "versions": checkpoint.versions(),
+    }
+    examiner = Examiner(model_config, tokenizer, mesh, dtype=dtype, rows=cfg.batch_size, slots=cfg.slots)
+    console = Console()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with (
+        jax.set_mesh(mesh),
+        explaining_memory_of(cfg),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        examiner.load(jax.device_put(params, sharding.param_shardings(params, mesh)))
+        for problems in papers:
+            bar = progress.add_task(problems.name, total=len(problems.prompts))
+            how = {"samples": cfg.num_samples, "seed": cfg.seed, "progress": partial(move, progress, bar)}
+            began = time.perf_counter()
+            verdict = examiner.examine(problems, sampling, **how)
+            result = report["tasks"][problems.name] = record(problems, verdict, time.perf_counter() - began)
+            progress.remove_task(bar)
+            print_line(progress.console, f"{problems.name}: {spoken(result)}")
+            save(cfg.json, report)
+    accuracies = {name: result["accuracy"]["value"] for name, result in report["tasks"].items()}
+    report["chatcore"] = chatcore(accuracies)
+    report["chatcore_with_spelling"] = chatcore(accuracies, WITH_SPELLING)
+    save(cfg.json, report)
+    conclude(console, report)
+    return 0
+
+
+def move(progress: Progress, bar: TaskID, done: int, total: int) -> None:
+    progress.update(bar, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def explaining_memory_of(cfg: EvalConfig):
+    """MemoryError with this stage's flags where the device runs out of memory inside."""
+    try:
+        with explaining_memory({}):
+            yield
+    except MemoryError as e:
+        if e.__cause__ is None:  # the host's
+            raise
+        said = str(e.__cause__).splitlines()[0][:300]
+        raise MemoryError(
+            f"Out of device memory: lower --slots (now {cfg.slots}) or --max-new-tokens where answers are generated, "
+            f"--batch-size for multiple choice, or use more devices. The device said: {said}"
+        ) from e
+
+
+def record(problems: Problems, verdict: Verdict, seconds: float) -> dict:
+    """What the JSON file tells of a task; shares as value, low and high of the 95 % interval."""
+    generated = problems.letters is None
+    result = {
+        "kind": "generated" if generated else "multiple choice",
+        "problems": len(problems.prompts),
+        "accuracy": verdict.accuracy._asdict(),
+        "right": verdict.passed.sum(1).tolist(),  # answers to each problem
+        "seconds": round(seconds, 3),
+    }
+    if generated:
+        result["pass_at"] = {str(k): share._asdict() for k, share in verdict.pass_at().items()}
+        result |= {"cut": verdict.cut, "too_long": verdict.too_long}
+    return result
+
+
+def spoken(result: dict) -> str:
+    """A task's record in one line."""
+    parts = [f"{percent(result['accuracy'])} of {result['problems']:,} problems, {interval(result['accuracy'])}"]
+    if result.get("too_long"):
+        parts.append(f"{result['too_long']:,} do not fit into the context and count as wrong")
+    if result.get("cut"):
+        parts.append(f"{result['cut']:.1%} of the answers were cut at --max-new-tokens or the context's end")
+    return "; ".join([*parts, f"{result['seconds']:.1f} s"])
+
+
+def percent(share: dict) -> str:
+    return f"{share['value']:.2%}"
+
+
+def interval(share: dict) -> str:
+    return f"{share['low']:.1%} to {share['high']:.1%}"
+
+
+def conclude(console: Console, report: dict) -> None:
+    """The table of all tasks, and ChatCORE."""
+    n = report["sampling"]["samples"]
+    table = Table("task", title=f"{report['source']} model, step {report['step']}")
+    for header in ("problems", "accuracy", "95 % interval", *([f"pass@{n}"] if n > 1 else [])):
+        table.add_column(header, justify="right")
+    for name, result in report["tasks"].items():
+        more = [percent(result["pass_at"][str(n)]) if "pass_at" in result else "-"] if n > 1 else []
+        values = f"{result['problems']:,}", percent(result["accuracy"]), interval(result["accuracy"]), *more
+        table.add_row(Text(name), *values)
+    for name in report["not_run"]:
+        table.add_row(Text(name), "not run")
+    console.print(table)
+    if n > 1:
+        print_line(console, f"accuracy is pass@1; nanochat's, where one right answer of {n} is enough, is pass@{n}")
+    for key, title, baselines in (
+        ("chatcore", "ChatCORE", BASELINES),
+        ("chatcore_with_spelling", "ChatCORE with SpellingBee", WITH_SPELLING),
+    ):
+        if report[key] is not None:
+            print_line(console, f"{title}: {report[key]:.4f}")
+        elif report["not_run"]:
+            missing = ", ".join(name for name in baselines if name not in report["tasks"])
+            print_line(console, f"{title}: not computed, it needs {missing} too")
+    if report["chatcore"] is not None:
+        print_line(console, "(mean over its tasks of how far accuracy is from guessing, 0, to perfect, 1)")
+
+
+def print_line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def save(path: Path | None, report: dict) -> None:
+    if path:
+        write_atomically(path, (json.dumps(report) + "\n").encode())
+
+
+if __name__ == "__main__":
+    config.run_stage(main, config.parse(EvalConfig, prog="python -m nanochat_jax.eval"))

@@ -1,0 +1,229 @@
+"""Write a model as the files that nanochat itself loads: model, meta, optimizer state and tokenizer, without torch.
+
+Storages are written one after the other, each converted when its turn comes, so that nothing is in memory twice. Only
+today's network (era E, since 2026-03-14) has such files.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from nanochat_jax import checkpoint, config
+from nanochat_jax.common import base_dir, print0
+from nanochat_jax.config import Maybe, require
+from nanochat_jax.gpt import GPTConfig, window_sizes
+from nanochat_jax.nanochat_import import LIMITS, _file, _meta_file, nanochat_name
+from nanochat_jax.nanochat_optimizer import NEWTON_SCHULZ_STEPS, Merge, nanochat_groups, read_optimizer
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.torch_save import Tensor, write_pt
+
+EMBEDDING_TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+OURS = {"tokenizer", "optimizer_groups"}  # in meta, for our own loaders only
+SIZES = ("device_batch_size", "max_seq_len", "total_batch_size")  # nanochat's SFT inherits them from the top of meta
+
+
+def model_config(model: GPTConfig, pattern: object = None) -> dict:
+    """nanochat's model_config of this network, with window pattern `pattern` where that gives the model's windows.
+
+    ValueError: a network that today's nanochat cannot build.
+    """
+    today = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.default is not dataclasses.MISSING}
+    today["padded_vocab"] = -(-model.vocab_size // 64) * 64
+    unfit = [f"{name}={getattr(model, name)}" for name, value in today.items() if getattr(model, name) != value]
+    letters = "".join("L" if window == model.sequence_len else "S" for window in model.windows)
+    patterns = [letters[:n] for n in range(1, model.n_layer + 1)]  # the shortest that fits; the last layer is always L
+    if isinstance(pattern, str) and pattern and set(pattern) <= {"S", "L"}:
+        patterns.insert(0, pattern)
+    fits = [p for p in patterns if window_sizes(p, model.n_layer, model.sequence_len) == model.windows]
+    if not fits:
+        unfit.append(f"windows={model.windows}"[:80])
+    if unfit:
+        raise ValueError(
+            "only networks as nanochat builds them since 2026-03-14 can be exported; in this one it has no place for "
+            f"{', '.join(unfit)}"
+        )
+    return {name: getattr(model, name) for name in LIMITS} | {"window_pattern": fits[0]}
+
+
+def nanochat_meta(meta: dict, model: GPTConfig, step: int) -> dict:
+    """The meta file of a checkpoint of ours: what its own meta records, with sizes and names where nanochat looks; of a
+    converted one nanochat's own. ValueError: a network that today's nanochat cannot build."""
+    settings = meta.get("user_config") if isinstance(meta.get("user_config"), dict) else {}
+    network = model_config(model, settings.get("window_pattern"))
+    if "nanochat_meta" in meta:
+        return meta["nanochat_meta"]
+    sizes = {name: settings[name] for name in SIZES if settings.get(name) is not None}
+    kept = {name: value for name, value in meta.items() if name not in OURS}
+    return {"step": step, **sizes, **kept, "model_config": network}
+
+
+def model_content(params: dict, embedding_type: np.dtype) -> dict[str, Tensor]:
+    """The state dict: nanochat's name -> tensor."""
+    content = collections.OrderedDict()
+    for path, leaf in checkpoint.flat(params).items():
+        content[nanochat_name(path)] = Tensor(leaf.shape, stored_type(path, embedding_type), [leaf])
+    return content
+
+
+def stored_type(path: str, embedding_type: np.dtype) -> np.dtype:
+    """nanochat trains token and value embeddings in the compute type, bfloat16 on a GPU, all else in float32."""
+    return embedding_type if path == "wte" or path.endswith("/value_embed") else np.dtype(np.float32)
+
+
+def optimizer_state(found: checkpoint.Found, model: GPTConfig, meta: dict) -> dict | None:
+    """The optimizer of a model in either format, in the form of `read_optimizer`; None where it came without."""
+    if not found.ours:
+        return read_optimizer(found.folder, found.step, model)
+    folder = found.folder / str(found.step)
+    if not (folder / "optimizer").is_dir():
+        return None
+    state = {kind: {} for kind in ("exp_avg", "exp_avg_sq", "count", "momentum", "second_momentum")}
+    for name, array in checkpoint.read_arrays(folder, "optimizer").items():
+        kind, _, path = name.partition("/")
+        if kind in state:
+            state[kind][path] = array
+    layout = Merge([], model).adamw_groups()
+    state["count"] = {path: int(state["count"][group]) for group, paths in layout.items() for path in paths}
+    return state | {"groups": meta.get("nanochat_groups") or nanochat_groups(meta["optimizer_groups"])}
+
+
+def optimizer_content(state: dict, model: GPTConfig, embedding_type: np.dtype) -> dict:
+    """The state dict of nanochat's optimizer on one rank, from a state in the form of `read_optimizer`."""
+    layout, settings = Merge([], model), {group["name"]: group for group in state["groups"]}
+    content = {"state": {}, "param_groups": []}
+    first = 0
+
+    def add_group(group: dict, members: list[str], keys: tuple[str, ...]) -> None:
+        values = {key: tuple(group[key]) if key == "betas" else group[key] for key in keys}
+        numbers = list(range(first, first + len(members)))
+        content["param_groups"].append({"kind": group["kind"], **values, "params": numbers})
+
+    for name, paths in layout.adamw_groups().items():
+        for number, path in enumerate(paths, first):
+            kind = stored_type(path, embedding_type)
+            moments = {key: state[key][path] for key in ("exp_avg", "exp_avg_sq")}
+            tensors = {key: Tensor(array.shape, kind, [array]) for key, array in moments.items()}
+            content["state"][number] = {"step": state["count"][path], **tensors}
+        add_group(settings[name], paths, ("lr", "betas", "eps", "weight_decay", "initial_lr"))
+        first += len(paths)
+    matrix = settings["matrix"] | {"ns_steps": NEWTON_SCHULZ_STEPS}
+    for shape in sorted({layout.shapes[path] for path in layout.matrices}):
+        paths = [path for path in layout.matrices if layout.shapes[path] == shape]
+        content["state"][first] = {
+            f"{key}_buffer": _stacked([state[key][path] for path in paths]) for key in ("momentum", "second_momentum")
+        }
+        add_group(matrix, paths, ("lr", "momentum", "ns_steps", "beta2", "weight_decay", "initial_lr"))
+        first += len(paths)
+    return content
+
+
+def _stacked(arrays: list[np.ndarray]) -> Tensor:
+    return Tensor((len(arrays), *arrays[0].shape), np.dtype(np.float32), arrays)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model, in our format or nanochat's, and its tokenizer as files that nanochat loads."""
+
+    output: Path  # nanochat base directory to write into; it is made where it does not exist
+    source: str = "base"  # which model: base, sft or rl
+    model_tag: Maybe[str] = None  # its tag; default: the largest d<number>
+    model_step: Maybe[int] = None  # its step; default: the last
+    output_tag: Maybe[str] = None  # its tag in the output; default: d<depth>, as nanochat names models
+    dtype: str = "float32"  # of the embeddings: float32 is exact, bfloat16 is what nanochat keeps on a GPU
+    optimizer: bool = True  # also the optimizer's state, where the model has one
+
+
+def export(
+    found: checkpoint.Found,
+    tokenizer: Tokenizer,
+    folder: Path,
+    embedding_type: np.dtype,
+    with_optimizer: bool = True,
+    log: Callable = print0,
+) -> None:
+    """Write model `found` into `folder`, a <kind>_checkpoints/<tag> of a nanochat base directory, and its tokenizer
+    beside. All files appear at the end, the model's last; no file is replaced.
+
+    ValueError: not a network of today's nanochat, or another tokenizer than the model's. FileExistsError: files of that
+    step, checkpoints of ours or another tokenizer are there.
+    """
+    base, step, meta = folder.parents[1], found.step, checkpoint.peek_meta(found)
+    check_tokenizer(tokenizer, meta)
+    if found.ours:
+        meta = nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
+    _check_free(folder, step, tokenizer)
+    model, params, recorded = checkpoint.load_params(found)
+    if not found.ours:
+        model_config(model)  # only the tensors tell the era of nanochat's own files
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base, prefix=".export-") as made:
+        staging = Path(made)
+        tokenizer.save_for_nanochat(staging)
+        _meta_file(staging, step).write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        write_pt(_file(staging, "model", step, "pt"), model_content(params, embedding_type))
+        del params  # the optimizer's state needs the room
+        state = optimizer_state(found, model, recorded) if with_optimizer else None
+        if state:
+            write_pt(staging / f"optim_{step:06d}_rank0.pt", optimizer_content(state, model, embedding_type))
+        elif with_optimizer:
+            log(f"NOTE: {found} has no optimizer state, so none is written")
+        _check_free(folder, step, tokenizer)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name.startswith("model")):
+            target = (base / "tokenizer" if file.name.startswith("token") else folder) / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():  # a tokenizer that is there is the same
+                file.rename(target)
+                log(str(target))
+
+
+def check_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:
+    """ValueError where the model was trained with another tokenizer, as far as its meta tells."""
+    size = meta["model_config"]["vocab_size"]
+    if tokenizer.vocab_size != size or meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
+        raise ValueError(
+            f"the tokenizer in {base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model was trained "
+            f"with ({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
+        )
+
+
+def _check_free(folder: Path, step: int, tokenizer: Tokenizer) -> None:
+    """OSError where the output cannot be written to, or holds what must not be replaced or mixed up."""
+    above = next(path for path in folder.parents if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise PermissionError(f"{above} must be a folder that can be written to: choose another with --output")
+    if files := sorted(folder.glob(f"*_{step:06d}[._]*")):
+        raise FileExistsError(f"{files[0]} is there already: choose another folder with --output or --output-tag")
+    if checkpoint.sealed_steps(folder):  # beside nanochat's files the run could not go on
+        raise FileExistsError(f"{folder} holds checkpoints of our own: choose another folder with --output")
+    there = folder.parents[1] / "tokenizer"
+    if any(there.glob("tokenizer.*")) and Tokenizer.load(there).digest() != tokenizer.digest():
+        raise FileExistsError(f"{there} holds another tokenizer than the model's: choose another folder with --output")
+
+
+def main(cfg: ExportConfig) -> int:
+    """Export -> the exit code."""
+    require(cfg.dtype in EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
+    found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.model_step)
+    root = cfg.output.expanduser().absolute() / checkpoint.SOURCES[cfg.source]
+    tag = cfg.output_tag or f"d{checkpoint.peek_meta(found)['model_config']['n_layer']}"
+    require(
+        (root / tag).resolve().parent == root.resolve(),
+        f"--output-tag must be the name of one folder, got {tag!r}",
+    )
+    print0(f"Model: {found}")
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    export(found, tokenizer, root / tag, EMBEDDING_TYPES[cfg.dtype], cfg.optimizer)
+    print0(f"nanochat loads it with NANOCHAT_BASE_DIR={root.parent}")
+    return 0
+
+
+if __name__ == "__main__":
+    config.run_stage(main, config.parse(ExportConfig, prog="python -m nanochat_jax.nanochat_export"))

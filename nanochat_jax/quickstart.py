@@ -1,0 +1,259 @@
+"""From nothing to a chat model in minutes, on any laptop and without a network: what tools/quickstart.sh runs.
+
+It writes a small world of texts, and then runs the stages that a user would, with flags that a user could type: a
+tokenizer, a base model, supervised fine-tuning, an evaluation on problems that no stage has seen.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from nanochat_jax import base, chat, chatcore, checkpoint, config, sft, sharding
+from nanochat_jax.config import Maybe, require
+from nanochat_jax.engine import Sampling
+from nanochat_jax.statistics import Share
+from nanochat_jax.tasks import Arithmetic, SimpleSpelling
+from nanochat_jax.tokenizer import Tokenizer, train_tokenizer
+
+BUNDLED = Path(__file__).parent / "bundled"  # words, and conversations about the model itself
+VOCAB_SIZE = 512
+STORIES, SPELLINGS, HELD_OUT = 12_000, 3_000, 500  # documents for the base model, and of these for its validation
+DEMONSTRATIONS = 200  # solved problems that fine-tuning shows
+PROBLEMS = 400  # of the test split, to judge by
+ANSWER_TOKENS = 80
+ASKED = ("Who are you?", "What can you do?")
+STEP = re.compile(r"step (\d+)/(\d+) \| loss (\S+)")
+
+# Sizes and rates found by trial for 2 cores. The base model's rates are scaled by sqrt(4096 / 524288) to this batch.
+BASE = (
+    *("--depth=2", "--aspect-ratio=48", "--head-dim=32", "--window-pattern=L", "--max-seq-len=128"),
+    *("--num-iterations=200", "--total-batch-size=4096", "--warmup-steps=10"),
+    *("--matrix-lr=0.2", "--embedding-lr=2", "--unembedding-lr=0.04", "--scalar-lr=5"),
+    *("--eval-every=100", "--save-every=-1", "--sample-every=-1"),
+)
+SFT = (
+    *("--smoltalk-epochs=0", "--mmlu-epochs=0", "--gsm8k-epochs=0"),
+    *(f"--arithmetic-rows={DEMONSTRATIONS}", "--simple-spelling-rows=150", "--spelling-bee-rows=0"),
+    *(f"--custom-json={BUNDLED / 'identity_conversations.jsonl'}", f"--data-dir={BUNDLED}"),
+    *("--num-iterations=250", "--matrix-lr=0.02", "--embedding-lr=0.2", "--init-lr-frac=0.5", "--load-optimizer=0"),
+    *("--eval-every=-1", "--save-every=-1", "--chatcore-every=-1"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Train a tokenizer, a base model and a chat model on word problems, in minutes and without a network."""
+
+    out: Maybe[Path] = None  # new folder for all it makes; default: quickstart-1, or the next number that is free
+    seed: int = 0  # texts, first weights, order and draws: another seed is another model
+
+
+def main(cfg: QuickstartConfig) -> int:
+    """Run all stages -> the exit code: 0, or that of the stage that was stopped."""
+    require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
+    out, began = new_folder(cfg.out), time.perf_counter()
+    os.environ["NANOCHAT_BASE_DIR"] = str(out.absolute())
+    tour = Tour(Console(file=sys.stdout, highlight=False), out, cfg.seed)
+    tour.say(f"All of it goes to the folder {out}, the full output of the stages to log.txt in it.")
+
+    tour.heading("1. Texts and a tokenizer", "a model reads pieces of words, so first the most useful pieces are found")
+    tokenizer = tour.tokenizer()
+
+    tour.heading("2. Base model", "it learns to go on with a text: questions without answers, and spelled words")
+    if code := tour.stage(base, base.BaseConfig, BASE):
+        return code
+    tour.judge("base", "base model", tokenizer)
+
+    tour.heading(
+        "3. Supervised fine-tuning (SFT)",
+        f"it learns to answer, and to call the calculator, from {DEMONSTRATIONS} solved problems and a few talks",
+    )
+    if code := tour.stage(sft, sft.SFTConfig, SFT):
+        return code
+    tour.judge("sft", "after SFT", tokenizer)
+
+    tour.heading("4. What it can do now", "its most likely answers; in brackets what the calculator was asked and said")
+    tour.show_answers(tokenizer)
+    tour.show_shares()
+    tour.say(f"Talk to it:  NANOCHAT_BASE_DIR={out} .venv/bin/python -m nanochat_jax.chat")
+    tour.say(f"{time.perf_counter() - began:.0f} seconds in all")
+    return 0
+
+
+def new_folder(out: Path | None) -> Path:
+    """Make the folder of this run. FileExistsError: there is something in it."""
+    if out is None:
+        number = 1
+        while True:
+            with contextlib.suppress(FileExistsError):
+                (out := Path(f"quickstart-{number}")).mkdir()
+                return out
+            number += 1
+    out = out.expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise FileExistsError(f"--out {out} must be a new or empty folder, there is something in it")
+    return out
+
+
+def documents(seed: int) -> list[str]:
+    """Texts for the base model: questions of training problems, and spelled words, shuffled."""
+    stories = Arithmetic("train", STORIES, seed=seed + 1)
+    spellings = SimpleSpelling("train", SPELLINGS, data_dir=BUNDLED)
+    texts = [stories[i]["messages"][0]["content"] for i in range(STORIES)]
+    texts += ["\n".join(m["content"] for m in spellings[i]["messages"]) for i in range(SPELLINGS)]
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def write_shards(texts: list[str], folder: Path) -> None:
+    """Two parquet files as `base` reads them, the second for validation."""
+    folder.mkdir()
+    for number, part in enumerate((texts[:-HELD_OUT], texts[-HELD_OUT:])):
+        pq.write_table(pa.table({"text": part}), folder / f"shard_{number:05d}.parquet")
+
+
+class Tee(io.TextIOBase):
+    """Writes to a file, and gives every whole line to a function."""
+
+    def __init__(self, file, line):
+        self.file, self.line, self.rest = file, line, ""
+
+    def write(self, text: str) -> int:
+        self.file.write(text)
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.line(line)
+        return len(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class StepBar:
+    """Turns the lines of a stage's steps into a bar on a terminal, and into a few short ones elsewhere."""
+
+    def __init__(self, console: Console):
+        self.console, self.last = console, ""
+        columns = BarColumn(20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
+        text = TextColumn("{task.description}", markup=False)
+        quiet = {"transient": True, "redirect_stdout": False, "disable": not console.is_terminal}
+        self.progress = Progress(*columns, text, console=console, **quiet)
+        self.task = self.progress.add_task("compiling", total=None)
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self.progress.stop()
+
+    def line(self, line: str) -> None:
+        """Show a line of the stage's output, if it tells of a step."""
+        if not (found := STEP.match(line)):
+            return
+        step, total, loss = int(found[1]), int(found[2]), found[3]
+        self.last = f"{step} steps, loss {loss}"
+        self.progress.update(self.task, completed=step, total=total, description=f"loss {loss}")
+        if not self.console.is_terminal and step % max(1, total // 5) == 0 and step < total:
+            self.console.print(f"step {step} of {total}: loss {loss}", markup=False)
+
+
+class Tour:
+    """The stages in one folder, and what is told of them."""
+
+    def __init__(self, console: Console, out: Path, seed: int):
+        self.console, self.out, self.seed = console, out, seed
+        self.shares: dict[str, list[Share]] = {}  # after a stage: right answers, most likely and drawn
+        self.examiner = None
+
+    def say(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style))
+
+    def heading(self, title: str, why: str) -> None:
+        self.say("")
+        self.say(f"{title}: {why}.", "bold")
+
+    def tokenizer(self) -> Tokenizer:
+        """Write the texts, and the tokenizer that is trained on them."""
+        began, texts = time.perf_counter(), documents(self.seed)
+        tokenizer = train_tokenizer(texts, VOCAB_SIZE)
+        tokenizer.save(self.out / "tokenizer")
+        write_shards(texts, self.out / "base_data")
+        letters = sum(map(len, texts)) / sum(len(tokenizer.encode(text)) for text in texts)
+        self.done(f"{len(texts):,} texts, {tokenizer.vocab_size} tokens of {letters:.1f} letters on average", began)
+        return tokenizer
+
+    def stage(self, module, settings: type, flags: tuple[str, ...]) -> int:
+        """Run a stage, its output into the log and its steps as a bar -> its exit code."""
+        command = f"python -m {module.__name__} {' '.join(flags)} --seed={self.seed}"
+        self.say(command, "dim")
+        began = time.perf_counter()
+        with open(self.out / "log.txt", "a", encoding="utf-8") as log, StepBar(self.console) as bar:
+            log.write(f"$ {command}\n")
+            with contextlib.redirect_stdout(Tee(log, bar.line)):
+                code = module.main(config.parse(settings, [*flags, f"--seed={self.seed}"]))
+        self.done(bar.last, began)
+        return code
+
+    def judge(self, source: str, name: str, tokenizer: Tokenizer) -> None:
+        """Put the unseen problems to the model that the last stage has made."""
+        began = time.perf_counter()
+        model_config, params, _ = checkpoint.load_params(checkpoint.find_model(source))
+        if self.examiner is None:
+            self.problems = chatcore.prepare("Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer)
+            self.examiner = chatcore.Examiner(model_config, tokenizer, sharding.make_mesh(""), slots=PROBLEMS)
+        self.examiner.load(params)
+        drawn = [Sampling(temperature, 0, ANSWER_TOKENS) for temperature in (0.0, 1.0)]
+        shares = [self.examiner.examine(self.problems, how, seed=self.seed).accuracy for how in drawn]
+        self.shares[name] = shares
+        self.done(f"right on {spoken(shares[0])} of {PROBLEMS} unseen problems", began)
+
+    def show_answers(self, tokenizer: Tokenizer) -> None:
+        """A few questions with the most likely answers."""
+        spelling = SimpleSpelling("test", 1, data_dir=BUNDLED)[0]["messages"][0]["content"]
+        problems = [c["messages"][0]["content"] for c in self.problems.conversations[:3]]
+        questions = [*problems, spelling, *ASKED]
+        asked = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": ""}]} for q in questions
+        ]
+        prompts = [tokenizer.render_for_completion(conversation) for conversation in asked]
+        groups = self.examiner.engine.generate(prompts, Sampling(0.0, 0, ANSWER_TOKENS))
+        for question, (sample,) in zip(questions, groups):
+            pieces = chat.Answer(tokenizer).pieces(zip(sample.tokens, sample.mask))
+            answer = "".join(text for text, _ in pieces)
+            self.say(question)
+            self.say("  " + answer.replace("\n", "\n  "), "green")
+
+    def show_shares(self) -> None:
+        """The table that ends the tour."""
+        table = Table(title=f"right answers to {PROBLEMS} problems that no stage has seen (95 % interval)")
+        for column in ("", "most likely answer", "drawn at temperature 1"):
+            table.add_column(column)
+        for name, shares in self.shares.items():
+            table.add_row(name, *map(spoken, shares))
+        self.console.print(table)
+
+    def done(self, what: str, began: float) -> None:
+        self.say(f"{what} ({time.perf_counter() - began:.0f} s)")
+
+
+def spoken(share: Share) -> str:
+    return f"{100 * share.value:.1f} % ({100 * share.low:.0f} to {100 * share.high:.0f})"
+
+
+if __name__ == "__main__":
+    config.run_stage(main, config.parse(QuickstartConfig, prog="python -m nanochat_jax.quickstart"))

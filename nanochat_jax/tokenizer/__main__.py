@@ -1,0 +1,183 @@
+"""The tokenizer's commands.
+
+python -m nanochat_jax.tokenizer train --download 8         # on shards that it fetches; without the flag, those there
+python -m nanochat_jax.tokenizer train --input my_texts/ --vocab-size 4096 --output my_tokenizer
+python -m nanochat_jax.tokenizer show conversations.jsonl   # what is trained, and what is not
+python -m nanochat_jax.tokenizer eval                       # how well it compresses
+"""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from nanochat_jax import config
+from nanochat_jax.common import base_dir
+from nanochat_jax.config import Maybe, require
+from nanochat_jax.documents import FOLDERS
+from nanochat_jax.download import fetch_shards
+from nanochat_jax.tasks import load_task
+from nanochat_jax.tokenizer.bpe import MAX_TOKENS, Tokenizer
+from nanochat_jax.tokenizer.compression import compression_table
+from nanochat_jax.tokenizer.conversation import BadConversation
+from nanochat_jax.tokenizer.show import coloured, visible
+from nanochat_jax.tokenizer.texts import conversation_of, find_files, json_lines, read_texts, training_shards
+from nanochat_jax.tokenizer.training import check_vocab_size, train_tokenizer
+
+PROG = "python -m nanochat_jax.tokenizer"
+SAMPLE_CHARS = 1_000_000  # of the training text, on which the new tokenizer's compression is measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a tokenizer and write tokenizer.json, and nanochat's tokenizer.pkl and token_bytes.pt."""
+
+    vocab_size: int = 32768  # tokens, the 9 special ones included
+    max_chars: int = 2_000_000_000  # characters to read; reading stops with the document that passes this number
+    doc_cap: int = 10_000  # characters of a document that count; plain text files are cut into documents of this length
+    input: tuple[Path, ...] = ()  # file or folder: parquet, JSON lines, text; default: <base dir>'s shards but the last
+    output: Maybe[Path] = None  # folder to write; default: <base dir>/tokenizer
+    overwrite: bool = False  # replace the tokenizer in that folder; models trained with it cannot be used any more
+    download: int = 0  # fetch this many shards of climbmix-400b-shuffle first, and one for validation, as for base
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show:
+    """Print conversations as tokens: those that are trained green and in [ ], the others grey, | between tokens."""
+
+    file: tyro.conf.Positional[Maybe[Path]] = None  # JSON lines, a conversation each
+    task: Maybe[str] = None  # module:Class of a task to show instead of a file
+    max_conversations: int = 10  # 0 = all
+    max_tokens: int = MAX_TOKENS  # tokens of each; SFT cuts at 2048, or at its longer rows; 0 = all
+    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Print how many bytes a token stands for, on samples of several kinds and on files of your own."""
+
+    input: tuple[Path, ...] = ()  # file or folder, as of train
+    max_chars: int = 10_000_000  # characters of each file to read
+    doc_cap: int = 10_000  # as of train
+    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
+
+
+def train(cfg: Train) -> int:
+    check_vocab_size(cfg.vocab_size)
+    require(cfg.max_chars > 0 and cfg.doc_cap > 0, "--max-chars and --doc-cap must be at least 1")
+    folder = cfg.output or base_dir() / "tokenizer"
+    refuse_to_replace(folder, cfg.overwrite)
+    require(cfg.download >= 0, f"--download must be at least 0, got {cfg.download}")
+    require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
+    if cfg.download:
+        fetch_shards(cfg.download, base_dir() / FOLDERS[0])
+    files = find_files(cfg.input) if cfg.input else training_shards()
+    console, begin = Console(), time.monotonic()
+    sample, chars, documents = [], 0, 0
+
+    def texts(progress, task):
+        nonlocal chars, documents
+        for text in read_texts(files, cfg.doc_cap, cfg.max_chars):
+            if chars < SAMPLE_CHARS:
+                sample.append(text)
+            chars, documents = chars + len(text), documents + 1
+            progress.update(task, description=f"read {chars:,} characters")
+            yield text
+        require(chars > 0, f"there is no text in {', '.join(map(str, files[:3]))}{' ...' if files[3:] else ''}")
+        progress.update(task, description=f"merging pairs of {chars:,} characters into {cfg.vocab_size:,} tokens")
+
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        tokenizer = train_tokenizer(texts(progress, progress.add_task("reading", total=None)), cfg.vocab_size)
+    refuse_to_replace(folder, cfg.overwrite)  # what another process may have put there since
+    tokenizer.save(folder)
+    tokenizer.save_for_nanochat(folder)
+    seconds = time.monotonic() - begin
+    say(console, f"read {chars:,} characters in {documents:,} documents")
+    say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {folder}")
+    console.print(compression_table(tokenizer.encode, {"the text it learned from": sample}))
+    return 0
+
+
+def refuse_to_replace(folder: Path, overwrite: bool) -> None:
+    """FileExistsError where `folder` holds a tokenizer and the user does not want it replaced."""
+    held = [name for name in ("tokenizer.json", "tokenizer.pkl") if (folder / name).exists()]
+    if held and not overwrite:
+        raise FileExistsError(
+            f"{folder / held[0]} exists, and models trained with that tokenizer need it: choose another --output, or "
+            "give --overwrite"
+        )
+
+
+def show(cfg: Show) -> int:
+    require((cfg.file is None) != (cfg.task is None), "name one file of conversations, or one --task module:Class")
+    require(cfg.max_conversations >= 0 and cfg.max_tokens >= 0, "--max-conversations and --max-tokens must not be < 0")
+    tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
+    console, shown = Console(), 0
+    for where, conversation in itertools.islice(conversations(cfg), cfg.max_conversations or None):
+        try:
+            ids, mask = tokenizer.render_conversation(conversation, max_tokens=None)
+        except BadConversation as e:
+            raise ValueError(f"{where}: {e}") from e
+        shown += 1
+        cut = cfg.max_tokens or len(ids)
+        rest = f"; the first {cut:,} follow, with {sum(mask[:cut]):,} trained" if cut < len(ids) else ""
+        say(console, f"{where}: {len(ids):,} tokens, {sum(mask):,} trained{rest}", "bold")
+        console.print(coloured(tokenizer, ids[:cut], mask[:cut]), soft_wrap=True, end="\n\n")
+    require(shown > 0, f"{cfg.file or cfg.task} holds no conversation")
+    return 0
+
+
+def conversations(cfg: Show) -> Iterator[tuple[str, object]]:
+    """(where, conversation), one after the other."""
+    if cfg.file is not None:
+        for where, value in json_lines(cfg.file):
+            yield where, conversation_of(value)
+    else:
+        task = load_task(cfg.task)
+        for i in range(len(task)):
+            yield f"{task.name} {i}", task[i]
+
+
+def evaluate(cfg: Eval) -> int:
+    require(cfg.max_chars > 0 and cfg.doc_cap > 0, "--max-chars and --doc-cap must be at least 1")
+    tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
+    files = find_files(cfg.input)
+    texts = {visible(str(path), ""): list(read_texts([path], cfg.doc_cap, cfg.max_chars)) for path in files}
+    Console().print(compression_table(tokenizer.encode, texts))
+    return 0
+
+
+def say(console: Console, sentence: str, style: str = "") -> None:
+    """Print without markup or line breaks; what a path puts into the sentence is made visible."""
+    console.print(Text(visible(sentence, ""), style), soft_wrap=True)
+
+
+COMMANDS = {"train": (Train, train), "show": (Show, show), "eval": (Eval, evaluate)}
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+)
+
+
+def main(argv: list[str]) -> None:
+    name = argv[0] if argv else ""
+    if name not in COMMANDS:
+        config.parse(Command, argv[:1] or ["--help"], PROG)  # prints the commands, or what is wrong, and exits
+    settings, run = COMMANDS[name]
+    cfg = config.parse(settings, argv[1:], f"{PROG} {name}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows \xNN
+    config.run_stage(run, cfg)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

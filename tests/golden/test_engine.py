@@ -1,0 +1,136 @@
+"""The engine against nanochat's: greedy continuations of every era's model, and what a tool call does to a rollout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import sampling
+from nanochat_jax.engine import Engine, Sampling
+from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
+from nanochat_jax.sharding import make_mesh
+from nanochat_jax.tokenizer import Tokenizer
+from tests.golden import data, models
+
+MESH = {"mesh": make_mesh("data=1")}
+
+
+@functools.cache
+def tokenizer(name: str) -> Tokenizer:
+    data.path(f"checkpoints/{name}/tokenizer")
+    return Tokenizer.load(data.GOLDEN / "checkpoints" / name / "tokenizer")
+
+
+def numbered(golden, kind: str) -> list:
+    """The arrays kind0, kind1, ... in order."""
+    found = {int(key): array for key, array in models.under(kind, golden).items() if key.isdigit()}
+    return [found[n] for n in sorted(found)]
+
+
+@functools.cache
+def greedy(file: str):
+    """-> (golden arrays, the engine's sample for each prompt)."""
+    golden, name = data.arrays(f"decode/{file}.npz"), models.of_file(file)
+    config, params, _ = models.load(name)
+    engine = Engine(config, tokenizer(name), **MESH)
+    engine.load(params)
+    longest = max(map(len, numbered(golden, "tokens")))
+    with models.rotary_tables_of(file):
+        samples = engine.generate(numbered(golden, "prompt"), Sampling(temperature=0.0, max_new_tokens=longest))
+    return golden, [row[0] for row in samples]
+
+
+@pytest.mark.parametrize("file", data.names("decode"))
+def test_greedy_continuations_are_nanochats(file):
+    """Where the two best logits are nearly equal either may be chosen, and what follows is not compared."""
+    golden, samples = greedy(file)
+    for n, sample in enumerate(samples):
+        tokens, mask, margin = (golden[f"{kind}{n}"] for kind in ("tokens", "mask", "margin"))
+        close = np.flatnonzero(margin <= 1e-3)  # nan: a forced token
+        sure = close[0] if len(close) else len(tokens)
+        np.testing.assert_array_equal(sample.tokens[:sure], tokens[:sure], err_msg=f"prompt {n}")
+        np.testing.assert_array_equal(sample.mask[:sure], mask[:sure], err_msg=f"prompt {n}")
+        if sure == len(tokens):
+            assert len(sample.tokens) == len(tokens)
+
+
+@pytest.mark.parametrize("file", data.names("decode"))
+def test_samples_hold_what_the_batch_interface_returns_and_the_end_token(file):
+    golden, samples = greedy(file)
+    for n, sample in enumerate(samples):
+        if f"batch_row{n}" not in golden or np.nanmin(golden[f"margin{n}"]) <= 1e-3:
+            continue
+        size = len(sample.tokens) - sample.ended
+        row, mask = [*golden[f"prompt{n}"], *sample.tokens[:size]], [0] * len(golden[f"prompt{n}"])
+        np.testing.assert_array_equal(row, golden[f"batch_row{n}"])
+        np.testing.assert_array_equal([*mask, *sample.mask[:size]], golden[f"batch_mask{n}"])
+
+
+# ---- a scripted model: what the network would sample at each step is written down; the loop is the engine's own
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    """-> (engine of a tokenizer's name, traces with the number of their first row in the script)."""
+    traces = data.rows("tool_traces.jsonl")
+    rows = [row for trace in traces for row in trace["sampled_by_step"]]
+    script = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for n, row in enumerate(rows):
+        script[n, : len(row)] = row
+    first = np.cumsum([0] + [len(trace["sampled_by_step"]) for trace in traces])
+    (prompt_size,) = {len(trace["prompt"]) for trace in traces}  # the script's column is the position behind it
+
+    def choose(logits, draws, temperature, top_k):
+        row, column = jnp.moveaxis(draws, 1, 0).astype(jnp.int32)
+        column = jnp.clip(column, 0, script.shape[1] - 1)
+        return jnp.asarray(script)[jnp.clip(row, 0, len(rows) - 1), column], jnp.zeros(len(logits))
+
+    @functools.cache
+    def engine(name):
+        V = tokenizer(name).vocab_size
+        sizes = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 48, "windows": (-1,), "sequence_len": 256}
+        config = GPTConfig(vocab_size=V, padded_vocab=V, **sizes)
+        made = Engine(config, tokenizer(name), slots=4, chunk=5, **MESH)
+        made.load(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_gpt(config)[1]))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "row_keys", lambda seed, step, examples, samples: seed + examples + samples)
+        patch.setattr(
+            sampling,
+            "uniforms",
+            lambda rows, positions: jnp.stack([rows, positions - prompt_size], -1).astype(jnp.float32),
+        )
+        patch.setattr(sampling, "choose", choose)
+        patch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 1)))
+        yield engine, list(zip(traces, first.tolist()))
+
+
+def test_rollouts_with_tool_calls_are_nanochats(scripted):
+    engine, traces = scripted
+    for trace, first in traces:
+        rollouts = engine(trace["tokenizer"])
+        how = Sampling(max_new_tokens=trace["max_tokens"])
+        (samples,) = rollouts.generate([trace["prompt"]], how, samples=trace["num_samples"], seed=first)
+        for n, sample in enumerate(samples):
+            size = len(sample.tokens) - sample.ended
+            assert [*trace["prompt"], *sample.tokens[:size]] == trace["batch_results"][n], trace["name"]
+            mask = [0] * len(trace["prompt"]) + sample.mask[:size].tolist()
+            assert mask == trace["batch_masks"][n], trace["name"]
+
+
+def test_streams_with_tool_calls_are_nanochats(scripted):
+    """nanochat goes on showing a row that has ended until all have; ours are one row each and stop."""
+    engine, traces = scripted
+    for trace, first in traces:
+        for n in range(trace["num_samples"]):
+            stream = engine(trace["tokenizer"]).stream(
+                trace["prompt"], Sampling(max_new_tokens=trace["max_tokens"]), seed=first + n
+            )
+            shown = list(stream)
+            columns = [(column[n], mask[n]) for column, mask in zip(trace["columns"], trace["column_masks"])]
+            assert shown == columns[: len(shown)], trace["name"]
+            ended = shown[-1][0] in engine(trace["tokenizer"]).ends and shown[-1][1] == 1
+            assert ended or len(shown) == len(columns) == trace["max_tokens"], trace["name"]

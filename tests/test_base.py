@@ -1,0 +1,246 @@
+"""Pretraining from the command line to a fine-tuned model, on a tiny text: what it says, saves, and refuses."""
+
+import dataclasses
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax import base as stage
+from nanochat_jax import checkpoint, config, optim, scaling, sft
+from nanochat_jax.metrics import read_metrics
+from tests import tiny
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    before = jax.config.jax_compilation_cache_dir
+    base = tmp_path_factory.mktemp("base")
+    tiny.tokenizer().save(base / "tokenizer")
+    tiny.write_shards(base / "base_data")
+    tiny.write_conversations(base / "train.jsonl")
+    yield base
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(autouse=True)
+def in_base(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+
+
+def flags(*more):
+    steps = ["--num-iterations", str(STEPS), "--warmup-steps", "0", "--save-every", "2", "--keep-checkpoints", "3"]
+    return [*tiny.BASE_FLAGS, *steps, "--eval-tokens", "512", "--eval-every", "3", "--mesh", "data=1", *more]
+
+
+def run(argv, module=stage, settings=stage.BaseConfig) -> int | str:
+    """The exit code, or the error's sentence."""
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(module.main, config.parse(settings, list(argv)))
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def trained(base):
+    """(folder, output) of a run that nothing interrupted."""
+    import contextlib
+    import io
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        assert run(flags("--sample-every", "6")) == 0
+    return base / "base_checkpoints" / "d2", said.getvalue()
+
+
+def copy_of(trained, tag, steps):
+    """The trained run's folder under another tag, with these of its checkpoints."""
+    folder = shutil.copytree(trained[0], trained[0].with_name(tag))
+    for step in set(checkpoint.sealed_steps(folder)) - set(steps):
+        checkpoint.discard(folder / str(step))
+    return folder
+
+
+def differing(one, other, step=STEPS):
+    return [
+        f"{item}/{name}"
+        for item in ("params", "optimizer")
+        for name, array in checkpoint.read_arrays(one / str(step), item).items()
+        if array.tobytes() != checkpoint.read_arrays(other / str(step), item)[name].tobytes()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says and leaves behind
+
+
+def test_the_console_tells_what_follows_from_the_depth(trained):
+    for part in (
+        "Tokens per micro-batch: 1 x 64 = 64",
+        "Total batch size 512 => gradient accumulation steps: 8",
+        "Model: depth 2, width 64, 2 heads of 32, windows 128, 64, vocabulary 265",
+        "6 steps of 512 tokens from --num-iterations=6: 3,072 tokens, ",
+        "Learning rates x 0.0312 for this batch, Muon's weight decay ",
+        "base_data, 80 documents",
+        " documents are cut to fill their rows, which leaves out ",
+        "step 00006/00006 | loss ",
+        f"step 00006 | saving {trained[0]}/6",
+    ):
+        assert part in trained[1], part
+
+
+def test_the_text_is_learned_and_sampled_from(trained):
+    records = read_metrics(trained[0] / "metrics.jsonl")
+    bits = {r["step"]: r["val_bpb"] for r in records if "val_bpb" in r}
+    assert list(bits) == [0, 3, 6] and bits[0] > bits[3] > bits[6]
+    assert [r["trained_tokens"] for r in records if "loss" in r] == [512] * STEPS  # every token is trained
+    (texts,) = (r["samples"] for r in records if "samples" in r)
+    assert [text.startswith(prompt) for text, prompt in zip(texts, stage.PROMPTS, strict=True)] == [True] * len(texts)
+    assert f"step 00006 | samples | {texts[0]}" in trained[1]
+
+
+def test_the_checkpoint_is_a_base_model_with_what_fine_tuning_inherits(trained):
+    found = checkpoint.find_model("base")
+    assert (found.folder, found.step, found.ours) == (trained[0], STEPS, True)
+    meta = checkpoint.peek_meta(found)
+    assert (meta["max_seq_len"], meta["device_batch_size"], meta["total_batch_size"]) == (64, 1, 512)
+    assert (meta["rows_consumed"], meta["total_steps"], meta["user_config"]["embedding_lr"]) == (48, STEPS, 0.3)
+    config = checkpoint.load_params(found)[0]
+    assert (config.n_embd, config.windows, config.smear, config.padded_vocab) == (64, (128, 64), True, 320)
+    dials = {"aspect_ratio": 32, "head_dim": 32, "window_pattern": "SL", "max_seq_len": 64, "vocab_size": 265}
+    growth = scaling.scaling_params(config) / scaling.scaling_params(scaling.config_of_depth(12, **dials))
+    decay = 0.28 * math.sqrt(512 / 2**19) / growth * 0.5 * (1 + math.cos(math.pi * 5 / 6))  # the last step's
+    groups = meta["optimizer_groups"]
+    assert groups["matrix"]["weight_decay"] == pytest.approx(decay)
+    assert groups["matrix"]["lr"] == pytest.approx(0.02 / 32)
+    assert groups["embedding"]["lr"] == pytest.approx(0.3 / 32 * math.sqrt(768 / 64))
+    assert groups["smear"]["lr"] == 0.2  # fixed
+
+
+def test_sft_finds_it_goes_on_from_its_optimizer_and_keeps_the_last_decay(base, trained, capsys):
+    argv = [*tiny.FLAGS, "--custom-json", str(base / "train.jsonl"), "--num-iterations", "2", "--eval-every", "-1"]
+    assert run([*argv, "--mesh", "data=1"], sft, sft.SFTConfig) == 0
+    said = capsys.readouterr().out
+    for line in (f"Base model: {trained[0]}/6", "Inherited total_batch_size=512", "Loaded the base model's optimizer"):
+        assert line in said
+    folder = base / "chatsft_checkpoints" / "d2"
+    ours, theirs = (checkpoint.read_meta(f)["optimizer_groups"] for f in (folder / "2", trained[0] / "6"))
+    assert ours["matrix"]["weight_decay"] == theirs["matrix"]["weight_decay"] > 0
+    assert ours["matrix"]["lr"] == pytest.approx(0.8 * 0.02)  # as nanochat: the flag's rate, not the scaled one
+    assert checkpoint.read_arrays(folder / "2", "optimizer")["count/embedding"] == STEPS + 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on, elsewhere and not at all
+
+
+def losses(folder):
+    return {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r}
+
+
+def test_a_resumed_run_ends_bit_identical(trained, capsys):
+    folder = copy_of(trained, "again", [2])
+    assert run(["--resume", "--model-tag", folder.name, "--mesh", "data=1"]) == 0  # what is not given is the run's own
+    assert f"Resuming {folder} from step 2" in capsys.readouterr().out
+    assert differing(folder, trained[0]) == []
+    assert losses(folder) == losses(trained[0])
+
+
+def test_eight_devices_train_like_one(base, trained):
+    assert run(flags("--model-tag", "eight", "--mesh", "data=8")) == 0
+    folder = base / "base_checkpoints" / "eight"
+    one, eight = (list(losses(f).values()) for f in (trained[0], folder))
+    np.testing.assert_allclose(eight, one, rtol=1e-5)  # of a fresh model some gradients are rounding errors only
+    ours, theirs = (checkpoint.read_arrays(f / str(STEPS), "params") for f in (folder, trained[0]))
+    for name in ("wte", "blocks/1/mlp/c_fc", "blocks/0/attn/c_q"):
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-3, err_msg=name)
+
+
+def test_other_settings_and_other_data_are_not_the_same_run(base, trained, tmp_path):
+    copy_of(trained, "kept", [4])
+    how = ["--resume", "--model-tag", "kept"]
+    assert "--matrix-lr was 0.02 and is 0.03; use another --model-tag" in run([*how, "--matrix-lr", "0.03"])
+    assert "--depth was 2 and is 4" in run([*how, "--depth", "4"])
+    other = tiny.write_shards(tmp_path / "other", seed=3)
+    sentence = run([*how, "--data-dir", str(other)])
+    assert "the data of" in sentence and "has changed since step 4" in sentence and "--model-tag" in sentence
+
+
+def test_a_run_is_not_overwritten_unless_told_so(base, trained):
+    assert "holds checkpoints of another run (steps 2, 4, 6): --resume goes on" in run(flags())
+    assert "--model-tag names another folder" in run(flags())
+    theirs = base / "base_checkpoints" / "d3"
+    theirs.mkdir(parents=True)
+    (theirs / "model_000001.pt").write_bytes(b"x")
+    try:
+        assert "checkpoints of nanochat's own: choose another folder with --model-tag" in run(["--depth", "3"])
+    finally:
+        shutil.rmtree(theirs)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--depth", "0"], "--depth must be from 1 to"),
+        (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "how long to train?"),
+        (["--num-iterations", "-1", "--target-flops", "1"], "gives 0 steps of --total-batch-size=512 tokens"),
+        (["--target-param-data-ratio", "nan"], "--target-param-data-ratio must be a finite number"),
+        (["--total-batch-size", "100"], "--total-batch-size=100 must be a multiple of 64 tokens"),
+        (["--total-batch-size", "0"], "--total-batch-size must be at least 1, or -1"),
+        (["--warmup-steps", "-1"], "--warmup-steps must be at least 0"),
+        (["--warmdown-ratio", "1.5"], "--warmdown-ratio must be between 0 and 1"),
+        (["--seed", "4294967296"], "--seed must be below 4294967296"),
+        (["--model-tag", "../other"], "--model-tag must be the name of one folder, got '../other'"),
+        (["--window-pattern", "Q"], "--window-pattern must be made of the letters S and L"),
+        (["--data-dir", "/nowhere"], "no pretraining data, /nowhere does not exist: give --data-dir FOLDER"),
+        (["--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
+    ],
+)
+def test_what_cannot_work_ends_with_a_sentence(base, more, sentence):
+    said = run(flags("--model-tag", "new", *more))
+    assert isinstance(said, str) and said.startswith("error: ") and sentence in said and "\n" not in said
+    assert not (base / "base_checkpoints" / "new").exists()
+
+
+def test_a_run_takes_the_shards_it_downloads_else_all_of_the_folder(base, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch_shards(n, folder, log):
+        asked.append((n, folder))
+        return ["first", "held out"]
+
+    monkeypatch.setattr("nanochat_jax.download.fetch_shards", fetch_shards)
+    assert stage.shards_of(stage.BaseConfig(download=3)) == ["first", "held out"]
+    assert stage.shards_of(stage.BaseConfig(download=1, data_dir=tmp_path)) == ["first", "held out"]
+    assert asked == [(3, base / "base_data_climbmix"), (1, tmp_path)]
+    assert len(stage.shards_of(stage.BaseConfig())) == 3
+
+
+@pytest.mark.parametrize(
+    ("total", "T", "devices", "given", "rows"),
+    [
+        (524_288, 2048, 1, None, 32),
+        (8192, 2048, 1, None, 4),  # fewer than 32: all of it at once
+        (40 * 512, 512, 1, None, 20),  # the largest that divides 40
+        (8192, 512, 8, None, 2),
+        (512, 2048, 1, None, 1),  # does not fit: plan_batches says so
+        (8192, 512, 1, 3, 3),
+    ],
+)
+def test_a_device_takes_32_rows_or_as_many_as_divide_the_batch(total, T, devices, given, rows):
+    cfg = stage.BaseConfig(max_seq_len=T, device_batch_size=given)
+    assert stage.sized(cfg, total, devices) == dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total)
+
+
+def test_what_a_model_writes_does_not_reach_the_terminal_as_a_command():
+    assert stage.printable("é 漢\n\x1b[2Jx\x07") == "é 漢\\n\\x1b[2Jx\\x07"
+
+
+def test_rates_are_scaled_but_for_the_fixed_one():
+    recipe = scaling.Recipe(2**17, 0.5, 2.0, 1, "")
+    cfg = stage.BaseConfig(embedding_lr=0.2, unembedding_lr=0.01, matrix_lr=0.04, scalar_lr=0.6, weight_decay=0.1)
+    plain = {"embedding_lr": 0.1, "unembedding_lr": 0.005, "matrix_lr": 0.02, "scalar_lr": 0.3}
+    assert stage.groups_of(cfg, 256, recipe) == optim.default_groups(256, **plain, weight_decay=0.2)

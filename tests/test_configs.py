@@ -1,0 +1,95 @@
+"""Every preset is a list of flags of its stage, fits its machine, and says how much memory it is estimated to take."""
+
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import config
+from nanochat_jax.gpt import parameter_counts
+from nanochat_jax.scaling import REFERENCE_DEPTH, config_of_depth, recipe
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+MACHINES = {  # devices, and the memory of one in GB
+    "laptop": (1, 8),
+    "h100": (1, 80),
+    "8xh100": (8, 80),
+    "v5e8": (8, 16),
+    "v6e8": (8, 32),
+}
+VOCAB = 32_768
+
+
+def stage_of(file):
+    """(settings class, devices, GB of one) by the file's name, such as sft_8xh100.toml."""
+    stage, machine = file.stem.split("_")
+    module = importlib.import_module(f"nanochat_jax.{stage}")
+    name = {"base": "BaseConfig", "sft": "SFTConfig", "rl": "RLConfig"}[stage]
+    return getattr(module, name), *MACHINES[machine]
+
+
+def sizes(file, cfg):
+    """(model, tokens in a row, rows per device, tokens per step); of SFT for the depth that the comment names."""
+    depth = getattr(cfg, "depth", None) or int(re.search(r"depth (\d+)", file.read_text())[1])
+    dials = {"aspect_ratio": 64, "head_dim": 128, "window_pattern": "SSSL", "max_seq_len": 2048}
+    dials = {name: getattr(cfg, name, None) or default for name, default in dials.items()}
+    model, reference = (config_of_depth(d, vocab_size=VOCAB, **dials) for d in (depth, REFERENCE_DEPTH))
+    inherited = recipe(model, reference, num_iterations=1).total_batch_size
+    total = cfg.total_batch_size if (cfg.total_batch_size or -1) > 0 else inherited
+    return model, dials["max_seq_len"], cfg.device_batch_size, total
+
+
+def estimated_gb(model, T: int, rows: int, total: int, devices: int, on_cpu: bool) -> float:
+    """Memory of one device in GB, without what the compiler adds: float32 parameters, gradients (two where they are
+    accumulated) and moments, split over the devices; activations of every layer, as nothing is computed twice; the
+    scores of one block of queries; one chunk of logits. The last three with their gradients, in the compute type:
+    float32 on a CPU, else bfloat16 (scores and logits are always float32)."""
+    counts = parameter_counts(model)
+    accumulated = total > rows * T * devices
+    embeddings = counts["total"] - counts["matrices"]
+    state = 4 * counts["total"] * (2 + accumulated) + 8 * embeddings + 4 * counts["matrices"]
+    width = 4 if on_cpu else 2
+    per_layer = 24  # numbers per token and channel: 6 of the stream and its norms, 5 q, k, v, 1 output, 12 in the mlp
+    activations = rows * T * model.n_layer * per_layer * model.n_embd * width
+    scores = 3 * 4 * rows * model.n_head * (T // 8) * T
+    logits = 3 * 4 * (1 << (20 if on_cpu else 26))
+    return (state / devices + activations + scores + logits) / 1e9
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def preset(request):
+    """(file, class, devices, GB of one, settings)"""
+    cls, devices, memory = stage_of(request.param)
+    return request.param, cls, devices, memory, config.parse(cls, ["--config", str(request.param)])
+
+
+def test_there_is_a_preset_for_every_machine():
+    stages = {"base", "sft"}
+    assert {f"{stage}_{machine}" for stage in stages for machine in MACHINES} <= {file.stem for file in FILES}
+
+
+def test_every_key_is_a_flag_and_says_something_else_than_the_default(preset):
+    file, cls, _, _, cfg = preset
+    defaults = {field.name: field.default for field in cls.__dataclass_fields__.values()}
+    for key, value in tomllib.loads(file.read_text()).items():
+        assert key == key.replace("_", "-"), "written as on the command line"
+        name = key.replace("-", "_")
+        assert getattr(cfg, name) == value and value != defaults[name], key
+
+
+def test_the_batch_of_a_step_is_whole_passes(preset):
+    file, _, devices, _, cfg = preset
+    _, T, rows, total = sizes(file, cfg)
+    assert total % (rows * T * devices) == 0
+
+
+def test_the_estimated_memory_is_that_of_the_comment_and_leaves_room(preset):
+    """0.7: XLA keeps copies that no formula knows, and JAX takes three quarters of a GPU's memory."""
+    file, _, devices, memory, cfg = preset
+    gb = estimated_gb(*sizes(file, cfg), devices, file.stem.endswith("laptop"))
+    said = re.search(r"about ([\d.]+) GB [^.]*estimate, not measured", file.read_text().replace("\n# ", " "))
+    assert said and float(said[1]) == round(gb, 1), f"the estimate is {gb:.1f} GB"
+    assert gb <= 0.7 * memory
+    assert f"python -m nanochat_jax.{file.stem.split('_')[0]} --config configs/{file.name}" in file.read_text()

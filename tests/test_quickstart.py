@@ -1,0 +1,117 @@
+"""The quickstart goes from nothing to a judged chat model; here with a handful of steps.
+
+Run: python -m pytest tests/test_quickstart.py
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nanochat_jax import checkpoint, config, quickstart
+from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder
+from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Two steps a stage and eight problems, with the working directory in a temporary folder."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")  # main sets it; this puts it back afterwards
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"STORIES": 400, "SPELLINGS": 120, "HELD_OUT": 60, "PROBLEMS": 8, "ANSWER_TOKENS": 8}.items():
+        monkeypatch.setattr(quickstart, name, value)
+    for name in ("BASE", "SFT"):
+        flags = [flag for flag in getattr(quickstart, name) if not flag.startswith("--num-iterations")]
+        monkeypatch.setattr(quickstart, name, (*flags, "--num-iterations=2", "--mesh=data=1"))
+
+
+def test_every_stage_runs_and_the_table_ends_it(short, capsys, tmp_path):
+    assert main(QuickstartConfig()) == 0
+    out = capsys.readouterr().out
+    titles = re.findall(r"^(\d)\. ", out, re.MULTILINE)
+    assert titles == ["1", "2", "3", "4"]
+    assert "base model" in out and "after SFT" in out and "95 %" in out
+    assert "Who are you?" in out and "NANOCHAT_BASE_DIR=quickstart-1" in out
+    folder = tmp_path / "quickstart-1"
+    assert checkpoint.sealed_steps(folder / "base_checkpoints/d2") == [2]
+    assert checkpoint.sealed_steps(folder / "chatsft_checkpoints/d2") == [2]
+    log = (folder / "log.txt").read_text()
+    commands = re.findall(r"^\$ (.*)$", log, re.MULTILINE)
+    assert [command.split()[:3] for command in commands] == [
+        ["python", "-m", "nanochat_jax.base"],
+        ["python", "-m", "nanochat_jax.sft"],
+    ]
+    assert "step 00002/00002" in log and "step 00002/00002" not in out
+
+
+def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(short, tmp_path, capsys):
+    for name in ("run-1", "run-2"):
+        assert main(QuickstartConfig(seed=3, out=Path(name))) == 0
+    first, again = (
+        checkpoint.load_params(checkpoint.find_model("sft", base=tmp_path / name))[1] for name in ("run-1", "run-2")
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert documents(3) == documents(3) != documents(4)
+
+
+def test_a_folder_with_something_in_it_is_refused_before_anything_runs(short, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("important")
+    with pytest.raises(FileExistsError, match="--out mine must be a new or empty folder"):
+        main(QuickstartConfig(out=Path("mine")))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match="--seed must be from 0"):
+        main(QuickstartConfig(seed=-1))
+
+
+def test_without_a_name_the_next_free_number_is_taken(short, tmp_path):
+    (tmp_path / "quickstart-1").mkdir()
+    (tmp_path / "quickstart-3").mkdir()
+    assert [new_folder(None).name for _ in range(3)] == ["quickstart-2", "quickstart-4", "quickstart-5"]
+
+
+def test_no_text_of_the_base_model_and_no_demonstration_is_among_the_problems():
+    texts = set(documents(0))
+    demonstrations = Arithmetic("train", quickstart.DEMONSTRATIONS)
+    shown = {demonstrations[i]["messages"][0]["content"] for i in range(len(demonstrations))}
+    problems = Arithmetic("test", quickstart.PROBLEMS, seed=0)
+    asked = {problems[i]["messages"][0]["content"] for i in range(len(problems))}
+    assert not asked & (texts | shown) and len(asked) > 0.9 * quickstart.PROBLEMS
+    assert not any("####" in text for text in texts)  # the base model sees no solution
+
+
+def test_the_bundled_files_are_conversations_and_words():
+    talks = CustomJSON(quickstart.BUNDLED / "identity_conversations.jsonl")
+    assert len(talks) == 66 and all(len(talks[i]["messages"]) == 2 for i in range(len(talks)))
+    assert len(SimpleSpelling("train", 10, data_dir=quickstart.BUNDLED)) == 10
+
+
+def test_the_flags_are_such_as_a_user_can_type():
+    for stage, settings, flags in (
+        (quickstart.base, quickstart.base.BaseConfig, quickstart.BASE),
+        (quickstart.sft, quickstart.sft.SFTConfig, quickstart.SFT),
+    ):
+        stage.check(config.parse(settings, [*flags, "--seed=1"]))
+
+
+def test_output_goes_to_the_log_and_whole_lines_to_the_bar(tmp_path):
+    lines = []
+    with open(tmp_path / "log", "w") as log:
+        tee = Tee(log, lines.append)
+        print("step 1", end="", file=tee)
+        assert lines == []
+        print("0/20\nand", file=tee, end="")
+    assert lines == ["step 10/20"] and (tmp_path / "log").read_text() == "step 10/20\nand"
+
+
+def test_off_a_terminal_a_few_short_lines_tell_how_it_goes(capsys):
+    with StepBar(Console(file=sys.stdout, force_terminal=False)) as bar:
+        for step in range(1, 21):
+            bar.line(f"step {step:05d}/00020 | loss {1 / step:.4f} | lrm 1.000 | 5 tok/s")
+        bar.line("step 00020 | val_bpb 1.0")
+    assert capsys.readouterr().out.splitlines() == [f"step {s} of 20: loss {1 / s:.4f}" for s in (4, 8, 12, 16)]
+    assert bar.last == "20 steps, loss 0.0500"
