@@ -85,7 +85,7 @@ def test_the_console_tells_what_follows_from_the_depth(trained):
         "6 steps of 512 tokens from --num-iterations=6: 3,072 tokens, ",
         "Learning rates x 0.0312 for this batch, Muon's weight decay ",
         "base_data, 80 documents",
-        " documents are cut to fill their rows, which leaves out ",
+        " of them end with a document that is cut to fill them, which leaves out ",
         "step 00006/00006 | loss ",
         f"step 00006 | saving {trained[0]}/6",
     ):
