@@ -1,0 +1,52 @@
+"""RL that is killed, as users and machines do it, and the record of its rollouts; tools/kill_resume.py is longer."""
+
+import importlib.util
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax.rollouts import RolloutLog
+from tests import tiny
+
+STEPS = 8
+
+spec = importlib.util.spec_from_file_location("kill_resume", Path(__file__).parents[1] / "tools" / "kill_resume.py")
+kill_resume = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kill_resume)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    tiny.write_base(base)
+    return base
+
+
+def test_a_run_that_is_killed_at_a_random_moment_ends_bit_identical(base):
+    flags = [*kill_resume.rl_flags(), "--num-steps", str(STEPS), "--save-every", "2", "--device-batch-size", "1"]
+    alone = kill_resume.start(base, "alone", 1, flags, "rl")
+    output, _ = alone.communicate()
+    assert alone.returncode == 0, output
+    case = kill_resume.killed_run(base, "killed", 1, flags, signal.SIGKILL, 1, STEPS, random.Random(0), "rl")
+    assert case["exit_codes"] == [-signal.SIGKILL]
+    folders = [base / "chatrl_checkpoints" / tag for tag in ("killed", "alone")]
+    found = kill_resume.difference(*folders, STEPS)
+    assert found.pop("arrays_compared") > 40
+    assert found == {"arrays_that_differ": [], "steps_whose_loss_differs": [], "rollouts_differ": False}
+
+
+def test_a_log_is_cut_back_to_the_size_that_was_recorded(tmp_path):
+    log = RolloutLog(tmp_path)
+    log.file.write(b"one\n")
+    size = log.saved()
+    log.file.write(b"two\n")
+    log.close()
+    log = RolloutLog(tmp_path, size)
+    log.file.write(b"three\n")
+    assert log.saved() == 10
+    log.close()
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == b"one\nthree\n"
+    RolloutLog(tmp_path).close()
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == b""
