@@ -99,7 +99,7 @@ HARMLESS = {  # what may change when a run is resumed: it alters what is watched
 MADE_UP = 100_000  # training problems of a task that makes them up
 TASKS = {  # name -> (split, problems if made up, data_dir) -> task
     "gsm8k": lambda split, size, data_dir: GSM8K(split, data_dir=data_dir),
-    "arithmetic": lambda split, size, data_dir: Arithmetic(split, size),
+    "arithmetic": lambda split, size, data_dir: Arithmetic(split, size, seed=int(split == "train")),  # not SFT's
     "spelling": lambda split, size, data_dir: SpellingBee(split, size, data_dir=data_dir),
 }
 MUON_MOMENTUM = 0.95  # nanochat has no schedule for it in RL
