@@ -1,8 +1,8 @@
 """Pretraining data: documents of parquet shards as full rows, each of which begins with bos.
 
 Rows are made as nanochat makes them: from a buffer of 1000 documents a row takes the longest that fits as a whole, and
-when none does, the shortest is cut to fill it. What is cut off is lost; `describe` says how much that is. Where nanochat
-keeps only the beginning of a document that is longer than a row, here it is several: pieces of a row, each behind a bos.
+when none does, the shortest is cut to fill it. What is cut off is lost; `describe` says how much that is. Of a document
+that is longer than a row nanochat keeps the beginning; here it is several pieces of a row, each behind a bos.
 """
 
 import contextlib
@@ -184,7 +184,7 @@ def describe(rows: DocumentRows, wanted: int) -> list[str]:
         f"Training data: {len(rows.shards):,} shards in {rows.shards[0].parent}, {rows.n_documents:,} documents",
         f"  {cache.name}: {len(cache):,} documents, {cache.n_tokens:,} tokens, packed into {plan.n_rows:,} rows of "
         f"{rows.T:,} tokens",
-        f"  {plan.n_cut:,} of them end with a document that is cut to fill them, which leaves out {100 * lost:.1f}% of the "
-        "tokens",
+        f"  {plan.n_cut:,} of them end with a document that is cut to fill them, which leaves out "
+        f"{100 * lost:.1f}% of the tokens",
         f"  the run's {wanted:,} rows are about {epochs:.2g} times all shards",
     ]
