@@ -5,10 +5,11 @@ python -m nanochat_jax.base --data-dir shards --depth 4 --num-iterations 300 --t
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
-from nanochat_jax import config, documents, optim, scaling, sharding
+from nanochat_jax import checkpoint, config, documents, optim, scaling, sharding
 from nanochat_jax.common import base_dir, print0
 from nanochat_jax.config import Maybe
 from nanochat_jax.gpt import GPTConfig
@@ -113,7 +114,7 @@ def main(cfg: BaseConfig) -> int:
 
     # The run: a new one, or one to go on with
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    run = open_folder(cfg, "base", cfg.model_tag or f"d{cfg.depth}", tokenizer, HARMLESS, print0)
+    run = open_folder(cfg, "base", tag_of(cfg), tokenizer, HARMLESS, print0)
     cfg = run.cfg
     check(cfg)  # also what a checkpoint recorded
     dtype = compute_dtype(cfg.dtype)
@@ -122,9 +123,13 @@ def main(cfg: BaseConfig) -> int:
     run.model_config = model_of(cfg, cfg.depth, tokenizer)
     lengths = {name: getattr(cfg, name) for name in ("num_iterations", "target_flops", "target_param_data_ratio")}
     reference = model_of(cfg, scaling.REFERENCE_DEPTH, tokenizer)
-    recipe = scaling.recipe(run.model_config, reference, total_batch_size=cfg.total_batch_size, **lengths)
+    recipe_for = functools.partial(scaling.recipe, run.model_config, reference, **lengths)
+    if run.resumed:  # the best batch is rounded to what the devices of the run's start could split
+        cfg = dataclasses.replace(cfg, total_batch_size=run.record["total_batch_size"])
+    cfg = sized(cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, mesh.shape["data"])
+    batch = plan_batches(cfg, mesh, print0)
+    recipe = recipe_for(total_batch_size=cfg.total_batch_size)
     total = recipe.iterations
-    batch = plan_batches(sized(cfg, recipe.total_batch_size, mesh.shape["data"]), mesh, print0)
     run.groups = groups_of(cfg, run.model_config.n_embd, recipe)
     tell(run, recipe)
 
@@ -132,7 +137,7 @@ def main(cfg: BaseConfig) -> int:
     *shards, held_out = shards_of(cfg)
     rows = documents.DocumentRows(shards, tokenizer, cfg.max_seq_len, seed=cfg.seed)
     held_out_rows = documents.DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
-    run.check_data(rows.fingerprint())
+    run.check_data(rows.fingerprint(run.record.get("shards_reached")))
     print0("\n".join(documents.describe(rows, total * batch.rows_per_step)))
 
     # Schedule and loop
@@ -157,6 +162,18 @@ def main(cfg: BaseConfig) -> int:
     return train_on(rows, run, schedule, **how, total=total, peak_flops=peak, measurements=measurements, meta=meta)
 
 
+def tag_of(cfg: BaseConfig) -> str:
+    """The run's folder. Of --resume without a word on which run, the only one; ValueError: there are several."""
+    given = {"depth", "model_tag", "config"} & getattr(cfg, "given", frozenset())
+    if cfg.resume and not given and cfg.model_tag is None and cfg.depth == BaseConfig.depth:
+        folders = sorted((base_dir() / checkpoint.SOURCES["base"]).glob("*"))
+        tags = [folder.name for folder in folders if checkpoint.sealed_steps(folder)]
+        config.require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
+        if tags:
+            return tags[0]
+    return cfg.model_tag or f"d{cfg.depth}"
+
+
 def shards_of(cfg: BaseConfig) -> list[Path]:
     """The parquet files of the run, the last for validation: those that --download names, else all of the folder."""
     if not cfg.download:
@@ -174,11 +191,16 @@ def model_of(cfg: BaseConfig, depth: int, tokenizer: Tokenizer) -> GPTConfig:
 
 
 def sized(cfg: BaseConfig, total_batch_size: int, data_shards: int) -> BaseConfig:
-    """The settings with the batch in force; a device gets 32 rows at a time, or as many as divide it."""
+    """The settings with the batch in force; a device gets 32 rows at a time, or as many as divide it.
+
+    A batch that the user has not chosen is rounded to whole passes."""
     rows = cfg.device_batch_size
     if rows is None:
         wanted = total_batch_size // (cfg.max_seq_len * data_shards)
         rows = next(n for n in range(max(1, min(32, wanted)), 0, -1) if n == 1 or wanted % n == 0)
+    per_pass = rows * cfg.max_seq_len * data_shards
+    if cfg.total_batch_size == -1 and per_pass > 0:
+        total_batch_size = max(1, round(total_batch_size / per_pass)) * per_pass
     return dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total_batch_size)
 
 

@@ -268,6 +268,6 @@ def main(cfg: ChatConfig) -> int:
 
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # a terminal that is not UTF-8 shows \xNN
-        stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(errors="replace")
     config.run_stage(main, config.parse(ChatConfig, prog="python -m nanochat_jax.chat"))

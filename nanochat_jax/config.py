@@ -6,18 +6,41 @@ Precedence: flag > --config FILE.toml > what the checkpoint recorded > default. 
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 T = TypeVar("T")
 # The type of a setting that is None where the user does not give it; its comment says what holds then.
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+CONSTRUCTORS = ConstructorRegistry()
+NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+
+@CONSTRUCTORS.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """As tyro has it, but that an empty path, of a variable that is not set, is not the working directory."""
+    if info.type is not Path:
+        return None
+
+    def read(texts: list[str]) -> Path:
+        if not texts[0]:
+            raise ValueError("a path must not be empty (the working directory is a single dot)")
+        return Path(texts[0])
+
+    return PrimitiveConstructorSpec(1, "PATH", read, lambda value: isinstance(value, Path), lambda path: [str(path)])
+
+
+def holds_paths(kind: Any) -> bool:
+    """Whether a field of this type is a path, perhaps None, or several."""
+    return kind is Path or any(map(holds_paths, get_args(kind)))
 
 
 def parse(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
@@ -34,7 +57,7 @@ def parse(cls: type, argv: list[str] | None = None, prog: str | None = None) -> 
     from_file = file_flags(cls, Path(file), given) if file else []
     style = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
     try:
-        cfg = tyro.cli(cls, args=[*from_file, *argv], prog=prog, config=style)
+        cfg = tyro.cli(cls, args=[*from_file, *argv], prog=prog, config=style, registry=CONSTRUCTORS)
     except BrokenPipeError:  # --help | head
         _write_nowhere()
         sys.exit(0)
@@ -107,6 +130,9 @@ def require(condition: bool, message: str) -> None:
 
 def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
     """Exit with what main(cfg) returns; what can go wrong in a user's hands ends with a sentence, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows \xNN
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(cfg))
     except BrokenPipeError:
@@ -114,10 +140,21 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
         sys.exit(
             "error: whoever read the output has closed it, so the run has stopped; write to a file instead of a pipe"
         )
-    except (ValueError, OSError, MemoryError, FloatingPointError) as e:
+    except OSError as e:
+        sys.exit(f"error: {_sentence(e)}")
+    except (ValueError, MemoryError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _sentence(e: OSError) -> str:
+    """What the system says, without its number: the place where it is known, and advice where another one helps."""
+    if e.errno is None or not e.strerror:  # one of our own sentences
+        return str(e)
+    said = f"{e.filename}: {e.strerror}" if e.filename is not None else e.strerror
+    advice = ": free some space, or choose another place with NANOCHAT_BASE_DIR or --output"
+    return said + (advice if e.errno in NO_PLACE else "")
 
 
 def _write_nowhere() -> None:

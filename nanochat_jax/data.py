@@ -101,6 +101,10 @@ class PackedRows:
         """Hash of the tokens and of how they are packed: a row number saved under another one means other data."""
         raise NotImplementedError
 
+    def record(self, consumed: int) -> dict:
+        """What a checkpoint says of the data when so many rows are consumed."""
+        return {"data": self.fingerprint()}
+
     def plan(self, section: int) -> Plan:
         """The plan of a section, counted from 0."""
         with self._lock:

@@ -29,14 +29,16 @@ ADVICE = "give --data-dir FOLDER with parquet files that have a column text, or 
 def find_shards(folder: Path | None = None, advice: str = ADVICE) -> list[Path]:
     """The parquet files of `folder` (None: nanochat's own in the base directory) by name; the last is for validation.
 
-    FileNotFoundError: there is no such folder; ValueError: fewer than two files in it.
+    FileNotFoundError, NotADirectoryError: there is no such folder; ValueError: fewer than two files in it.
     """
     if folder is None:
         candidates = [base_dir() / name for name in FOLDERS]
         folder = next((c for c in candidates if c.is_dir()), candidates[0])
     folder = folder.expanduser()
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(f"no pretraining data, {folder} does not exist: {advice}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"no pretraining data, {folder} must be a folder of parquet files: {advice}")
     shards = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
     if len(shards) < 2:
         raise ValueError(
@@ -113,16 +115,29 @@ class DocumentRows(PackedRows):
         buffer_size: int = BUFFER_SIZE,
         log: Callable = print0,
     ):
-        """Reads the footers of all shards. ValueError: one that cannot be used, see Documents."""
+        """Reads the footers of all shards. ValueError: one that is empty or cannot be used, see Documents."""
         super().__init__(T, tokenizer.bos, seed)
         self.shards, self.tokenizer, self.buffer_size, self.log = shards, tokenizer, buffer_size, log
-        self.n_documents = sum(len(Documents(shard)) for shard in shards)
+        sizes = [len(Documents(shard)) for shard in shards]
+        if 0 in sizes:
+            raise ValueError(f"{shards[sizes.index(0)]} must hold documents, it has 0 rows: take it out of the folder")
+        self.n_documents = sum(sizes)
         self.sections_in_epoch = len(shards)
         self._prepared: set[int] = set()
 
-    def fingerprint(self) -> str:
-        content = [file_digest(shard) for shard in self.shards]
-        return digest_of(RENDERING, content, self.T, self.seed, self.buffer_size)
+    def fingerprint(self, reached: int | None = None) -> str:
+        """reached: of so many shards alone, the first ones; None: of all."""
+        return digest_of(RENDERING, self._digests[:reached], self.T, self.seed, self.buffer_size)
+
+    def record(self, consumed: int) -> dict:
+        """In the first epoch the shards that follow may still change: one that turns out damaged can be repaired."""
+        reached = self.locate(consumed - 1)[0] + 1 if consumed else 0
+        reached = reached if reached <= len(self.shards) else None
+        return {"data": self.fingerprint(reached), "shards_reached": reached}
+
+    @functools.cached_property
+    def _digests(self) -> list[str]:
+        return [file_digest(shard) for shard in self.shards]
 
     def contents(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
         section, within = self.locate(row)

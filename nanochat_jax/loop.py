@@ -67,7 +67,6 @@ def train_on(
         return run.first_row + (step - run.first_step) * batch.rows_per_step
 
     with explaining_memory(sizes), session(run, mesh, dtype, total, rows.T) as on, contextlib.ExitStack() as stack:
-        fingerprint = rows.fingerprint()
         steps = {"rows_per_step": batch.rows_per_step, "micro_batches": batch.micro_batches}
         batches = data.train_batches(rows, start_row=run.first_row, **steps, **shares())
         stack.callback(batches.close)
@@ -85,7 +84,8 @@ def train_on(
         )
 
         def recorded(step):
-            place = {"rows_consumed": rows_before(step), "data": fingerprint, "smoothed_loss": smoothed.state()}
+            consumed = rows_before(step)
+            place = {"rows_consumed": consumed, "smoothed_loss": smoothed.state(), **rows.record(consumed)}
             return run.meta(total) | place | meta(step)
 
         how = {"dtype": dtype, "scheduled": tuple(schedule)}
@@ -243,7 +243,8 @@ class Loop:
     def run(self, state: TrainState) -> int:
         """Train to the end or to a signal, saving both times -> the signal's number, or 0.
 
-        FloatingPointError after more than MAX_BAD_STEPS updates in a row that were not finite.
+        FloatingPointError after more than MAX_BAD_STEPS updates in a row that were not finite. Where the data fail, the
+        steps before are saved too.
         """
         start = step = int(state.step)
         self.bad_steps, self.measured = int(state.bad_steps), {}
@@ -259,7 +260,15 @@ class Loop:
                         self._measure(0, state, [m for m in self.measurements if m.every > 0 and m.at_start])
                     while step < self.total and not signals.received:
                         scalars = self.schedule(step)
-                        state, metrics = self.train_step(state, self.next_batch(state), *map(np.float32, scalars))
+                        try:
+                            batch = self.next_batch(state)
+                        except (ValueError, OSError):
+                            self._report(pending)
+                            # Alone: other processes may have got their part, and be in the step already
+                            if saved != step and not self.bad_steps and jax.process_count() == 1:
+                                self._save(step, state)
+                            raise
+                        state, metrics = self.train_step(state, batch, *map(np.float32, scalars))
                         step += 1
                         self._report(pending)  # of the step before
                         pending = (step, scalars[0], metrics)

@@ -1,7 +1,7 @@
 """From nothing to a chat model in minutes, on any laptop and without a network: what tools/quickstart.sh runs.
 
 It writes a small world of texts, and then runs the stages that a user would, with flags that a user could type: a
-tokenizer, a base model, supervised fine-tuning, an evaluation on problems that no stage has seen.
+tokenizer, a base model, supervised fine-tuning, reinforcement learning, and after each problems that none has seen.
 """
 
 import contextlib
@@ -10,10 +10,13 @@ import io
 import os
 import random
 import re
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -21,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax import base, chat, chatcore, checkpoint, config, sft, sharding
+from nanochat_jax import base, chat, chatcore, checkpoint, config, rl, sft, sharding
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.engine import Sampling
 from nanochat_jax.statistics import Share
@@ -31,11 +34,12 @@ from nanochat_jax.tokenizer import Tokenizer, train_tokenizer
 BUNDLED = Path(__file__).parent / "bundled"  # words, and conversations about the model itself
 VOCAB_SIZE = 512
 STORIES, SPELLINGS, HELD_OUT = 12_000, 3_000, 500  # documents for the base model, and of these for its validation
-DEMONSTRATIONS = 200  # solved problems that fine-tuning shows
+DEMONSTRATIONS = 150  # solved problems that fine-tuning shows
 PROBLEMS = 400  # of the test split, to judge by
 ANSWER_TOKENS = 80
 ASKED = ("Who are you?", "What can you do?")
-STEP = re.compile(r"step (\d+)/(\d+) \| loss (\S+)")
+STEP = re.compile(r"step (\d+)/(\d+) \| (loss|reward) (\S+)")
+BARS = "▁▂▃▄▅▆▇█"
 
 # Sizes and rates found by trial for 2 cores. The base model's rates are scaled by sqrt(4096 / 524288) to this batch.
 BASE = (
@@ -50,6 +54,11 @@ SFT = (
     *(f"--custom-json={BUNDLED / 'identity_conversations.jsonl'}", f"--data-dir={BUNDLED}"),
     *("--num-iterations=250", "--matrix-lr=0.02", "--embedding-lr=0.2", "--init-lr-frac=0.5", "--load-optimizer=0"),
     *("--eval-every=-1", "--save-every=-1", "--chatcore-every=-1"),
+)
+RL = (
+    *("--task=arithmetic", "--num-steps=100", "--max-new-tokens=80", "--top-k=0"),
+    *("--init-lr-frac=0.25", "--embedding-lr=0.005", "--scalar-lr=0.005"),
+    *("--device-batch-size=32", "--eval-every=-1", "--save-every=-1"),
 )
 
 
@@ -84,11 +93,23 @@ def main(cfg: QuickstartConfig) -> int:
     if code := tour.stage(sft, sft.SFTConfig, SFT):
         return code
     tour.judge("sft", "after SFT", tokenizer)
+    spelling = SimpleSpelling("test", 1, data_dir=BUNDLED)[0]["messages"][0]["content"]
+    tour.show_answers(tokenizer, [spelling, *ASKED])
 
-    tour.heading("4. What it can do now", "its most likely answers; in brackets what the calculator was asked and said")
-    tour.show_answers(tokenizer)
+    tour.heading(
+        "4. Reinforcement learning (RL)",
+        "demonstrations are few, problems are many: it tries new ones, and what turns out right becomes likelier",
+    )
+    if code := tour.stage(rl, rl.RLConfig, RL):
+        return code
+    tour.judge("rl", "after RL", tokenizer)
+
+    tour.heading("5. What it can do now", "its most likely answers; in brackets what the calculator was asked and said")
+    tour.show_answers(tokenizer, tour.questions[:3])
+    tour.say("Only word problems were rewarded, so other answers may have suffered:")
+    tour.show_answers(tokenizer, ASKED[:1])
     tour.show_shares()
-    tour.say(f"Talk to it:  NANOCHAT_BASE_DIR={out} .venv/bin/python -m nanochat_jax.chat")
+    tour.say(f"Talk to it:  {tour.command('chat', ('-i', 'rl'))}")
     tour.say(f"{time.perf_counter() - began:.0f} seconds in all")
     return 0
 
@@ -147,7 +168,7 @@ class StepBar:
     """Turns the lines of a stage's steps into a bar on a terminal, and into a few short ones elsewhere."""
 
     def __init__(self, console: Console):
-        self.console, self.last = console, ""
+        self.console, self.last, self.values = console, "", []
         columns = BarColumn(20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
         text = TextColumn("{task.description}", markup=False)
         quiet = {"transient": True, "redirect_stdout": False, "disable": not console.is_terminal}
@@ -165,11 +186,23 @@ class StepBar:
         """Show a line of the stage's output, if it tells of a step."""
         if not (found := STEP.match(line)):
             return
-        step, total, loss = int(found[1]), int(found[2]), found[3]
-        self.last = f"{step} steps, loss {loss}"
-        self.progress.update(self.task, completed=step, total=total, description=f"loss {loss}")
+        step, total, what = int(found[1]), int(found[2]), f"{found[3]} {found[4]}"
+        self.values.append(float(found[4]))
+        self.last = f"{step} steps, {what}"
+        curve = sparkline(self.values, 30) if found[3] == "reward" else ""
+        self.progress.update(self.task, completed=step, total=total, description=f"{what} {curve}")
         if not self.console.is_terminal and step % max(1, total // 5) == 0 and step < total:
-            self.console.print(f"step {step} of {total}: loss {loss}", markup=False)
+            self.console.print(f"step {step} of {total}: {what} {curve}".rstrip(), markup=False)
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """A curve of at most `width` block characters, from the smallest mean of some values to the largest."""
+    parts = np.array_split(np.array(values), min(width, len(values)))
+    means = [part.mean() for part in parts if np.isfinite(part).all()]
+    if not means:
+        return ""
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(BARS[min(7, int(8 * (mean - low) / span))] for mean in means)
 
 
 class Tour:
@@ -181,7 +214,12 @@ class Tour:
         self.examiner = None
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style))
+        self.console.print(Text(text, style), soft_wrap=True)
+
+    def command(self, module: str, flags: tuple[str, ...]) -> str:
+        """What a user types to run a stage in the folder, from anywhere."""
+        words = [sys.executable, "-m", f"nanochat_jax.{module}", *flags]
+        return f"NANOCHAT_BASE_DIR={shlex.quote(str(self.out.absolute()))} {shlex.join(words)}"
 
     def heading(self, title: str, why: str) -> None:
         self.say("")
@@ -199,13 +237,14 @@ class Tour:
 
     def stage(self, module, settings: type, flags: tuple[str, ...]) -> int:
         """Run a stage, its output into the log and its steps as a bar -> its exit code."""
-        command = f"python -m {module.__name__} {' '.join(flags)} --seed={self.seed}"
+        flags = (*flags, f"--seed={self.seed}")
+        command = self.command(module.__name__.rpartition(".")[2], flags)
         self.say(command, "dim")
         began = time.perf_counter()
         with open(self.out / "log.txt", "a", encoding="utf-8") as log, StepBar(self.console) as bar:
             log.write(f"$ {command}\n")
             with contextlib.redirect_stdout(Tee(log, bar.line)):
-                code = module.main(config.parse(settings, [*flags, f"--seed={self.seed}"]))
+                code = module.main(config.parse(settings, [*flags]))
         self.done(bar.last, began)
         return code
 
@@ -222,14 +261,15 @@ class Tour:
         self.shares[name] = shares
         self.done(f"right on {spoken(shares[0])} of {PROBLEMS} unseen problems", began)
 
-    def show_answers(self, tokenizer: Tokenizer) -> None:
-        """A few questions with the most likely answers."""
-        spelling = SimpleSpelling("test", 1, data_dir=BUNDLED)[0]["messages"][0]["content"]
-        problems = [c["messages"][0]["content"] for c in self.problems.conversations[:3]]
-        questions = [*problems, spelling, *ASKED]
-        asked = [
-            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": ""}]} for q in questions
-        ]
+    @property
+    def questions(self) -> list[str]:
+        """The unseen problems that the models are judged by."""
+        return [conversation["messages"][0]["content"] for conversation in self.problems.conversations]
+
+    def show_answers(self, tokenizer: Tokenizer, questions: Sequence[str]) -> None:
+        """The questions, with the most likely answers of the model that was judged last."""
+        empty = {"role": "assistant", "content": ""}
+        asked = [{"messages": [{"role": "user", "content": question}, empty]} for question in questions]
         prompts = [tokenizer.render_for_completion(conversation) for conversation in asked]
         groups = self.examiner.engine.generate(prompts, Sampling(0.0, 0, ANSWER_TOKENS))
         for question, (sample,) in zip(questions, groups):

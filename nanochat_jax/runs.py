@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -230,10 +231,18 @@ class Run:
         }
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: Any, whole: Callable[[Path], Path] = Path.absolute) -> Any:
+    """A setting as JSON has it; whole: how a path becomes one that holds in any working directory."""
     if isinstance(value, tuple):
-        return [_jsonable(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+        return [_jsonable(v, whole) for v in value]
+    return str(whole(Path(os.path.expanduser(value)))) if isinstance(value, Path) else value
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """The setting of a field of this type that `_jsonable` has recorded."""
+    if isinstance(value, list):
+        return tuple(_from_json(v, kind) for v in value)
+    return Path(value) if isinstance(value, str) and config.holds_paths(kind) else value
 
 
 def open_run(
@@ -319,12 +328,15 @@ def same_settings(cfg: Any, saved: dict, harmless: set[str], tag: str, log: Call
     given = getattr(cfg, "given", frozenset())
     changed, restored = [], {}
     for field in dataclasses.fields(cfg):
-        name, ours = field.name, _jsonable(getattr(cfg, field.name))
-        if name in THIS_TIME or name not in saved or ours == saved[name]:
+        name, ours = field.name, getattr(cfg, field.name)
+        if name in THIS_TIME or name not in saved:
             continue
-        flag = f"--{name.replace('_', '-')}"
-        if name not in given and ours == _jsonable(field.default):
-            restored[name] = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        theirs = _from_json(saved[name], field.type)
+        if _jsonable(ours, Path.resolve) == _jsonable(theirs, Path.resolve):
+            continue
+        flag, default, ours = f"--{name.replace('_', '-')}", ours == field.default, _jsonable(ours)
+        if name not in given and default:
+            restored[name] = theirs
             log(f"Inherited {name}={saved[name]} from the checkpoint")
         elif name in harmless:
             log(f"NOTE: {flag}={ours} overrides the checkpoint's value of {saved[name]}")

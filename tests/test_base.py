@@ -6,6 +6,8 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import base as stage
@@ -169,6 +171,62 @@ def test_other_settings_and_other_data_are_not_the_same_run(base, trained, tmp_p
     assert "the data of" in sentence and "has changed since step 4" in sentence and "--model-tag" in sentence
 
 
+def test_resume_alone_means_the_only_run(base, trained, tmp_path, monkeypatch):
+    def tag(*argv):
+        return stage.tag_of(config.parse(stage.BaseConfig, [*argv]))
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert tag("--resume") == tag() == "d20"  # there is none
+    runs = tmp_path / "base_checkpoints"
+    shutil.copytree(trained[0], runs / "d2")
+    (runs / "d32").mkdir()
+    (runs / "d32" / "model_000001.pt").write_bytes(b"nanochat's")
+    assert tag("--resume") == "d2"
+    (tmp_path / "file.toml").write_text("depth = 20")
+    given = ["--depth", "20"], ["--model-tag", "x"], ["--config", str(tmp_path / "file.toml")]
+    assert [tag("--resume", *argv) for argv in given] == ["d20", "x", "d20"]
+    assert tag() == "d20"
+    shutil.copytree(trained[0], runs / "other")
+    with pytest.raises(ValueError, match="which run\\? Name one of d2, other with --model-tag"):
+        tag("--resume")
+
+
+def test_a_damaged_shard_costs_no_step_and_can_be_repaired(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tiny.write_shards(tmp_path / "shards", (30, 40, 20))
+    whole = pq.read_table(folder / "shard_00001.parquet")
+    broken = pa.array([b"\xff"] * len(whole), pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), folder / "shard_00001.parquet")
+    argv = flags("--model-tag", "damaged", "--data-dir", "shards", "--num-iterations", "9", "--save-every", "-1")
+    assert "shard_00001.parquet, row 0 cannot be rendered: UnicodeDecodeError" in run([*argv, "--eval-every", "-1"])
+    checkpoints = base / "base_checkpoints" / "damaged"
+    (step,) = checkpoint.sealed_steps(checkpoints)
+    assert step == max(losses(checkpoints)) > 1
+    meta = checkpoint.read_meta(checkpoints / str(step))
+    assert (meta["shards_reached"], meta["user_config"]["data_dir"]) == (1, str(folder))
+    pq.write_table(whole, folder / "shard_00001.parquet")
+    monkeypatch.chdir(base)  # the folder was given relative to another one, and is not given again
+    assert run(["--resume", "--model-tag", "damaged", "--mesh", "data=1"]) == 0
+    assert f"Inherited data_dir={folder} from the checkpoint" in capsys.readouterr().out
+    assert list(losses(checkpoints)) == list(range(1, 10))
+    pq.write_table(whole.slice(1), folder / "shard_00001.parquet")
+    assert "has changed since step 9" in run(["--resume", "--model-tag", "damaged"])
+
+
+def test_a_batch_that_was_rounded_for_the_devices_stays_when_they_change(base, monkeypatch, capsys):
+    argv = ["--depth", "1", *tiny.DIALS[2:-2], "--max-seq-len", "48", "--model-tag", "odd", "--eval-every", "-1"]
+    argv += ["--sample-every", "-1", "--warmup-steps", "0", "--num-iterations", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling, "REFERENCE_BATCH", 1024)
+        assert run([*argv, "--mesh", "data=8"]) == 0
+    said = capsys.readouterr().out
+    total = checkpoint.read_meta(base / "base_checkpoints" / "odd" / "1")["total_batch_size"]
+    assert total % (8 * 48) == 0 and f"1 steps of {total:,} tokens from --num-iterations=1" in said
+    monkeypatch.setattr(stage, "train_on", lambda *args, **kwargs: 0)
+    assert run(["--resume", "--model-tag", "odd", "--mesh", "data=1"]) == 0
+    assert f"Total batch size {total:,} => " in capsys.readouterr().out
+
+
 def test_a_run_is_not_overwritten_unless_told_so(base, trained):
     assert "holds checkpoints of another run (steps 2, 4, 6): --resume goes on" in run(flags())
     assert "--model-tag names another folder" in run(flags())
@@ -220,19 +278,24 @@ def test_a_run_takes_the_shards_it_downloads_else_all_of_the_folder(base, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("total", "T", "devices", "given", "rows"),
+    ("total", "T", "devices", "given", "rows", "rounded"),
     [
-        (524_288, 2048, 1, None, 32),
-        (8192, 2048, 1, None, 4),  # fewer than 32: all of it at once
-        (40 * 512, 512, 1, None, 20),  # the largest that divides 40
-        (8192, 512, 8, None, 2),
-        (512, 2048, 1, None, 1),  # does not fit: plan_batches says so
-        (8192, 512, 1, 3, 3),
+        (524_288, 2048, 1, None, 32, 524_288),
+        (8192, 2048, 1, None, 4, 8192),  # fewer than 32: all of it at once
+        (40 * 512, 512, 1, None, 20, 40 * 512),  # the largest that divides 40
+        (8192, 512, 8, None, 2, 8192),
+        (512, 2048, 1, None, 1, 2048),  # at least one pass
+        (65_536, 100, 1, None, 5, 131 * 500),
+        (524_288, 2048, 6, None, 21, 2 * 6 * 21 * 2048),
+        (8192, 512, 1, 3, 3, 5 * 3 * 512),
     ],
 )
-def test_a_device_takes_32_rows_or_as_many_as_divide_the_batch(total, T, devices, given, rows):
+def test_a_device_takes_32_rows_or_as_many_as_divide_the_batch(total, T, devices, given, rows, rounded):
     cfg = stage.BaseConfig(max_seq_len=T, device_batch_size=given)
-    assert stage.sized(cfg, total, devices) == dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total)
+    found = stage.sized(cfg, total, devices)
+    assert found == dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=rounded)
+    chosen = dataclasses.replace(cfg, total_batch_size=total)  # by the user, who is told where it does not fit
+    assert stage.sized(chosen, total, devices) == dataclasses.replace(chosen, device_batch_size=rows)
 
 
 def test_what_a_model_writes_does_not_reach_the_terminal_as_a_command():

@@ -1,6 +1,8 @@
 """Settings of a stage: flag > file > checkpoint > default, and what is refused with which sentence."""
 
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +176,60 @@ def test_the_exit_code_is_that_of_main_and_130_after_an_interrupt():
         assert stop.value.code == code
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_what_the_terminals_encoding_lacks_is_shown_as_its_number(encoding):
+    main = "lambda text: print(text) or print(text, file=sys.stderr)"
+    command = f"import sys; from nanochat_jax import config; config.run_stage({main}, '漢')"
+    how = {"env": os.environ | {"PYTHONIOENCODING": encoding}, "capture_output": True, "check": False}
+    done = subprocess.run([sys.executable, "-c", command], **how)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u6f22\n", b"\\u6f22\n")
+
+
+def test_a_closed_stream_is_nothing_to_configure(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as stop:
+        config.run_stage(lambda cfg: 0, None)
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("argv", [["--files", ""], ["--files="], ["--files", "a", "--files", ""], ["--config", ""]])
+def test_an_empty_path_is_not_the_working_directory(argv, capsys):
+    said = refused(*argv, capsys=capsys)
+    assert argv[-2 if not argv[-1] else 0].rstrip("=") in said and "a path must not be empty" in said
+
+
+def test_an_empty_path_in_a_file_is_refused_and_a_dot_is_one(tmp_path, capsys):
+    said = refused(toml(tmp_path, 'files = ""'), capsys=capsys)
+    assert "--files" in said and "a path must not be empty" in said
+    assert parsed("--files", ".", "--tag", "").files == (Path("."),)
+
+
+def test_fields_of_paths_are_told_from_others():
+    kinds = {field.name: config.holds_paths(field.type) for field in dataclasses.fields(Settings)}
+    assert [name for name, holds in kinds.items() if holds] == ["files", "config"]
+
+
 def test_parsing_needs_no_jax():
     command = "import sys; import nanochat_jax.config; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device: free some space, or choose another",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied: free some space, or"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x/y"), "/x/y: No such file or directory"),
+        (FileExistsError("--out mine must be a new folder"), "--out mine must be a new folder"),
+    ],
+)
+def test_what_the_system_says_is_told_with_its_place_and_without_its_number(error, sentence):
+    def main(cfg):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        config.run_stage(main, None)
+    assert ended.value.code.startswith(f"error: {sentence}") and "Errno" not in ended.value.code

@@ -214,6 +214,24 @@ def test_the_fingerprint_knows_contents_order_and_length_but_not_the_folder(tmp_
     assert len({same, *(rows.fingerprint() for rows in changed)}) == 6
 
 
+def test_a_checkpoint_of_the_first_epoch_is_bound_to_the_shards_that_it_has_reached(tmp_path):
+    paths = [tmp_path / f"{i}.parquet" for i in range(3)]
+    rows = rows_of([lettered(path, [9] * 4) for path in paths], T=9)  # 4 rows each
+    records = [rows.record(consumed) for consumed in (0, 1, 4, 5, 12, 13)]
+    assert [record["shards_reached"] for record in records] == [0, 1, 1, 2, 3, None]
+
+    def go_on(*lengths, T=9):
+        other = rows_of([lettered(path, [n] * 4) for path, n in zip(paths, lengths)], T=T)
+        return [other.fingerprint(record["shards_reached"]) == record["data"] for record in records]
+
+    assert go_on(9, 9, 9) == [True] * 6
+    assert go_on(9, 8, 9) == [True] * 3 + [False] * 3
+    assert go_on(9, 9) == [True] * 4 + [False] * 2
+    assert go_on(8, 9, 9) == [True] + [False] * 5
+    assert go_on(9, 9, 9, T=8) == [False] * 6
+    assert records[-1]["data"] == rows.fingerprint()
+
+
 def test_shards_are_the_parquet_files_of_nanochats_folders_by_name(tmp_path):
     base = tmp_path / "base"
     with pytest.raises(FileNotFoundError, match=r"base_data_climbmix does not exist: give --data-dir FOLDER"):
@@ -224,6 +242,12 @@ def test_shards_are_the_parquet_files_of_nanochats_folders_by_name(tmp_path):
     assert [path.name for path in find_shards()] == [f"shard_{i:05d}.parquet" for i in range(3)]
     tiny.write_shards(base / "base_data_climbmix", (3, 3))
     assert len(find_shards()) == 2
+
+
+def test_a_file_in_place_of_the_folder_is_told_from_nothing(tmp_path):
+    path = lettered(tmp_path / "a.parquet", [9])
+    with pytest.raises(NotADirectoryError, match=r"a\.parquet must be a folder of parquet files: give --data-dir"):
+        find_shards(path)
 
 
 def test_one_shard_is_too_few(tmp_path):
@@ -294,9 +318,12 @@ def test_every_kind_of_string_will_do(tmp_path, kind):
 
 
 def test_a_shard_without_a_whole_row_is_refused_instead_of_looked_for_for_ever(tmp_path):
-    for texts in (["short"], []):
-        path = shard(tmp_path / "a.parquet", pa.array(texts, pa.string()))
-        with pytest.raises(
-            ValueError, match="too few for one row of 65: put more into a shard, or lower --max-seq-len"
-        ):
-            rows_of([path]).locate(0)
+    path = shard(tmp_path / "a.parquet", ["short"])
+    with pytest.raises(ValueError, match="too few for one row of 65: put more into a shard, or lower --max-seq-len"):
+        rows_of([path]).locate(0)
+
+
+def test_an_empty_shard_is_refused_at_the_start_wherever_it_is(tmp_path):
+    good, empty = lettered(tmp_path / "a.parquet", [9]), shard(tmp_path / "b.parquet", pa.array([], pa.string()))
+    with pytest.raises(ValueError, match=r"b\.parquet must hold documents, it has 0 rows: take it out of the folder"):
+        rows_of([good, empty])

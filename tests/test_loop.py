@@ -280,6 +280,23 @@ def test_other_errors_of_the_device_stay_what_they_are():
             raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
 
+@pytest.mark.parametrize(("losses", "saved"), [({}, [3, 5]), ({5: np.nan}, [3])])
+def test_data_that_cannot_be_read_end_the_run_with_what_is_good_saved(tmp_path, losses, saved):
+    training = Training(tmp_path, losses=losses, save_every=3)
+    make = training.loop.next_batch
+
+    def fail(state):
+        if int(state.step) == 5:
+            raise ValueError("b.parquet, row 7")
+        return make(state)
+
+    training.loop.next_batch = fail
+    with pytest.raises(ValueError, match=r"b\.parquet, row 7"):
+        training.run()
+    assert (training.saver.saved, training.saver.waited) == (saved, 1)
+    assert [r["step"] for r in training.records() if "loss" in r] == [1, 2, 3, 4, 5]
+
+
 def test_data_that_fail_in_the_middle_end_the_run_when_the_last_save_is_on_disk(tmp_path):
     def fail(k):
         if k == 5:

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_quickstart.py
 """
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nanochat_jax import checkpoint, config, quickstart
-from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder
+from nanochat_jax import checkpoint, config, quickstart, rl
+from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
 
 
@@ -27,24 +28,28 @@ def short(monkeypatch, tmp_path):
     for name in ("BASE", "SFT"):
         flags = [flag for flag in getattr(quickstart, name) if not flag.startswith("--num-iterations")]
         monkeypatch.setattr(quickstart, name, (*flags, "--num-iterations=2", "--mesh=data=1"))
+    few = ("--num-steps=2", "--max-new-tokens=8", "--examples-per-step=2", "--num-samples=2", "--mesh=data=1")
+    flags = [flag for flag in quickstart.RL if flag.split("=")[0] not in ("--num-steps", "--max-new-tokens")]
+    monkeypatch.setattr(quickstart, "RL", (*flags, *few))
 
 
 def test_every_stage_runs_and_the_table_ends_it(short, capsys, tmp_path):
     assert main(QuickstartConfig()) == 0
     out = capsys.readouterr().out
     titles = re.findall(r"^(\d)\. ", out, re.MULTILINE)
-    assert titles == ["1", "2", "3", "4"]
-    assert "base model" in out and "after SFT" in out and "95 %" in out
-    assert "Who are you?" in out and "NANOCHAT_BASE_DIR=quickstart-1" in out
+    assert titles == ["1", "2", "3", "4", "5"]
+    assert re.findall(r"^│ ([a-zA-Z ]+?) +│ \d", out, re.MULTILINE) == ["base model", "after SFT", "after RL"]
+    assert "Who are you?" in out and "/quickstart-1" in out
     folder = tmp_path / "quickstart-1"
     assert checkpoint.sealed_steps(folder / "base_checkpoints/d2") == [2]
     assert checkpoint.sealed_steps(folder / "chatsft_checkpoints/d2") == [2]
+    assert checkpoint.sealed_steps(folder / "chatrl_checkpoints/d2") == [2]
     log = (folder / "log.txt").read_text()
     commands = re.findall(r"^\$ (.*)$", log, re.MULTILINE)
-    assert [command.split()[:3] for command in commands] == [
-        ["python", "-m", "nanochat_jax.base"],
-        ["python", "-m", "nanochat_jax.sft"],
-    ]
+    typed = [shlex.split(command) for command in commands]
+    begin = [f"NANOCHAT_BASE_DIR={folder}", sys.executable, "-m"]
+    assert [words[:4] for words in typed] == [[*begin, f"nanochat_jax.{stage}"] for stage in ("base", "sft", "rl")]
+    assert all(command in out for command in commands)  # on one line each, to be typed again
     assert "step 00002/00002" in log and "step 00002/00002" not in out
 
 
@@ -52,7 +57,7 @@ def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts
     for name in ("run-1", "run-2"):
         assert main(QuickstartConfig(seed=3, out=Path(name))) == 0
     first, again = (
-        checkpoint.load_params(checkpoint.find_model("sft", base=tmp_path / name))[1] for name in ("run-1", "run-2")
+        checkpoint.load_params(checkpoint.find_model("rl", base=tmp_path / name))[1] for name in ("run-1", "run-2")
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert documents(3) == documents(3) != documents(4)
@@ -76,11 +81,12 @@ def test_without_a_name_the_next_free_number_is_taken(short, tmp_path):
 
 def test_no_text_of_the_base_model_and_no_demonstration_is_among_the_problems():
     texts = set(documents(0))
-    demonstrations = Arithmetic("train", quickstart.DEMONSTRATIONS)
-    shown = {demonstrations[i]["messages"][0]["content"] for i in range(len(demonstrations))}
+    demonstrations, tried = Arithmetic("train", quickstart.DEMONSTRATIONS), rl.TASKS["arithmetic"]("train", 2000, None)
+    shown, met = ({task[i]["messages"][0]["content"] for i in range(len(task))} for task in (demonstrations, tried))
+    assert len(shown & met) < 0.1 * len(shown)  # RL meets other problems than the demonstrations
     problems = Arithmetic("test", quickstart.PROBLEMS, seed=0)
     asked = {problems[i]["messages"][0]["content"] for i in range(len(problems))}
-    assert not asked & (texts | shown) and len(asked) > 0.9 * quickstart.PROBLEMS
+    assert not asked & (texts | shown | met) and len(asked) > 0.9 * quickstart.PROBLEMS
     assert not any("####" in text for text in texts)  # the base model sees no solution
 
 
@@ -94,6 +100,7 @@ def test_the_flags_are_such_as_a_user_can_type():
     for stage, settings, flags in (
         (quickstart.base, quickstart.base.BaseConfig, quickstart.BASE),
         (quickstart.sft, quickstart.sft.SFTConfig, quickstart.SFT),
+        (quickstart.rl, quickstart.rl.RLConfig, quickstart.RL),
     ):
         stage.check(config.parse(settings, [*flags, "--seed=1"]))
 
@@ -106,6 +113,12 @@ def test_output_goes_to_the_log_and_whole_lines_to_the_bar(tmp_path):
         assert lines == []
         print("0/20\nand", file=tee, end="")
     assert lines == ["step 10/20"] and (tmp_path / "log").read_text() == "step 10/20\nand"
+
+
+def test_a_curve_runs_from_its_lowest_to_its_highest_mean():
+    assert sparkline([0.0, 1.0], 30) == "▁█" and sparkline([0.0, 2.0, 4.0, 6.0], 2) == "▁█"
+    assert sparkline([0.5, 0.5], 30) == "▁▁" and sparkline([float("nan")], 30) == ""
+    assert len(sparkline(list(range(100)), 30)) == 30
 
 
 def test_off_a_terminal_a_few_short_lines_tell_how_it_goes(capsys):

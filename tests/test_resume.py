@@ -1,5 +1,6 @@
 """Runs that are killed and resumed end bit-identical to one left alone; the long version is tools/kill_resume.py."""
 
+import dataclasses
 import importlib.util
 import random
 import shutil
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import checkpoint
+from nanochat_jax import checkpoint, runs
+from nanochat_jax.config import Maybe
 from tests import tiny
 
 STEPS = 16
@@ -107,3 +109,44 @@ def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it(base, alon
     assert code == 0 and f"from step {before}" in output, output
     assert not list(folder.glob("*tmp*"))
     assert_identical(folder, alone(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings of a run that goes on
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = 1
+    files: tuple[Path, ...] = ()
+    data_dir: Maybe[Path] = None
+    tasks: tuple[str, ...] = ()
+
+
+def go_on(cfg, saved, said=str):
+    return runs.same_settings(cfg, saved, {"data_dir"}, "--output-tag", said)
+
+
+def test_paths_are_recorded_so_that_they_hold_in_another_folder_and_come_back_as_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    cfg = Settings(2, (Path("a.jsonl"), Path("/b.jsonl")), Path("~/data"), ("module:Class",))
+    saved = runs.Run(cfg, tmp_path, "", model_config=tiny.CONFIG).meta(2)["user_config"]
+    assert (saved["files"], saved["data_dir"]) == ([f"{tmp_path}/a.jsonl", "/b.jsonl"], "/home/somebody/data")
+    monkeypatch.chdir("/")
+    found = go_on(Settings(), saved)
+    assert found == Settings(2, (tmp_path / "a.jsonl", Path("/b.jsonl")), Path("/home/somebody/data"), cfg.tasks)
+
+
+def test_the_same_files_by_another_name_are_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for files in ([f"{tmp_path}/a.jsonl"], ["a.jsonl"], [f"../{tmp_path.name}/a.jsonl"]):
+        for ours in ("a.jsonl", tmp_path / "a.jsonl"):
+            cfg = Settings(files=(Path(ours),), data_dir=Path("data"))
+            assert go_on(cfg, {"files": files, "data_dir": "data"}, said.append) == cfg
+    assert said == []
+    with pytest.raises(
+        ValueError, match=r"--files was \['a.jsonl'\] and is \['.*/b.jsonl'\]; use another --output-tag"
+    ):
+        go_on(Settings(files=(Path("b.jsonl"),)), {"files": ["a.jsonl"]})

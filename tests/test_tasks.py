@@ -121,12 +121,12 @@ def test_the_fingerprint_of_a_mixture_follows_tasks_order_and_seed():
 
 # ----------------------------------------------------------------------------------------------------------- hub
 def write_split(root, repo, subset, split, *files):
-    """Each of `files` is a dict of columns."""
+    """Each of `files` is a dict of columns, or a Table."""
     folder = root / repo.replace("/", "--") / subset / split
     folder.mkdir(parents=True)
     names = [f"{i:05d}.parquet" for i in range(len(files))]
     for name, columns in zip(names, files):
-        pq.write_table(pa.table(columns), folder / name)
+        pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), folder / name)
     (folder / "manifest.json").write_text(json.dumps(names))
     return folder
 
@@ -194,6 +194,15 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
     gsm8k(tmp_path, {"question": ["q"], "solution": ["a"]})
     with pytest.raises(ValueError, match=r"00000\.parquet has no column answer; it has question, solution"):
+        GSM8K(data_dir=tmp_path)
+
+
+def test_a_column_that_is_there_twice_is_refused_and_others_may_be(tmp_path):
+    names = ["question", "answer", "more", "more"]
+    gsm8k(tmp_path / "more", pa.table([["q"], ["1 #### 1"], ["x"], ["y"]], names=names))
+    assert len(list(GSM8K(data_dir=tmp_path / "more"))) == 1
+    gsm8k(tmp_path, pa.table([["q"], ["1 #### 1"], ["#### 2"]], names=["question", "answer", "answer"]))
+    with pytest.raises(ValueError, match=r"00000\.parquet must have one column answer, it has 2"):
         GSM8K(data_dir=tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The commands of `python -m nanochat_jax.tokenizer`: train, show, eval."""
 
+import errno
 import io
 import json
 import os
@@ -114,6 +115,45 @@ def test_a_tokenizer_is_not_replaced_unless_asked(tmp_path, base, capsys):
     assert "tokenizer.pkl exists" in call(capsys, *argv)[0]
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["a.txt", "a.txt/new"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, capsys, place):
+    (tmp_path / "a.txt").write_text("text")
+    code, _ = call(capsys, "train", "--input", tmp_path / "nowhere", "--output", tmp_path / place)
+    assert re.search(r"a\.txt\S* cannot be written \(.*\): free some space, or choose another --output", code)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path, capsys):
+    code, _ = call(capsys, "train", "--input", tmp_path / "nowhere", "--output", tmp_path / "a" / "b")
+    assert "nowhere does not exist" in code and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "overwritten"])
+def test_on_a_full_disk_nothing_is_left_and_a_tokenizer_that_was_there_stays(
+    tmp_path, base, capsys, monkeypatch, there
+):
+    def save_for_nanochat(self, folder):  # after tokenizer.json
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if there:
+        BYTES.save(base / "tokenizer")
+    before = contents(tmp_path)
+    (tmp_path / "a.txt").write_text("the cat and the dog\n" * 20)
+    argv = ["train", "--input", tmp_path / "a.txt", "--vocab-size", 270, *["--overwrite"] * there]
+    with monkeypatch.context() as full:
+        full.setattr(Tokenizer, "save_for_nanochat", save_for_nanochat)
+        code, _ = call(capsys, *argv)
+    assert re.search(r"tokenizer cannot be written \(No space left on device\): free some space", code)
+    (tmp_path / "a.txt").unlink()
+    assert contents(tmp_path) == before and base.exists() == there
+    (tmp_path / "a.txt").write_text("the cat and the dog\n" * 20)
+    assert call(capsys, *argv)[0] == 0
+
+
 def test_training_stops_with_the_document_that_passes_max_chars(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "ab " * 10}) + "\n" for _ in range(9)))
     _, out = call(capsys, "train", "--input", tmp_path / "a.jsonl", "--vocab-size", 266, "--max-chars", 60)
@@ -149,12 +189,13 @@ def test_a_file_that_is_no_text_is_refused_in_one_sentence(tmp_path, base, capsy
         ({"text": ["a", None]}, "row 1: the text is missing"),
         ({"content": ["a"]}, "no column text"),
         ({"text": [1]}, "must hold strings"),
+        (pa.table([["a"], ["b"]], names=["text", "text"]), "must have one column text, it has 2"),
         ({"text": pa.array([b"a", b"\xff"]).view(pa.string())}, "row 1: .*utf-8"),
     ],
-    ids=["null", "other column", "numbers", "no UTF-8"],
+    ids=["null", "other column", "numbers", "twice", "no UTF-8"],
 )
 def test_a_shard_without_text_is_refused_in_one_sentence(tmp_path, capsys, table, sentence):
-    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), tmp_path / "a.parquet")
     code, _ = call(capsys, "train", "--input", tmp_path / "a.parquet", "--vocab-size", 265)
     assert re.search(sentence, code) and "a.parquet" in code
 
@@ -165,7 +206,9 @@ def test_a_shard_without_text_is_refused_in_one_sentence(tmp_path, capsys, table
         (["train"], "does not exist: give --input FILE or FOLDER, or --download N"),
         (["train", "--input", "nowhere"], "nowhere does not exist"),
         (["train", "--vocab-size", "264"], "at least 265 tokens"),
-        (["train", "--doc-cap", "0"], "--doc-cap must be at least 1"),
+        (["train", "--doc-cap", "0"], "--doc-cap must be at least 1, got 0"),
+        (["eval", "--max-chars", "0"], "--max-chars must be at least 1, got 0"),
+        (["show", "a.jsonl", "--max-conversations", "-1"], "--max-conversations must be at least 0, got -1"),
         (["show"], "name one file of conversations, or one --task"),
         (["show", "a.jsonl"], "no tokenizer.json or tokenizer.pkl"),
         (["eval"], "no tokenizer.json or tokenizer.pkl"),
@@ -340,6 +383,15 @@ def test_a_line_that_is_no_conversation_ends_show_with_its_number(tmp_path, base
     assert "holds no conversation" in call(capsys, "show", write_conversations(tmp_path / "e.jsonl"))[0]
 
 
+def test_what_cannot_be_read_is_a_sentence_with_its_name(tmp_path, base, capsys):
+    BYTES.save(base / "tokenizer")
+    for argv in (["show", tmp_path / "nope.jsonl"], ["show", tmp_path], ["eval", "--input", "/proc/self/mem"]):
+        if argv[-1] == "/proc/self/mem" and not os.path.exists(argv[-1]):  # a file that opens and does not read
+            continue
+        code, _ = call(capsys, *argv)
+        assert re.fullmatch(rf"error: {re.escape(str(argv[-1]))} cannot be read \([A-Z][a-z/ ]+\)", code, re.I)
+
+
 def test_show_takes_a_task(base, capsys, tmp_path, monkeypatch):
     BYTES.save(base / "tokenizer")
     (tmp_path / "shown_task.py").write_text(
@@ -385,6 +437,16 @@ def test_eval_prints_bytes_per_token_of_every_kind_and_file(tmp_path, base, caps
     row = next(line for line in out.splitlines() if "a.txt" in line)
     assert [cell.strip() for cell in row.split("│")[2:5]] == ["62", "32", "1.94"]
     assert "gpt2 (not on this machine)" in out and "cl100k_base (not on this machine)" in out
+
+
+def test_in_a_narrow_terminal_files_of_long_names_are_still_told_apart(tmp_path, base, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    BYTES.save(base / "tokenizer")
+    for name in ("one", "two"):
+        (tmp_path / f"{'long' * 20}_{name}.txt").write_text("text")
+    _, out = call(capsys, "eval", "--input", tmp_path)
+    names = "".join(line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│"))
+    assert all(f"{'long' * 20}_{name}.txt" in names for name in ("one", "two"))
 
 
 def test_an_encoding_that_is_not_here_is_never_downloaded(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Fine-tune a small base model on real data that lies in ../shared: GSM8K, MMLU, and oasst1 threads as custom JSON.
+"""Fine-tune a small base model on data that lies in ../shared: GSM8K, MMLU, spelling, arithmetic, and oasst1 threads as
+custom JSON.
 
 python tools/sft_real_data.py --out /tmp/real
 """
@@ -31,8 +32,9 @@ def main(
     command = [
         *(sys.executable, "-m", "nanochat_jax.sft", "--data-dir", data, "--smoltalk-epochs", 0, "--mmlu-epochs", 1),
         *("--gsm8k-epochs", 1, "--custom-json", out / "oasst1-train.jsonl", "--val-json", out / "oasst1-test.jsonl"),
-        *("--device-batch-size", 16, "--total-batch-size", 4096, "--eval-every", 50, "--eval-tokens", 131072),
-        *("--save-every", 100, "--num-iterations", num_iterations),
+        *("--device-batch-size", 8, "--total-batch-size", 4096, "--eval-every", 50, "--eval-tokens", 131072),
+        *("--simple-spelling-rows", 2000, "--spelling-bee-rows", 1000, "--arithmetic-rows", 1000),
+        *("--chatcore-every", -1, "--save-every", 100, "--num-iterations", num_iterations),
     ]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(out.absolute())}
     raise SystemExit(subprocess.run([str(part) for part in command], env=environment, cwd=ROOT).returncode)

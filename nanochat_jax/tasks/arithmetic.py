@@ -3,8 +3,9 @@
 An answer calls the calculator once a step and ends in the line `#### N`. All numbers are integers of 2 and more; a
 division is written //, as the calculator prints 10/5 as 2.0.
 
-The splits share no calculation: the checksum of a problem's steps, such as "6*7, 42+5", says which split it belongs to,
-whatever the story, names and things around it. So no seed and no size lets a test problem into training.
+The splits share no whole calculation: the checksum of a problem's steps, such as "6*7, 42+5", says which split it
+belongs to, whatever the story, names and things around it, and whichever way round a sum or product is written. So no
+seed and no size lets a test problem into training. A single step may be in both: 6*7 alone may belong to the other one.
 """
 
 import operator
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from nanochat_jax.tasks.gsm8k import GSM8K, answer_parts
 from nanochat_jax.tasks.task import Task, digest_of
 
+CALCULATIONS = 2  # raise it when the same arguments come to make other problems: token caches depend on it
 HELD_OUT = 5  # one calculation in this many is for the test split
 SMALLEST_LARGEST = 12  # with fewer numbers some stories would have no held-out calculation
 LARGEST_LARGEST = 1000
@@ -31,6 +33,7 @@ THINGS = (
     *("lamps", "nuts", "pens", "plums", "rings", "shells", "stamps", "toys"),
 )
 STEP = re.compile(r"([a-cx])(//|[-+*])([a-cx])")
+COMMUTING = re.compile(r"(\d+)([+*])(\d+)")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}
 
 
@@ -186,7 +189,9 @@ def fitting_numbers(known: int, sign: str, known_is_left: bool, largest: int) ->
 
 
 def is_held_out(calls: list[str]) -> bool:
-    return zlib.crc32(", ".join(calls).encode()) % HELD_OUT == 0
+    """Whether a problem of these steps is for the test split; 3+5 goes where 5+3 goes."""
+    ordered = COMMUTING.sub(lambda m: m[2].join(sorted((m[1], m[3]))), ", ".join(calls))
+    return zlib.crc32(ordered.encode()) % HELD_OUT == 0
 
 
 class Arithmetic(Task):
@@ -247,5 +252,5 @@ class Arithmetic(Task):
         }
 
     def fingerprint(self) -> str:
-        parts = type(self).__name__, self.split, self.size, self.seed, self.steps, self.largest
+        parts = type(self).__name__, CALCULATIONS, self.split, self.size, self.seed, self.steps, self.largest
         return digest_of(*parts, self._slice(), self._sources())

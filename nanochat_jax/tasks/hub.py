@@ -176,13 +176,15 @@ def _read_manifest(folder: Path) -> list[Path]:
 
 
 def count_rows(files: list[Path], columns: tuple[str, ...]) -> int:
-    """Rows of all files, from their footers. ValueError: a damaged file, or one without one of the columns."""
+    """Rows of all files, from their footers. ValueError: a damaged file, or one without a column or with two of it."""
     total = 0
     for path in files:
         footer = read_footer(path)
-        present = set(footer.schema.to_arrow_schema().names)
+        present = footer.schema.to_arrow_schema().names
         if missing := [c for c in columns if c not in present]:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(sorted(present))}")
+            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(sorted(set(present)))}")
+        if repeated := [c for c in columns if present.count(c) > 1]:
+            raise ValueError(f"{path} must have one column {repeated[0]}, it has {present.count(repeated[0])}")
         total += footer.num_rows
     return total
 

@@ -6,9 +6,12 @@ python -m nanochat_jax.tokenizer show conversations.jsonl   # what is trained, a
 python -m nanochat_jax.tokenizer eval                       # how well it compresses
 """
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +36,7 @@ from nanochat_jax.tokenizer.texts import conversation_of, find_files, json_lines
 from nanochat_jax.tokenizer.training import check_vocab_size, train_tokenizer
 
 PROG = "python -m nanochat_jax.tokenizer"
+FILES = ("token_bytes.pt", "tokenizer.pkl", "tokenizer.json")  # moved into place in this order
 SAMPLE_CHARS = 1_000_000  # of the training text, on which the new tokenizer's compression is measured
 
 
@@ -72,15 +76,33 @@ class Eval:
 
 def train(cfg: Train) -> int:
     check_vocab_size(cfg.vocab_size)
-    require(cfg.max_chars > 0 and cfg.doc_cap > 0, "--max-chars and --doc-cap must be at least 1")
+    require_at_least(1, cfg, "max_chars", "doc_cap")
     folder = cfg.output or base_dir() / "tokenizer"
     refuse_to_replace(folder, cfg.overwrite)
-    require(cfg.download >= 0, f"--download must be at least 0, got {cfg.download}")
+    require_at_least(0, cfg, "download")
     require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
-    if cfg.download:
-        fetch_shards(cfg.download, base_dir() / FOLDERS[0])
-    files = find_files(cfg.input) if cfg.input else training_shards()
-    console, begin = Console(), time.monotonic()
+    console = Console()
+    with building(folder) as made:
+        if cfg.download:
+            fetch_shards(cfg.download, base_dir() / FOLDERS[0])
+        files = find_files(cfg.input) if cfg.input else training_shards()
+        begin = time.monotonic()
+        tokenizer, sample, chars, documents = learn(cfg, files, console)
+        refuse_to_replace(folder, cfg.overwrite)  # what another process may have put there since
+        with writing(folder):
+            tokenizer.save(made)
+            tokenizer.save_for_nanochat(made)
+            for name in FILES:
+                os.replace(made / name, folder / name)
+        seconds = time.monotonic() - begin
+    say(console, f"read {chars:,} characters in {documents:,} documents")
+    say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {folder}")
+    console.print(compression_table(tokenizer.encode, {"the text it learned from": sample}))
+    return 0
+
+
+def learn(cfg: Train, files: list[Path], console: Console) -> tuple[Tokenizer, list[str], int, int]:
+    """-> (tokenizer, the first documents, number of characters, number of documents), with progress in a terminal."""
     sample, chars, documents = [], 0, 0
 
     def texts(progress, task):
@@ -97,19 +119,49 @@ def train(cfg: Train) -> int:
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         tokenizer = train_tokenizer(texts(progress, progress.add_task("reading", total=None)), cfg.vocab_size)
-    refuse_to_replace(folder, cfg.overwrite)  # what another process may have put there since
-    tokenizer.save(folder)
-    tokenizer.save_for_nanochat(folder)
-    seconds = time.monotonic() - begin
-    say(console, f"read {chars:,} characters in {documents:,} documents")
-    say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {folder}")
-    console.print(compression_table(tokenizer.encode, {"the text it learned from": sample}))
-    return 0
+    return tokenizer, sample, chars, documents
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder`, for files that are moved out of it when all are written.
+
+    OSError at once, in one sentence: nothing can be written there. Folders that were made and stay empty are removed.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    with contextlib.ExitStack() as undo:
+        for path in reversed(missing):
+            undo.callback(_remove_if_empty, path)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            made = Path(
+                undo.enter_context(
+                    tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-", ignore_cleanup_errors=True)
+                )
+            )
+            (made / "trial").write_bytes(b"\0")
+        yield made
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What the system refuses inside is an OSError of one sentence with what to do about `folder`."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(
+            f"{folder} cannot be written ({e.strerror or e}): free some space, or choose another --output"
+        ) from e
 
 
 def refuse_to_replace(folder: Path, overwrite: bool) -> None:
     """FileExistsError where `folder` holds a tokenizer and the user does not want it replaced."""
-    held = [name for name in ("tokenizer.json", "tokenizer.pkl") if (folder / name).exists()]
+    held = [name for name in ("tokenizer.json", "tokenizer.pkl") if os.path.exists(folder / name)]
     if held and not overwrite:
         raise FileExistsError(
             f"{folder / held[0]} exists, and models trained with that tokenizer need it: choose another --output, or "
@@ -119,7 +171,7 @@ def refuse_to_replace(folder: Path, overwrite: bool) -> None:
 
 def show(cfg: Show) -> int:
     require((cfg.file is None) != (cfg.task is None), "name one file of conversations, or one --task module:Class")
-    require(cfg.max_conversations >= 0 and cfg.max_tokens >= 0, "--max-conversations and --max-tokens must not be < 0")
+    require_at_least(0, cfg, "max_conversations", "max_tokens")
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
     console, shown = Console(), 0
     for where, conversation in itertools.islice(conversations(cfg), cfg.max_conversations or None):
@@ -148,12 +200,19 @@ def conversations(cfg: Show) -> Iterator[tuple[str, object]]:
 
 
 def evaluate(cfg: Eval) -> int:
-    require(cfg.max_chars > 0 and cfg.doc_cap > 0, "--max-chars and --doc-cap must be at least 1")
+    require_at_least(1, cfg, "max_chars", "doc_cap")
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
     files = find_files(cfg.input)
     texts = {visible(str(path), ""): list(read_texts([path], cfg.doc_cap, cfg.max_chars)) for path in files}
     Console().print(compression_table(tokenizer.encode, texts))
     return 0
+
+
+def require_at_least(smallest: int, cfg: Train | Show | Eval, *names: str) -> None:
+    """ValueError where one of these settings is smaller."""
+    for name in names:
+        value = getattr(cfg, name)
+        require(value >= smallest, f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
 
 
 def say(console: Console, sentence: str, style: str = "") -> None:
@@ -175,7 +234,6 @@ def main(argv: list[str]) -> None:
         config.parse(Command, argv[:1] or ["--help"], PROG)  # prints the commands, or what is wrong, and exits
     settings, run = COMMANDS[name]
     cfg = config.parse(settings, argv[1:], f"{PROG} {name}")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows \xNN
     config.run_stage(run, cfg)
 
 

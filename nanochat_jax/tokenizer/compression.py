@@ -68,7 +68,7 @@ def compression_table(encode: Callable[[str], list[int]], more: Mapping[str, Seq
     """A row for each of SAMPLES and of `more` (name -> texts), a column for `encode` and for each of REFERENCES."""
     references = {name: offline_encoding(name) for name in REFERENCES}
     table = Table(title="bytes per token (more is better)")
-    table.add_column("text")
+    table.add_column("text", overflow="fold")  # so that two long paths are not cut to the same beginning
     for column in ("bytes", "tokens", "this tokenizer"):
         table.add_column(column, justify="right")
     for name, encoding in references.items():

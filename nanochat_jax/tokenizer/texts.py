@@ -1,8 +1,10 @@
 """Documents out of files: text, JSON lines, parquet shards."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from nanochat_jax.documents import Documents, find_shards
 from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, split_conversation
@@ -60,9 +62,19 @@ def read_texts(files: Iterable[Path], doc_cap: int, max_chars: int) -> Iterator[
                 return
 
 
+@contextlib.contextmanager
+def opened(path: Path, mode: str = "r", **how) -> Iterator[IO]:
+    """open(path, mode, **how); what the system refuses then, and while it is read, is an OSError of one sentence."""
+    try:
+        with open(path, mode, **how) as file:
+            yield file
+    except OSError as e:
+        raise type(e)(f"{path} cannot be read ({e.strerror or e})") from e
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
     """(where, value) of each line that is not white space; `where` names it. ValueError: a line that is no JSON."""
-    with open(path, "rb") as f:
+    with opened(path, "rb") as f:
         number = 0
         while line := f.readline(MAX_LINE + 1):
             number += 1
@@ -111,7 +123,7 @@ def _parquet_texts(path: Path) -> Iterator[str]:
 
 def _plain_texts(path: Path, doc_cap: int) -> Iterator[str]:
     document, advice = "", "convert it to UTF-8, or leave it out"
-    with open(path, encoding="utf-8-sig", newline="") as f:
+    with opened(path, encoding="utf-8-sig", newline="") as f:
         try:
             while line := f.readline(doc_cap):
                 if "\0" in line:

@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 from nanochat_jax.tasks import ARC, SimpleSpelling, SpellingBee
 from nanochat_jax.tasks.humaneval import extract_imports, extract_program
 from nanochat_jax.tasks.spelling import TEST_SEED, parse_words
@@ -15,17 +13,13 @@ FORMATTED = re.compile(r"[a-z]+:[a-z](,[a-z])*|\d+:[a-z]( hit! count=\d+)?|#### 
 
 
 def test_arc_rows_become_the_same_conversations_and_letters_are_judged_the_same():
-    arc, first = unmade(ARC), None
+    arc = unmade(ARC)
     for where, row in lines("multiple_choice.jsonl"):
         if row["task"] == "arc":
             conversation = arc.conversation(row["row"])
             assert conversation == row["conversation"], where
             for letter, expected in row["evaluate"].items():
                 assert arc.evaluate(conversation, letter) == expected, (where, letter)
-            first = first or conversation
-        elif row["task"] == "arc_bad_letter":
-            with pytest.raises(ValueError, match="must be one of"):
-                arc.evaluate(first, row["response"])
 
 
 def test_programs_and_imports_are_cut_out_of_the_same_places():
@@ -64,12 +58,13 @@ def test_spelling_asks_for_the_same_words_and_its_answers_have_the_same_form():
 
 
 def test_answers_to_spelling_are_judged_the_same():
-    conversations = {}
-    for where, row in lines("spelling.jsonl"):
-        key = row["task"], row["split"], row["index"]
-        if "conversation" in row:
-            conversations[key] = row["conversation"]
-        elif key in conversations:  # a subset of the lines may lack it
+    def key(row):
+        return row["task"], row["split"], row["index"]
+
+    found = lines("spelling.jsonl")
+    conversations = {key(row): row["conversation"] for _, row in found if "conversation" in row}
+    for where, row in found:
+        if "conversation" not in row and key(row) in conversations:  # a subset of the lines may lack it
             task = unmade({"SimpleSpelling": SimpleSpelling, "SpellingBee": SpellingBee}[row["task"]])
-            assert task.evaluate(conversations[key], row["completion"]) == row["evaluate"], where
-            assert task.reward(conversations[key], row["completion"]) == row["reward"], where
+            assert task.evaluate(conversations[key(row)], row["completion"]) == row["evaluate"], where
+            assert task.reward(conversations[key(row)], row["completion"]) == row["reward"], where
