@@ -7,6 +7,7 @@ tokenizer, a base model, supervised fine-tuning, reinforcement learning, and aft
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import random
 import re
@@ -25,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat_jax import base, chat, chatcore, checkpoint, config, rl, sft, sharding
+from nanochat_jax.common import write_atomically
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.engine import Sampling
 from nanochat_jax.statistics import Share
@@ -248,10 +250,10 @@ class Tour:
         self.done(bar.last, began)
         return code
 
-    def judge(self, source: str, name: str, tokenizer: Tokenizer) -> None:
-        """Put the unseen problems to the model that the last stage has made."""
+    def judge(self, source: str, name: str, tokenizer: Tokenizer, tag: str | None = None) -> None:
+        """Put the unseen problems to the model that the last stage has made; shares.json keeps what comes of it."""
         began = time.perf_counter()
-        model_config, params, _ = checkpoint.load_params(checkpoint.find_model(source))
+        model_config, params, _ = checkpoint.load_params(checkpoint.find_model(source, tag))
         if self.examiner is None:
             self.problems = chatcore.prepare("Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer)
             self.examiner = chatcore.Examiner(model_config, tokenizer, sharding.make_mesh(""), slots=PROBLEMS)
@@ -259,6 +261,7 @@ class Tour:
         drawn = [Sampling(temperature, 0, ANSWER_TOKENS) for temperature in (0.0, 1.0)]
         shares = [self.examiner.examine(self.problems, how, seed=self.seed).accuracy for how in drawn]
         self.shares[name] = shares
+        write_atomically(self.out / "shares.json", json.dumps(self.shares, indent=1).encode())
         self.done(f"right on {spoken(shares[0])} of {PROBLEMS} unseen problems", began)
 
     @property

@@ -40,9 +40,7 @@ class GSM8K(HubTask):
     splits = {"train": "train", "test": "test"}  # noqa: RUF012
 
     def conversation(self, row: dict) -> dict:
-        for column in self.columns:
-            if not isinstance(row[column], str):
-                raise ValueError(f"{column} must be text, got {row[column]!r:.40}")
+        self.require_text(row)
         return {
             "messages": [
                 {"role": "user", "content": row["question"]},

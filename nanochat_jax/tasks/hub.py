@@ -240,6 +240,12 @@ class HubTask(Task):
     def conversation(self, row: dict) -> dict:
         raise NotImplementedError(f"{self.name} must define conversation(row)")
 
+    def require_text(self, row: dict) -> None:
+        """ValueError where one of the row's columns is not text."""
+        for column in self.columns:
+            if not isinstance(row[column], str):
+                raise ValueError(f"{column} must be text, got {row[column]!r:.40}")
+
     def num_examples(self) -> int:
         return self._size
 

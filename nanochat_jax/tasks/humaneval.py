@@ -56,9 +56,7 @@ class HumanEval(HubTask):
         self.unsafe = unsafe
 
     def conversation(self, row: dict) -> dict:
-        for column in self.columns:
-            if not isinstance(row[column], str):
-                raise ValueError(f"{column} must be text, got {row[column]!r:.40}")
+        self.require_text(row)
         return {
             "messages": [
                 {"role": "user", "content": row["prompt"]},
