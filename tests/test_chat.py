@@ -32,6 +32,14 @@ SAMPLING = Sampling(0.6, 50, 20)
 
 
 @pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """Also where the tests run in the background of a script, whose children ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def no_colours(monkeypatch):
     for name in ("FORCE_COLOR", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)

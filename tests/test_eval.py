@@ -172,7 +172,8 @@ def test_conversations_that_carry_letters_are_multiple_choice_whatever_the_task_
 # ------------------------------------------------------------------------------------------------ generated answers
 def sample_of(text: str, ended: bool = True) -> Sample:
     tokens = TOKENIZER.encode(text) + [TOKENIZER.special("<|assistant_end|>")] * ended
-    return Sample(np.array(tokens, np.int32), np.ones(len(tokens), np.uint8), np.zeros(len(tokens), "f4"), ended, [])
+    logprobs = np.zeros(len(tokens), np.float32)
+    return Sample(np.array(tokens, np.int32), np.ones(len(tokens), np.uint8), logprobs, logprobs, ended, [])
 
 
 def test_the_judged_text_lacks_the_end_token_and_nothing_else():
