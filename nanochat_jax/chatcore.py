@@ -87,7 +87,7 @@ def prepare(name: str, task: Task, tokenizer, limit: int | None = None) -> Probl
             if choice:
                 letters.append(letter_tokens(conversation["letters"], tokenizer))
         except (Exception, SystemExit) as e:  # a user's class may do anything
-            raise ValueError(f"{name}, problem {i}: {_told(e)}") from e
+            raise ValueError(f"{name}, problem {i}: {told(e)}") from e
     if not conversations:
         raise ValueError(f"{name} has no problems to put to the model")
     problems = Problems(name, task, conversations, prompts, letters if choice else None)
@@ -112,13 +112,14 @@ def judge(problems: Problems, i: int, answer: str) -> bool:
         score = problems.task.evaluate(problems.conversations[i], answer)
         known = bool(score in (0, 1))
     except (Exception, SystemExit) as e:
-        raise ValueError(f"{problems.name} cannot judge the answer to problem {i}: {_told(e)}") from e
+        raise ValueError(f"{problems.name} cannot judge the answer to problem {i}: {told(e)}") from e
     if not known:
         raise ValueError(f"{problems.name}: evaluate must return 0 or 1, got {score!r:.40} for problem {i}")
     return bool(score)
 
 
-def _told(e: BaseException) -> str:
+def told(e: BaseException) -> str:
+    """What went wrong in a task, in words: with the error's class unless its sentence was made to be read."""
     return str(e) if isinstance(e, ValueError | NotImplementedError) else f"{type(e).__name__}: {e}"
 
 

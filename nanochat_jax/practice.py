@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.chatcore import answer_text
+from nanochat_jax.chatcore import answer_text, told
 from nanochat_jax.data import Batch, shuffled
 from nanochat_jax.engine import Engine, Sample, Sampling
 from nanochat_jax.loop import Signals
@@ -53,8 +53,7 @@ class Exercises:
         try:
             reward = float(self.task.reward(self.task[example], answer))
         except (Exception, SystemExit) as e:  # a user's class may do anything
-            told = str(e) if isinstance(e, ValueError | NotImplementedError) else f"{type(e).__name__}: {e}"
-            raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {told}") from e
+            raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {told(e)}") from e
         if not math.isfinite(reward):
             raise ValueError(f"{self.task.name}: a reward must be finite, got {reward} for problem {example}")
         return reward
