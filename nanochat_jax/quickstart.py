@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax import base, chat, chatcore, checkpoint, config, rl, sft, sharding
+from nanochat_jax import base, chat, chatcore, checkpoint, config, report, rl, sft, sharding
 from nanochat_jax.common import write_atomically
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.engine import Sampling
@@ -111,6 +111,8 @@ def main(cfg: QuickstartConfig) -> int:
     tour.say("Only word problems were rewarded, so other answers may have suffered:")
     tour.show_answers(tokenizer, ASKED[:1])
     tour.show_shares()
+    write_atomically(out / "report.html", report.page(report.find_runs(out)).encode())
+    tour.say(f"Curves of all stages, for a browser:  {out / 'report.html'}")
     tour.say(f"Talk to it:  {tour.command('chat', ('-i', 'rl'))}")
     tour.say(f"{time.perf_counter() - began:.0f} seconds in all")
     return 0

@@ -51,6 +51,7 @@ def test_every_stage_runs_and_the_table_ends_it(short, capsys, tmp_path):
     assert [words[:4] for words in typed] == [[*begin, f"nanochat_jax.{stage}"] for stage in ("base", "sft", "rl")]
     assert all(command in out for command in commands)  # on one line each, to be typed again
     assert "step 00002/00002" in log and "step 00002/00002" not in out
+    assert (folder / "report.html").read_text().count("<svg") > 10 and "quickstart-1/report.html" in out
 
 
 def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(short, tmp_path, capsys):

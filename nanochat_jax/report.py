@@ -1,0 +1,205 @@
+"""Pictures of runs: one page that needs nothing else, with the curves of every run and a few of RL's answers.
+
+python -m nanochat_jax.report                                    # all runs of the base directory
+python -m nanochat_jax.report ~/.cache/nanochat/chatrl_checkpoints/d20 --output rl.html
+
+The page is made from metrics.jsonl and rollouts.jsonl, also while a run is under way.
+"""
+
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import tyro
+from matplotlib.figure import Figure
+
+from nanochat_jax.common import base_dir, write_atomically
+from nanochat_jax.config import Maybe, parse, require, run_stage
+from nanochat_jax.metrics import read_metrics
+
+STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
+COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#888888", "#66aa00")
+TAIL = 2_000_000  # bytes at the end of rollouts.jsonl that are looked at
+ANSWERS = 4  # shown of a problem
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem 1rem .2rem 0; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts svg { width: 22rem; height: auto; }
+pre { white-space: pre-wrap; background: #f5f5f5; padding: .6rem; border-left: 4px solid #bbb; }
+pre.right { border-color: #109618; } pre.wrong { border-color: #dc3912; }
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Draw the curves of training runs into one HTML page."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # of runs; default: all in the base directory
+    output: Maybe[Path] = None  # the page; default: report.html in the base directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A chart: its title, and the metrics in it, of which a run may have some."""
+
+    title: str
+    names: tuple[str, ...]
+    log: bool = False
+
+
+PANELS = (
+    Panel("loss", ("loss", "smoothed_loss")),
+    Panel("bits per byte of held-out text", ("val_bpb",)),
+    Panel("reward", ("reward", "smoothed_reward")),
+    Panel("held-out problems solved", tuple(f"pass@{k}" for k in (1, 2, 4, 8, 16))),
+    Panel("ChatCORE", ("chatcore", "chatcore_cat", "chatcore_with_spelling")),
+    Panel("difference of log-probabilities, sampler and trainer", ("delta_logp_mean", "delta_logp_max"), log=True),
+    Panel("entropy (nats a sampled token)", ("entropy",)),
+    Panel("tokens in an answer", ("length_mean", "length_max")),
+    Panel("shares of answers", ("cut", "tool_calls", "tool_failed")),
+    Panel("share of problems without signal", ("no_signal",)),
+    Panel("gradient norm", ("grad_norm",), log=True),
+    Panel("learning-rate multiplier", ("lr_multiplier",)),
+    Panel("tokens per second", ("tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second")),
+)
+
+
+def main(cfg: ReportConfig) -> int:
+    """Write the page -> 0. ValueError: there is no run to draw."""
+    folders = [folder.expanduser() for folder in cfg.folders] or find_runs(base_dir())
+    require(
+        bool(folders), f"{base_dir()} has no run with a metrics.jsonl: name a run's folder, or set NANOCHAT_BASE_DIR"
+    )
+    for folder in folders:
+        require((folder / "metrics.jsonl").is_file(), f"{folder} must be the folder of a run: it has no metrics.jsonl")
+    output = (cfg.output or base_dir() / "report.html").expanduser()
+    write_atomically(output, page(folders).encode())
+    print(f"{len(folders)} run{'s' * (len(folders) > 1)} -> {output}")
+    return 0
+
+
+def find_runs(base: Path) -> list[Path]:
+    """Folders of runs in a base directory, stage after stage."""
+    return [path.parent for stage in STAGES for path in sorted((base / stage).glob("*/metrics.jsonl"))]
+
+
+def page(folders: Sequence[Path]) -> str:
+    """The page about these runs, as HTML without any reference to elsewhere."""
+    records = {folder: read_metrics(folder / "metrics.jsonl") for folder in folders}
+    overview = "".join(
+        f"<tr><td><a href='#run{n}'>{_name(folder)}</a></td><td>{_summary(found)}</td></tr>"
+        for n, (folder, found) in enumerate(records.items())
+    )
+    parts = [f"<h1>Runs</h1><table>{overview}</table>"]
+    for n, (folder, found) in enumerate(records.items()):
+        charts = "".join(_svg(chart) for panel in PANELS if (chart := draw(panel, found)))
+        parts.append(
+            f"<h2 id='run{n}'>{_name(folder)}</h2><div class='charts'>{charts or 'nothing measured yet'}</div>"
+        )
+        parts.append(_answers(folder / "rollouts.jsonl"))
+    head = "<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    return f"{head}<title>Runs</title><style>{STYLE}</style>{''.join(parts)}\n"
+
+
+def draw(panel: Panel, records: Sequence[dict]) -> Figure | None:
+    """A panel's chart over the steps; None where none of its metrics was measured."""
+    curves = {name: curve for name in panel.names if (curve := values(records, name))}
+    if not curves:
+        return None
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(curves)
+    for name, colour in zip(names, COLOURS):
+        steps, heights = zip(*curves[name])
+        behind = f"smoothed_{name}" in curves  # the raw values are the background of the smoothed ones
+        few = len(steps) <= 30
+        axes.plot(steps, heights, color=colour, alpha=0.3 if behind else 1, lw=1.3, marker="." if few else None)
+        low, high = (dict(values(records, f"{name}_{end}")) for end in ("low", "high"))
+        known = [step for step in steps if step in low and step in high]
+        if known and name == names[0]:  # the 95 % interval, of one curve: more would hide each other
+            axes.fill_between(known, [low[s] for s in known], [high[s] for s in known], color=colour, alpha=0.15, lw=0)
+    if panel.log and all(height > 0 for curve in curves.values() for _, height in curve):
+        axes.set_yscale("log")
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(names) > 1:
+        axes.legend([name.replace("_", " ") for name in names], fontsize=7, frameon=False)
+    return figure
+
+
+def values(records: Sequence[dict], name: str) -> list[tuple[int, float]]:
+    """(step, value) where a metric was logged as a finite number; of a step that was logged twice, the later."""
+    found = {}
+    for record in records:
+        value = record.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            found[record["step"]] = value
+    return sorted(found.items())
+
+
+def _name(folder: Path) -> str:
+    return html.escape(f"{folder.parent.name}/{folder.name}")
+
+
+def _summary(records: Sequence[dict]) -> str:
+    """Steps, time and last values of a run, in a line."""
+    steps = max((record["step"] for record in records), default=0)
+    seconds = sum(seconds for _, seconds in values(records, "seconds"))
+    said = [f"{steps:,} steps", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"]
+    for name in ("smoothed_loss", "val_bpb", "smoothed_reward", "pass@1", "chatcore"):
+        if curve := values(records, name):
+            said.append(f"{name.replace('_', ' ')} {curve[-1][1]:.4g}")
+    if skipped := sum(record.get("event") == "skipped" for record in records):
+        said.append(f"{skipped} updates skipped")
+    return html.escape(", ".join(said))
+
+
+def _svg(figure: Figure) -> str:
+    """A chart as the element of a page: text stays text, and the same numbers give the same bytes."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanochat_jax"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file
+
+
+def _answers(path: Path) -> str:
+    """The last problem that RL kept answers to, with some of them, the best first."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return ""
+    kept = []
+    for line in lines:
+        try:
+            kept.append(json.loads(line))
+        except ValueError:  # cut off, at the front by the seek or at the end by a kill
+            continue
+    if not kept:
+        return ""
+    last = [record for record in kept if (record["step"], record["example"]) == (kept[-1]["step"], kept[-1]["example"])]
+    last.sort(key=lambda record: -record["reward"])
+    spread = [last[round(i * (len(last) - 1) / (ANSWERS - 1))] for i in range(ANSWERS)] if len(last) > ANSWERS else last
+    shown = "".join(
+        f"<pre class='{'right' if record['reward'] > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
+        f"reward {record['reward']:g}, advantage {record['advantage']:g}</pre>"
+        for record in spread
+    )
+    title = f"<h3>Step {last[0]['step']}: {len(spread)} of {len(last)} answers to one problem</h3>"
+    return f"{title}<pre>{html.escape(last[0]['prompt'])}</pre>{shown}"
+
+
+if __name__ == "__main__":
+    run_stage(main, parse(ReportConfig, prog="python -m nanochat_jax.report"))
