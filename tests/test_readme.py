@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import base, chat, config, eval, nanochat_export, rl, sft
+from nanochat_jax import base, chat, config, eval, nanochat_export, report, rl, sft
 from nanochat_jax.tokenizer.__main__ import Show, Train
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +21,7 @@ SETTINGS = {
     "rl": rl.RLConfig,
     "eval": eval.EvalConfig,
     "chat": chat.ChatConfig,
+    "report": report.ReportConfig,
     "nanochat_export": nanochat_export.ExportConfig,
     "tokenizer train": Train,
     "tokenizer show": Show,
