@@ -7,16 +7,20 @@ python -m nanochat_jax.base --data-dir shards --depth 4 --num-iterations 300 --t
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, documents, optim, scaling, sharding
+from nanochat_jax import checkpoint, config, documents, optim, preflight, processes, scaling, sharding
+from nanochat_jax.attention import check as check_attention
 from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe
+from nanochat_jax.config import Maybe, Preflight
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loop import Measurement, train_on, validation
 from nanochat_jax.runs import (
     Run,
+    agreed,
     check_settings,
+    choose_attention,
     compute_dtype,
     describe_device,
     open_folder,
@@ -34,8 +38,15 @@ class BaseConfig:
     run: str = "dummy"  # name of the run; "dummy" = no wandb
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
+    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
+    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
+    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
     mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
+    verbose: bool = False  # print how every parameter is split over the devices
+    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
+    num_processes: Maybe[int] = None  # how many there are
+    process_id: Maybe[int] = None  # which one this is, from 0
     model_tag: Maybe[str] = None  # folder under base_checkpoints; default: d<depth>
     resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
     overwrite: bool = False  # delete the checkpoints that an earlier run left in the folder
@@ -78,6 +89,7 @@ class BaseConfig:
 HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
     *("run", "resume", "overwrite", "config", "model_tag", "data_dir", "download", "eval_every", "eval_tokens"),
     *("sample_every", "save_every", "keep_checkpoints", "device_type", "mesh", "replicate", "device_batch_size"),
+    "remat",
 }
 PROMPTS = (  # what is sampled from as training goes on: facts, a rule, arithmetic, a story
     "The largest ocean on Earth is",
@@ -108,22 +120,22 @@ def check(cfg: BaseConfig) -> None:
 def main(cfg: BaseConfig) -> int:
     """Train -> the exit code: 0, or 128 + n after signal n."""
     check(cfg)
-    start_device(cfg.device_type)
+    if cfg.preflight is not None:
+        return fits(cfg)
+    start_device(cfg.device_type, cfg)
     mesh = sharding.make_mesh(cfg.mesh or "")
     peak = describe_device(mesh, print0)
 
     # The run: a new one, or one to go on with
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    run = open_folder(cfg, "base", tag_of(cfg), tokenizer, HARMLESS, print0)
+    run = agreed(open_folder(cfg, "base", tag_of(cfg), tokenizer, HARMLESS, print0))
     cfg = run.cfg
     check(cfg)  # also what a checkpoint recorded
+    check_attention(cfg.attention, mesh, packed=cfg.document_mask)
     dtype = compute_dtype(cfg.dtype)
 
     # Model, batch and length from the depth
-    run.model_config = model_of(cfg, cfg.depth, tokenizer)
-    lengths = {name: getattr(cfg, name) for name in ("num_iterations", "target_flops", "target_param_data_ratio")}
-    reference = model_of(cfg, scaling.REFERENCE_DEPTH, tokenizer)
-    recipe_for = functools.partial(scaling.recipe, run.model_config, reference, **lengths)
+    run.model_config, recipe_for = model_and_recipe(cfg, tokenizer.vocab_size)
     if run.resumed:  # the best batch is rounded to what the devices of the run's start could split
         cfg = dataclasses.replace(cfg, total_batch_size=run.record["total_batch_size"])
     cfg = sized(cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, mesh.shape["data"])
@@ -134,11 +146,13 @@ def main(cfg: BaseConfig) -> int:
     tell(run, recipe)
 
     # Data: documents once through the tokenizer, a shard at a time, packed into full rows by plan
-    *shards, held_out = shards_of(cfg)
-    rows = documents.DocumentRows(shards, tokenizer, cfg.max_seq_len, seed=cfg.seed)
-    held_out_rows = documents.DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
+    with processes.zero_first("the data"):
+        *shards, held_out = shards_of(cfg)
+        rows = documents.DocumentRows(shards, tokenizer, cfg.max_seq_len, seed=cfg.seed)
+        held_out_rows = documents.DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
     run.check_data(rows.fingerprint(run.record.get("shards_reached")))
-    print0("\n".join(documents.describe(rows, total * batch.rows_per_step)))
+    with processes.zero_first("the first shard"):
+        print0("\n".join(documents.describe(rows, total * batch.rows_per_step)))
 
     # Schedule and loop
     shape = {"warmdown_ratio": cfg.warmdown_ratio}
@@ -148,8 +162,10 @@ def main(cfg: BaseConfig) -> int:
         "muon_momentum": lambda step: optim.base_muon_momentum(step, total, **shape),
         "decay_multiplier": lambda step: optim.base_decay_multiplier(step, total),
     }
-    how = {"batch": batch, "mesh": mesh, "dtype": dtype}
-    measurements = [validation(held_out_rows, run, tokenizer, **how), samples(run, tokenizer, mesh, dtype)]
+    where, packed = {"mesh": mesh, "dtype": dtype}, cfg.document_mask
+    where["attention"] = choose_attention(cfg.attention, run.model_config, rows.T, packed=packed, **where)
+    how = where | {"batch": batch}
+    measurements = [validation(held_out_rows, run, tokenizer, **how), samples(run, tokenizer, **where)]
 
     def meta(step):
         """What fine-tuning inherits: the sizes in force, and the last step's decay, as in nanochat's files."""
@@ -184,10 +200,25 @@ def shards_of(cfg: BaseConfig) -> list[Path]:
     return fetch_shards(cfg.download, folder, print0)
 
 
-def model_of(cfg: BaseConfig, depth: int, tokenizer: Tokenizer) -> GPTConfig:
-    """The network of this depth with the run's other dials."""
+def model_and_recipe(cfg: BaseConfig, vocab_size: int) -> tuple[GPTConfig, Callable[..., scaling.Recipe]]:
+    """(the network, total_batch_size=... -> what follows from its size)"""
     dials = {name: getattr(cfg, name) for name in ("aspect_ratio", "head_dim", "window_pattern", "max_seq_len")}
-    return scaling.config_of_depth(depth, **dials, vocab_size=tokenizer.vocab_size)
+    model, reference = (
+        scaling.config_of_depth(depth, **dials, vocab_size=vocab_size) for depth in (cfg.depth, scaling.REFERENCE_DEPTH)
+    )
+    lengths = {name: getattr(cfg, name) for name in ("num_iterations", "target_flops", "target_param_data_ratio")}
+    return model, functools.partial(scaling.recipe, model, reference, **lengths)
+
+
+def fits(cfg: BaseConfig) -> int:
+    """--preflight -> the exit code: 0 where it fits, else 1."""
+    place, vocab_size = preflight.start(cfg), preflight.vocabulary()
+    if cfg.resume:
+        run = open_folder(cfg, "base", tag_of(cfg), Tokenizer.load(base_dir() / "tokenizer"), HARMLESS, print0)
+        cfg = dataclasses.replace(run.cfg, total_batch_size=run.record.get("total_batch_size", cfg.total_batch_size))
+    model, recipe_for = model_and_recipe(cfg, vocab_size)
+    cfg = sized(cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, place.mesh.shape["data"])
+    return preflight.rows_fit(cfg, place, model, plan_batches(cfg, place.mesh, print0), scalars=3)
 
 
 def sized(cfg: BaseConfig, total_batch_size: int, data_shards: int) -> BaseConfig:
@@ -227,7 +258,7 @@ def tell(run: Run, recipe: scaling.Recipe) -> None:
     print0(f"Learning rates x {recipe.rate_factor:.4f} for this batch, Muon's weight decay {decay:.6f}")
 
 
-def samples(run: Run, tokenizer: Tokenizer, mesh, dtype) -> Measurement:
+def samples(run: Run, tokenizer: Tokenizer, mesh, **how) -> Measurement:
     """The most likely continuations of PROMPTS, as far as they fit into a row."""
     prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in PROMPTS]
     prompts = [ids for ids in prompts if len(ids) + SAMPLE_TOKENS <= run.model_config.sequence_len]
@@ -237,9 +268,9 @@ def samples(run: Run, tokenizer: Tokenizer, mesh, dtype) -> Measurement:
             return {}
         from nanochat_jax.engine import Engine, Sampling
 
-        engine = Engine(run.model_config, tokenizer, mesh, dtype=dtype, tools=False)  # anew: it holds all the weights
-        engine.load(params)
-        answers = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=SAMPLE_TOKENS))
+        engine = Engine(run.model_config, tokenizer, sharding.own_devices(mesh), tools=False, **how)
+        with engine.holding(params, mesh):
+            answers = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=SAMPLE_TOKENS))
         return {"samples": [printable(tokenizer.decode([*p[1:], *a[0].tokens])) for p, a in zip(prompts, answers)]}
 
     return Measurement(run.cfg.sample_every, measure)

@@ -12,7 +12,9 @@ Answers go to standard output, whatever is said about them to standard error. A 
 import contextlib
 import dataclasses
 import itertools
+import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Annotated
@@ -146,6 +148,42 @@ def escaped(text: str) -> str:
     return "".join(c if c in "\n\t" + JOINERS or unicodedata.category(c) == "Zs" else visible(c, "") for c in text)
 
 
+class CtrlC:
+    """While it is entered, a Ctrl-C that is lost on its way ends what is watched: Python may raise KeyboardInterrupt
+    in a callback of JAX's, where it is printed and dropped."""
+
+    def __init__(self):
+        self.pressed = False
+
+    def __enter__(self):
+        self.before = None
+        raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or somebody else's
+        if raises and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._note), sys.unraisablehook
+            sys.unraisablehook = self._dropped
+        return self
+
+    def __exit__(self, *_):
+        if self.before:
+            signal.signal(signal.SIGINT, self.before[0])
+            sys.unraisablehook = self.before[1]
+
+    def watching(self, items: Iterable) -> Iterator:
+        """The items; KeyboardInterrupt instead of the next one after a Ctrl-C."""
+        for item in items:
+            if self.pressed:
+                raise KeyboardInterrupt
+            yield item
+
+    def _note(self, number, frame):
+        self.pressed = True
+        raise KeyboardInterrupt
+
+    def _dropped(self, unraisable):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self.before[1](unraisable)
+
+
 class Chat:
     """A model, the chat with it, and the terminal."""
 
@@ -168,10 +206,10 @@ class Chat:
         wait = "thinking" if self.asked else "compiling, for the first answer"
         self.asked += 1
         try:
-            with contextlib.closing(self.engine.stream(prompt, self.sampling, seed=seed)) as stream:
+            with CtrlC() as pressed, contextlib.closing(self.engine.stream(prompt, self.sampling, seed=seed)) as stream:
                 with self.notes.status(wait):
                     first = list(itertools.islice(stream, 1))
-                for text, is_call in answer.pieces(itertools.chain(first, stream)):
+                for text, is_call in answer.pieces(pressed.watching(itertools.chain(first, stream))):
                     self.write(self._paint(text) if is_call else text)
         except KeyboardInterrupt:
             stopped = True

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax import sandbox
+from nanochat_jax import processes, sandbox
 from nanochat_jax.common import print0
 from nanochat_jax.engine import Engine, Sample, Sampling
 from nanochat_jax.evals import make_letter_logits
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loop import Measurement
+from nanochat_jax.sharding import own_copy, own_devices
 from nanochat_jax.statistics import Share, pass_at_k
 from nanochat_jax.tasks import ARC, GSM8K, MMLU, Arithmetic, HumanEval, SimpleSpelling, SpellingBee, Task, load_task
 
@@ -41,7 +42,7 @@ def make_task(name: str, data_dir: Path | None = None, *, unsafe: bool = False) 
     """
     where = {"data_dir": data_dir}
     if ":" in name:
-        return load_task(name)
+        return load_task(name, "-a")
     if name in ("ARC-Easy", "ARC-Challenge"):
         return ARC(name, "test", **where)
     if name == "HumanEval":
@@ -155,11 +156,19 @@ class Examiner:
     """
 
     def __init__(
-        self, config: GPTConfig, tokenizer, mesh: Mesh, *, dtype=jnp.float32, rows: int | None = None, slots: int = 256
+        self,
+        config: GPTConfig,
+        tokenizer,
+        mesh: Mesh,
+        *,
+        dtype=jnp.float32,
+        attention: str = "chunked",
+        rows: int | None = None,
+        slots: int = 256,
     ):
-        self.tokenizer = tokenizer
-        self.engine = Engine(config, tokenizer, mesh, dtype=dtype, slots=slots)
-        self._letter_logits = make_letter_logits(config, mesh, tokenizer.bos, dtype=dtype, rows=rows)
+        self.tokenizer, how = tokenizer, {"dtype": dtype, "attention": attention}
+        self.engine = Engine(config, tokenizer, mesh, slots=slots, **how)
+        self._letter_logits = make_letter_logits(config, mesh, tokenizer.bos, rows=rows, **how)
         self.load(None)
 
     def load(self, params) -> None:
@@ -184,21 +193,25 @@ class Examiner:
 
     def choose(self, problems: Problems, progress: Callable[[int, int], None] | None = None) -> list[str]:
         """The letter that the model prefers for each problem."""
-        logits = self._letter_logits(self._params, problems.prompts, problems.letters, progress)
-        return [c["letters"][int(np.argmax(row))] for c, row in zip(problems.conversations, logits)]
+        own = [processes.mine(x) for x in (problems.prompts, problems.letters, problems.conversations)]
+        logits = self._letter_logits(self._params, *own[:2], progress) if own[0] else []
+        return _merged([c["letters"][int(np.argmax(row))] for c, row in zip(own[2], logits)])
 
     def _generated(self, problems, sampling, samples, seed, progress) -> Verdict:
         if not self._in_engine:
             self.engine.load(self._params)
             self._in_engine = True
         fitting = [i for i, prompt in enumerate(problems.prompts) if len(prompt) < self.engine.context]
-        prompts = [problems.prompts[i] for i in fitting]
-        how = {"samples": samples, "seed": seed, "examples": fitting, "progress": progress}
+        own = processes.mine(fitting)
+        prompts = [problems.prompts[i] for i in own]
+        how = {"samples": samples, "seed": seed, "examples": own, "progress": progress}
         groups = self.engine.generate(prompts, sampling, **how) if prompts else []
-        answers = [(i, answer_text(self.tokenizer, sample)) for i, group in zip(fitting, groups) for sample in group]
+        answers = [(i, answer_text(self.tokenizer, sample)) for i, group in zip(own, groups) for sample in group]
+        judged = np.reshape(self._judged(problems, answers), (len(own), samples)).tolist()
+        judged = _merged([(row, [sample.ended for sample in group]) for row, group in zip(judged, groups)])
         passed = np.zeros((len(problems.prompts), samples), bool)
-        passed[fitting] = np.reshape(self._judged(problems, answers), (len(fitting), samples))
-        ended = [sample.ended for group in groups for sample in group]
+        passed[fitting] = np.reshape([row for row, _ in judged], (len(fitting), samples))
+        ended = [end for _, ends in judged for end in ends]
         return Verdict(passed, len(problems.prompts) - len(fitting), 1 - float(np.mean(ended)) if ended else 0.0)
 
     def _judged(self, problems: Problems, answers: list[tuple[int, str]]) -> list[bool]:
@@ -209,6 +222,15 @@ class Examiner:
             return list(pool.map(lambda answer: judge(problems, *answer), answers))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _merged(own: list) -> list:
+    """What every process found of its part (see `processes.mine`), in the order of the whole."""
+    parts = processes.exchange("what became of the problems", own)
+    merged = [None] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        merged[i :: len(parts)] = part
+    return merged
 
 
 def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float] = BASELINES) -> float | None:
@@ -227,6 +249,7 @@ def chatcore_measurement(
     *,
     mesh: Mesh,
     dtype,
+    attention: str = "chunked",
     data_dir: Path | None = None,
     max_cat: int = -1,
     max_sample: int = 24,
@@ -238,14 +261,13 @@ def chatcore_measurement(
     Measures chatcore (None of it, and `log` says so, where one of the five tasks cannot be run), chatcore_cat (of the
     multiple-choice tasks alone), chatcore_with_spelling, and each task's accuracy as chatcore/<task>.
     """
-    if every > 0 and jax.process_count() > 1:
-        log("NOTE: ChatCORE is measured by one process only, so this run does without; see nanochat_jax.eval")
-    if every <= 0 or jax.process_count() > 1:
+    if every <= 0:
         return Measurement(-1, lambda params: {})
     papers = []
     for name in WITH_SPELLING:
         try:
-            task = make_task(name, data_dir)
+            with processes.zero_first(name):
+                task = make_task(name, data_dir)
         except (ValueError, OSError) as e:
             log(f"NOTE: {name} is not measured: {e}")
             continue
@@ -256,17 +278,19 @@ def chatcore_measurement(
     if not papers:
         return Measurement(-1, lambda params: {})
     papers.sort(key=lambda paper: -max(map(len, paper.prompts)))  # the engine keeps room for the longest so far
-    examiner = Examiner(model_config, tokenizer, mesh, dtype=dtype)
+    own = own_devices(mesh)
+    examiner = Examiner(model_config, tokenizer, own, dtype=dtype, attention=attention)
     sampling = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
     letters = {name: BASELINES[name] for name in BASELINES if BASELINES[name]}
     sums = {"chatcore": BASELINES, "chatcore_cat": letters, "chatcore_with_spelling": WITH_SPELLING}
 
     def measure(params) -> dict[str, float]:
-        examiner.load(params)
-        try:
-            accuracies = {paper.name: examiner.examine(paper, sampling).accuracy.value for paper in papers}
-        finally:
-            examiner.load(None)
+        with jax.set_mesh(own):
+            examiner.load(own_copy(params, mesh))
+            try:
+                accuracies = {paper.name: examiner.examine(paper, sampling).accuracy.value for paper in papers}
+            finally:
+                examiner.load(None)
         found = {name: chatcore(accuracies, baselines) for name, baselines in sums.items()}
         found |= {f"chatcore/{name}": accuracies.get(name) for name in WITH_SPELLING}
         return {name: value for name, value in found.items() if value is not None}

@@ -22,9 +22,10 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from nanochat_jax import processes
 from nanochat_jax.common import base_dir, print0, process_index, write_atomically
 from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
-from nanochat_jax.nanochat_import import _meta_file, _read_meta, find_steps, find_tag, read_model
+from nanochat_jax.nanochat_import import _meta_file, _read_meta, find_steps, find_tag, read_config, read_model
 from nanochat_jax.nanochat_optimizer import read_optimizer, recorded_groups
 from nanochat_jax.optim import GROUP_OF, AdamW, Groups, Muon, state_arrays, with_state_arrays
 from nanochat_jax.sharding import by_path, path_name
@@ -56,6 +57,7 @@ class Saver:
         target = self.folder / str(step)
         if process_index() == 0 and target.exists():
             discard(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
+        processes.exchange("a checkpoint", step)  # the others must not find it there
         items = {"params": flat(state.params), "optimizer": loop_arrays(state), "meta": meta}
         with _orbax():
             response = ocp.save_checkpointables_async(target, items)
@@ -223,6 +225,15 @@ class Found:
         return str(self.folder / (str(self.step) if self.ours else f"model_{self.step:06d}.pt"))
 
 
+def identity(found: Found) -> str:
+    """The model's tag and step, with a hash of what tells it from another one there."""
+    folder = found.folder / str(found.step)
+    files = [folder / SEAL] if found.ours else [_meta_file(found.folder, found.step)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    size = 0 if found.ours else (found.folder / f"model_{found.step:06d}.pt").stat().st_size
+    return f"{found.tag}, step {found.step}, {digest[:12]}{f', {size} bytes' if size else ''}"
+
+
 def find_model(source: str, model_tag: str | None = None, step: int | None = None, base: Path | None = None) -> Found:
     """Where the model is: the tag d<number> with the largest number, and its last step, unless they are given.
 
@@ -277,6 +288,13 @@ def peek_meta(found: Found) -> dict:
             message = f"model_config must have an integer {size} of at least 1, got {value!r:.60}"
             raise ValueError(f"{_meta_file(found.folder, found.step)}: {message}")
     return meta
+
+
+def load_config(found: Found) -> GPTConfig:
+    """The network of a model in either format; no parameter is read."""
+    if not found.ours:
+        return read_config(found.folder, found.step)
+    return GPTConfig(**read_meta(found.folder / str(found.step))["model_config"])
 
 
 def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict, dict]:

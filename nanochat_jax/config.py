@@ -17,10 +17,25 @@ from typing import Annotated, Any, TypeVar, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from nanochat_jax import processes
+
 T = TypeVar("T")
 # The type of a setting that is None where the user does not give it; its comment says what holds then.
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 CONSTRUCTORS = ConstructorRegistry()
+HERE = "here"
+# The type of --preflight, whose value may be left out: then it is HERE. None where the flag is not given.
+Preflight = Annotated[
+    str | None,
+    PrimitiveConstructorSpec(
+        (0, 1),
+        "[SLICE]",
+        lambda texts: texts[0] if texts else HERE,
+        lambda value: value is None or isinstance(value, str),
+        lambda value: [] if value is None else [value],
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
 NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
@@ -134,18 +149,20 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows \xNN
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main(cfg))
-    except BrokenPipeError:
-        _write_nowhere()
-        sys.exit(
-            "error: whoever read the output has closed it, so the run has stopped; write to a file instead of a pipe"
-        )
-    except OSError as e:
-        sys.exit(f"error: {_sentence(e)}")
-    except (ValueError, MemoryError, FloatingPointError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        try:
+            sys.exit(main(cfg))
+        except BrokenPipeError:
+            _write_nowhere()
+            said = "whoever read the output has closed it, so the run has stopped"
+            sys.exit(f"error: {said}; write to a file instead of a pipe")
+        except OSError as e:
+            sys.exit(f"error: {_sentence(e)}")
+        except (ValueError, MemoryError, FloatingPointError) as e:
+            sys.exit(f"error: {e}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+    finally:
+        processes.leave()
 
 
 def _sentence(e: OSError) -> str:

@@ -9,10 +9,12 @@ call `append` adds the fresh part to the own one. A layer with window W needs th
 holds the prompt's end, and its own part is a ring. Every device works on its own rows and never waits for another.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,15 +32,25 @@ class Programs:
     """What runs on the devices, compiled once for each set of shapes; `compiles` counts them.
 
     ends: ids that end a row when they are sampled. block: the ids around a calculator's expression, None without tools:
-    a row that closes such a block waits for the host, if there is anything in it.
+    a row that closes such a block waits for the host, if there is anything in it. attention: the prefill's backend.
     """
 
-    def __init__(self, config: GPTConfig, mesh: Mesh, *, dtype, chunk: int, ends, block: tuple[int, int] | None):
+    def __init__(
+        self,
+        config: GPTConfig,
+        mesh: Mesh,
+        *,
+        dtype,
+        chunk: int,
+        ends,
+        block: tuple[int, int] | None,
+        attention: str = "chunked",
+    ):
         self.config, self.mesh, self.dtype, self.chunk = config, mesh, jnp.dtype(dtype), chunk
         self.ends, self.block = tuple(ends), block
         on_cpu = mesh.devices.flat[0].platform == "cpu"  # where bfloat16 keys and values are read at half the speed
         self.kept_dtype = jnp.dtype(jnp.float32) if on_cpu else self.dtype
-        self.graphdef, _ = abstract_gpt(config, dtype)
+        self.graphdef, _ = abstract_gpt(config, dtype, attention)
         self.compiled = {}
         self._cast = jax.jit(
             lambda tree: jax.tree.map(lambda w: w.astype(self.dtype) if w.ndim > 1 else w, tree),
@@ -78,14 +90,15 @@ class Programs:
 
     def empty_prompts(self, groups: int, size: int):
         """Prompt parts of all layers: ((k, v), ...)."""
-        c = self.config
-        shapes = [(groups, c.n_kv_head, self.prompt_columns(w, size), c.head_dim) for w in c.windows]
-        return self._zeros(shapes)
+        return self._zeros(self._part_shapes(groups, self.prompt_columns, size))
 
     def empty_own(self, rows: int, size: int = 0):
         """Own parts for up to `size` tokens."""
+        return self._zeros(self._part_shapes(rows, self.own_columns, size))
+
+    def _part_shapes(self, count, columns, size):
         c = self.config
-        return self._zeros([(rows, c.n_kv_head, self.own_columns(w, size), c.head_dim) for w in c.windows])
+        return [(count, c.n_kv_head, columns(window, size), c.head_dim) for window in c.windows]
 
     def _zeros(self, shapes):
         sharding = NamedSharding(self.mesh, ROWS)
@@ -109,8 +122,7 @@ class Programs:
         waits for the host. A call that keeps too many rows idle returns early: those that wait, and with `refill` those
         that are done. What `tokens` holds behind `count` is nothing.
         """
-        specs = (P(), ROWS, ROWS, ROWS, P())
-        return self._run("decode", self._decode, specs, ROWS, (), params, prompts, own, rows, settings)
+        return self._run(*self._decode_program(), params, prompts, own, rows, settings)
 
     def append(self, own, fresh, filled, size: int):
         """Own parts with the fresh ones written at `filled` int32 [R], and room for `size` tokens or what they had.
@@ -124,7 +136,43 @@ class Programs:
             own = self._run(f"grow {columns}", partial(_grow, columns), (ROWS,), ROWS, (), own)
         return self._run("append", self._append, (ROWS, ROWS, ROWS), ROWS, (0,), own, fresh, filled)
 
+    def compile_decode(self, params, groups: int, shared: int, prompt_size: int, own_size: int):
+        """The program of `decode` for `groups` of `shared` rows, prompts and own parts of up to these sizes, compiled
+        without an array; params: abstract, in any types and shardings."""
+
+        def abstract(tree, spec):
+            sharding = NamedSharding(self.mesh, spec)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+        rows = groups * shared
+        parts = (
+            self._part_shapes(groups, self.prompt_columns, prompt_size),
+            self._part_shapes(rows, self.own_columns, own_size),
+        )
+        parts = tuple(tuple((jax.ShapeDtypeStruct(s, self.kept_dtype),) * 2 for s in shapes) for shapes in parts)
+        settings = {"temperature": np.float32(1), "top_k": np.int32(0), "refill": np.bool(False)}
+        settings |= {"seed": np.uint32(0), "step": np.uint32(0)}
+        return self._program(
+            *self._decode_program(),
+            abstract(jax.eval_shape(self._cast, params), P()),
+            *(abstract(part, ROWS) for part in parts),
+            abstract(empty_table(rows, self.chunk), ROWS),
+            abstract(settings, P()),
+        )
+
+    def cache_bytes(self, groups: int, shared: int, prompt_size: int, own_size: int) -> int:
+        """Of the prompt parts and own parts of `compile_decode`, all devices together."""
+        shapes = self._part_shapes(groups, self.prompt_columns, prompt_size)
+        shapes += self._part_shapes(groups * shared, self.own_columns, own_size)
+        return sum(2 * math.prod(shape) for shape in shapes) * self.kept_dtype.itemsize
+
+    def _decode_program(self):
+        return "decode", self._decode, (P(), ROWS, ROWS, ROWS, P()), ROWS, ()
+
     def _run(self, name, function, in_specs, out_specs, donate, *args):
+        return self._program(name, function, in_specs, out_specs, donate, *args)(*args)
+
+    def _program(self, name, function, in_specs, out_specs, donate, *args):
         key = (name, tuple(x.shape for x in jax.tree.leaves(args)))
         if key not in self.compiled:
 
@@ -134,7 +182,7 @@ class Programs:
 
             mapped = jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
             self.compiled[key] = jax.jit(mapped, donate_argnums=donate).lower(*args).compile()
-        return self.compiled[key](*args)
+        return self.compiled[key]
 
     # -------------------------------------------------------------------------------------- what one device computes
     def _admit(self, params, prompts, batch):
@@ -264,6 +312,13 @@ class Programs:
 
         rings = [self.ring(window) for window in self.config.windows]
         return tuple(tuple(write(ring, *pair) for pair in zip(o, n)) for ring, o, n in zip(rings, own, fresh))
+
+
+def empty_table(rows: int, chunk: int) -> dict[str, np.ndarray]:
+    """`rows` of `decode` for so many idle ones."""
+    counts = ("token", "previous", "prompt", "filled", "room", "block", "forced_count")
+    table = {name: np.zeros(rows, np.int32) for name in counts} | {"forced": np.zeros((rows, chunk), np.int32)}
+    return table | {name: np.zeros(rows, np.uint32) for name in ("example", "sample")}
 
 
 def _grow(columns, own):

@@ -10,6 +10,7 @@ forced one is due is thrown away; assistant_end and bos end a sample, also insid
 
 import codecs
 import collections
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.calculator import calculate
-from nanochat_jax.decode import Programs
+from nanochat_jax.decode import Programs, empty_table
 from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.sharding import own_copy
 
 PREFILL_TOKENS = 2048  # per device and call
 PROMPT_STEP, OWN_STEP = 16, 32  # the least sizes of the parts that hold keys and values; finer means more programs
@@ -39,12 +41,16 @@ class Sampling:
 
     def __post_init__(self):
         for holds, sentence in (
-            (0 <= self.temperature < float("inf"), f"--temperature must be a number from 0, got {self.temperature}"),
-            (self.top_k >= 0, f"--top-k must be at least 1, or 0 for no limit, got {self.top_k}"),
-            (self.max_new_tokens > 0, f"--max-new-tokens must be at least 1, got {self.max_new_tokens}"),
+            (0 <= self.temperature <= 1e30, f"--temperature must be a number from 0 to 1e30, got {self.temperature}"),
+            (_whole(self.top_k, 0), f"--top-k must be at least 1, or 0 for no limit, got {self.top_k}"),
+            (_whole(self.max_new_tokens, 1), f"--max-new-tokens must be at least 1, got {self.max_new_tokens}"),
         ):
             if not holds:
                 raise ValueError(sentence)
+
+
+def _whole(value, least: int) -> bool:
+    return isinstance(value, int | np.integer) and value >= least
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,10 @@ class Sample:
 class Engine:
     """Generates with one model. `load` gives it parameters, as often as they change.
 
-    slots: rows that are decoded together. chunk: tokens between two visits of the host. context: most tokens of a
-    prompt with its continuation; default ten times the sequence length, which is how far nanochat's positions go.
-    prompt_tokens: length of the longest prompt to expect, so that longer ones do not compile everything anew.
+    attention: the prefill's backend. slots: rows that are decoded together. chunk: tokens between two visits of the
+    host. context: most tokens of a prompt with its continuation; default ten times the sequence length, which is how
+    far nanochat's positions go. prompt_tokens: length of the longest prompt to expect, so that longer ones do not
+    compile everything anew.
     `stats` tells about the last `generate`: seconds, host_seconds (of these, with no device at work), decode_steps,
     generated_tokens, compiles (of this engine, so far).
     """
@@ -84,6 +91,7 @@ class Engine:
         mesh: Mesh,
         *,
         dtype=jnp.float32,
+        attention: str = "chunked",
         slots: int = 256,
         chunk: int = 16,
         tools: bool = True,
@@ -98,13 +106,19 @@ class Engine:
         self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
         self.block = tuple(tokenizer.special(f"<|python_{side}|>") for side in ("start", "end"))
         self.output = tuple(tokenizer.special(f"<|output_{side}|>") for side in ("start", "end"))
-        stops = {"ends": sorted(self.ends), "block": self.block if tools else None}
+        how = {"dtype": dtype, "attention": attention}
+        how |= {"ends": sorted(self.ends), "block": self.block if tools else None}
         self._batch, self._stream = (
-            Programs(model_config, mesh, dtype=dtype, chunk=n, **stops) for n in (chunk, min(chunk, STREAM_CHUNK))
+            Programs(model_config, mesh, chunk=n, **how) for n in (chunk, min(chunk, STREAM_CHUNK))
         )
         self._params = None
         self._prompt_size = collections.defaultdict(lambda: ladder(prompt_tokens - 1, PROMPT_STEP))
         self.stats = {}
+
+    @property
+    def compiles(self) -> int:
+        """Programs that were compiled so far."""
+        return self._batch.compiles + self._stream.compiles
 
     @property
     def peak_memory(self) -> int:
@@ -114,6 +128,17 @@ class Engine:
     def load(self, params) -> None:
         """Take these parameters (a tree as GPT's, sharded in any way) for all calls until the next load."""
         self._params = self._batch.place(params)
+
+    @contextlib.contextmanager
+    def holding(self, params, mesh: Mesh):
+        """While it is entered, the parameters, which are on `mesh`, are loaded, and the engine's mesh is in force. With
+        several processes that is one of `own_devices`, and all processes must enter together."""
+        with jax.set_mesh(self.mesh):
+            self.load(own_copy(params, mesh))
+            try:
+                yield
+            finally:
+                self.load(None)
 
     def generate(
         self,
@@ -152,7 +177,7 @@ class Engine:
             "host_seconds": seconds - run.device_seconds,
             "decode_steps": run.steps,
             "generated_tokens": sum(len(sample.tokens) for row in results for sample in row),
-            "compiles": self._batch.compiles + self._stream.compiles,
+            "compiles": self.compiles,
         }
         return results
 
@@ -273,9 +298,7 @@ class _Run:
         self.working_on = [-1] * self.groups  # a group's prompt
         self.given = [0] * len(prompts)  # samples of a prompt that have a row
         self.rows: list[_Row | None] = [None] * R
-        counts = ("token", "previous", "prompt", "filled", "room", "block", "forced_count")
-        self.table = {name: np.zeros(R, np.int32) for name in counts} | {"forced": np.zeros((R, C), np.int32)}
-        self.table |= {name: np.zeros(R, np.uint32) for name in ("example", "sample")}
+        self.table = empty_table(R, C)
         longest = max((len(prompt) - 1 for prompt in self.prompts), default=0)
         shape = programs, self.groups, self.shared
         size = engine._prompt_size[shape] = max(ladder(longest, PROMPT_STEP), engine._prompt_size[shape])

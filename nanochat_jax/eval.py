@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax import checkpoint, config, sharding
+from nanochat_jax import checkpoint, config, processes, sharding
+from nanochat_jax.attention import check as check_attention
 from nanochat_jax.chatcore import (
     BASELINES,
     NEW_TOKENS,
@@ -38,7 +39,7 @@ from nanochat_jax.common import base_dir, print0, write_atomically
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.engine import Sampling
 from nanochat_jax.loop import explaining_memory
-from nanochat_jax.runs import check_tokenizer, compute_dtype, describe_device, start_device
+from nanochat_jax.runs import check_tokenizer, choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -68,7 +69,11 @@ class EvalConfig:
     # machine
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: Annotated[str, short("-d")] = "auto"  # compute type: float32 or bfloat16; auto = float32 on CPU
+    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
     mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
+    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
+    num_processes: Maybe[int] = None  # how many there are
+    process_id: Maybe[int] = None  # which one this is, from 0
     batch_size: Annotated[Maybe[int], short("-b")] = None  # multiple-choice questions in a pass, per device
     slots: int = 256  # answers that are generated together
     # output
@@ -128,9 +133,9 @@ def prepare_all(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Problems], 
 def main(cfg: EvalConfig) -> int:
     sampling = check(cfg)
     task_names(cfg.task_name)
-    start_device(cfg.device_type)
-    require(jax.process_count() == 1, "evaluation runs in one process: start it on one host")
+    start_device(cfg.device_type, cfg)
     mesh = sharding.make_mesh(cfg.mesh or "")
+    check_attention(cfg.attention, mesh, packed=False)
     describe_device(mesh, print0)
     dtype = compute_dtype(cfg.dtype)
 
@@ -138,9 +143,17 @@ def main(cfg: EvalConfig) -> int:
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.step)
     check_tokenizer(tokenizer, checkpoint.peek_meta(found))
-    papers, not_run = prepare_all(cfg, tokenizer)
+    with processes.zero_first("the problems"):
+        papers, not_run = prepare_all(cfg, tokenizer)
+    sizes = [f"{problems.name}: {len(problems.prompts)}" for problems in papers]
+    facts = {"model": checkpoint.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
+    processes.agree("the problems", facts)
     print0(f"Model: {found}")
     model_config, params, _ = checkpoint.load_params(found)
+    how = {"mesh": mesh, "dtype": dtype}
+    longest = max(len(prompt) for problems in papers for prompt in problems.prompts)
+    alone = {"packed": False, "training": False}
+    how["attention"] = choose_attention(cfg.attention, model_config, longest, **alone, **how)
 
     # One task after the other; what is done is on disk
     report = {
@@ -148,21 +161,24 @@ def main(cfg: EvalConfig) -> int:
         "source": cfg.source,
         "step": found.step,
         "dtype": dtype.name,
+        "attention": how["attention"],
         "sampling": dataclasses.asdict(sampling) | {"samples": cfg.num_samples, "seed": cfg.seed},
         "max_problems": cfg.max_problems,
         "tasks": {},
         "not_run": not_run,
         "versions": checkpoint.versions(),
     }
-    examiner = Examiner(model_config, tokenizer, mesh, dtype=dtype, rows=cfg.batch_size, slots=cfg.slots)
-    console = Console()
+    own = how["mesh"] = sharding.own_devices(mesh)  # each process has its part of the problems
+    slots = max(1, cfg.slots // processes.count())
+    examiner = Examiner(model_config, tokenizer, rows=cfg.batch_size, slots=slots, **how)
+    console = Console(quiet=processes.index() > 0)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
-        jax.set_mesh(mesh),
+        jax.set_mesh(own),
         explaining_memory_of(cfg),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
-        examiner.load(jax.device_put(params, sharding.param_shardings(params, mesh)))
+        examiner.load(jax.device_put(params, sharding.param_shardings(params, own)))
         for problems in papers:
             bar = progress.add_task(problems.name, total=len(problems.prompts))
             how = {"samples": cfg.num_samples, "seed": cfg.seed, "progress": partial(move, progress, bar)}
@@ -267,7 +283,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 def save(path: Path | None, report: dict) -> None:
-    if path:
+    if path and not processes.index():
         write_atomically(path, (json.dumps(report) + "\n").encode())
 
 

@@ -18,14 +18,14 @@ from nanochat_jax.sharding import to_global
 PASS_TOKENS_CPU, PASS_TOKENS = 2048, 16384
 
 
-def make_bits_per_byte(config: GPTConfig, token_bytes: np.ndarray, *, dtype=jnp.float32):
+def make_bits_per_byte(config: GPTConfig, token_bytes: np.ndarray, *, dtype=jnp.float32, attention: str = "chunked"):
     """-> bits_per_byte(params, batches): nats at targets that stand for bytes, over their bytes times ln 2.
 
     token_bytes int32 [V]: length of each token, 0 for specials, which count on neither side. batches: an iterable of
     dicts with inputs, targets, document_start int32 [B,T] and weights [B,T] (0 = not counted). The sums run over all
     batches before the division; no bytes at all gives infinity. Independent of vocabulary and batch size.
     """
-    graphdef, _ = abstract_gpt(config, dtype)
+    graphdef, _ = abstract_gpt(config, dtype, attention)
     lengths = jnp.asarray(np.asarray(token_bytes, np.int32))
 
     @jax.jit
@@ -45,7 +45,15 @@ def make_bits_per_byte(config: GPTConfig, token_bytes: np.ndarray, *, dtype=jnp.
     return bits_per_byte
 
 
-def make_letter_logits(config: GPTConfig, mesh: Mesh, pad: int, *, dtype=jnp.float32, rows: int | None = None):
+def make_letter_logits(
+    config: GPTConfig,
+    mesh: Mesh,
+    pad: int,
+    *,
+    dtype=jnp.float32,
+    attention: str = "chunked",
+    rows: int | None = None,
+):
     """-> letter_logits(params, prompts, letters, progress): float32 [number of letters] for each prompt.
 
     They are the logits after the prompt's last token (token ids, at least one) at the letters' token ids. Prompts of
@@ -53,7 +61,7 @@ def make_letter_logits(config: GPTConfig, mesh: Mesh, pad: int, *, dtype=jnp.flo
     which nothing before it sees. Lengths are few (`ladder`), so shapes are. progress(prompts done, prompts in all).
     FloatingPointError: a logit is not finite.
     """
-    graphdef, _ = abstract_gpt(config, dtype)
+    graphdef, _ = abstract_gpt(config, dtype, attention)
     devices = mesh.shape["data"]
     tokens = PASS_TOKENS_CPU if jax.default_backend() == "cpu" else PASS_TOKENS
 

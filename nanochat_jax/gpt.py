@@ -12,6 +12,7 @@ The network (facts: nanochat as of 2026; norms have no parameters):
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,10 +22,12 @@ import numpy as np
 from flax import nnx
 
 from nanochat_jax.attention import attention
+from nanochat_jax.attention.names import LSE, OUT
 from nanochat_jax.loss import capped_logits
 from nanochat_jax.sharding import constrain_batch
 
 SMEAR_CHANNELS = 24
+REMAT = ("none", "elementwise", "block")
 RMS_EPS = float(np.finfo(np.float32).eps)  # also for bfloat16 activations, as in nanochat
 
 
@@ -185,10 +188,13 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Call on ids int32 [B,T] -> logits float32 [B,T,V]. `dtype` is the compute type; weights stay float32."""
+    """Call on ids int32 [B,T] -> logits float32 [B,T,V]. `dtype` is the compute type; weights stay float32.
 
-    def __init__(self, config: GPTConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.config, self.dtype = config, jnp.dtype(dtype)
+    attention: the backend's name (see `attention.choose`).
+    """
+
+    def __init__(self, config: GPTConfig, *, dtype=jnp.float32, attention: str = "chunked", rngs: nnx.Rngs):
+        self.config, self.dtype, self.attention = config, jnp.dtype(dtype), attention
         L, D = config.n_layer, config.n_embd
         self.wte = weight(rngs, nnx.initializers.normal(0.8), config.padded_vocab, D)
         self.lm_head = weight(rngs, nnx.initializers.normal(0.001), config.padded_vocab, D)
@@ -211,7 +217,7 @@ class GPT(nnx.Module):
         head = self.lm_head[...][: self.config.vocab_size].astype(x.dtype)
         return capped_logits(x, head, self.config.logit_cap)[0]
 
-    def hidden(self, ids, *, document_start=None, positions=None, previous=None, attend=None):
+    def hidden(self, ids, *, document_start=None, positions=None, previous=None, attend=None, remat="none"):
         """The one forward, for training, prefill and decode -> (hidden states [B,T,D] ready for lm_head, kept).
 
         ids int32 [B,T]. document_start int32 [B,T]: where in the row each token's document begins; attention and smear
@@ -219,6 +225,7 @@ class GPT(nnx.Module):
         `positions` int32 [B,T] (default 0..T-1), with the token before them, `previous` int32 [B], and with `attend`,
         which knows the keys and values of the earlier ones: attend(layer, q [B,T,N,H], k and v [B,T,K,H]) ->
         (y [B,T,N,H], kept). Without it the T tokens attend to each other, and each layer keeps its k and v.
+        remat: one of REMAT, what the backward pass computes again (then `kept` is empty).
         """
         c = self.config
         positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
@@ -228,17 +235,22 @@ class GPT(nnx.Module):
             k_starts = {w: first_key(document_start, positions, w) for w in set(c.windows)}  # once, not once a layer
 
             def attend(layer, q, k, v):
-                return attention(q, k, v, k_starts[c.windows[layer]], window=c.windows[layer]), (k, v)
+                window = c.windows[layer]
+                return attention(q, k, v, k_starts[window], window=window, impl=self.attention), (k, v)
 
         e = self._embed(ids)
         x = x0 = self._smear(e, previous, positions == document_start) if c.smear else e
-        kept = []
-        for i, block in enumerate(self.blocks):
+
+        def layer(i, x):
             if c.residual_lambdas:
                 x = mix(self.resid_lambdas[i], x, self.x0_lambdas[i], x0)
-            x, layer = block(x, ids, rope, partial(attend, i))
-            x = constrain_batch(x)
-            kept.append(layer)
+            x, kept = self.blocks[i](x, ids, rope, partial(attend, i))
+            return constrain_batch(x), kept if remat == "none" else ()
+
+        kept = []
+        for i in range(c.n_layer):
+            x, of_layer = rematerialised(partial(layer, i), remat)(x)
+            kept.append(of_layer)
             if i == c.n_layer // 2:
                 halfway = x
         if c.backout:
@@ -258,6 +270,20 @@ class GPT(nnx.Module):
         return (e.astype(jnp.float32) + gate * before.astype(jnp.float32)).astype(e.dtype)
 
 
+def rematerialised(layer: Callable, remat: str) -> Callable:
+    """`layer`, a function of its input, such that the backward pass computes again what `remat` says.
+
+    What attention found is kept either way: its kernel never runs twice."""
+    policies = jax.checkpoint_policies
+    found = policies.save_only_these_names(OUT, LSE)
+    if remat == "none":
+        return layer
+    if remat == "elementwise":
+        products = policies.checkpoint_dots_with_no_batch_dims
+        return jax.checkpoint(layer, policy=policies.save_from_both_policies(found, products))
+    return jax.checkpoint(layer, policy=found)
+
+
 def mix(a: jax.Array | float, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
     """a x + b y in float32, in x's type: a bfloat16 lambda would lose its third digit."""
     return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
@@ -270,9 +296,9 @@ def first_key(document_start: jax.Array, positions: jax.Array, window: int) -> j
     return document_start if window < 0 else jnp.maximum(document_start, positions - window)
 
 
-def abstract_gpt(config: GPTConfig, dtype=jnp.float32) -> tuple[nnx.GraphDef, dict]:
+def abstract_gpt(config: GPTConfig, dtype=jnp.float32, attention: str = "chunked") -> tuple[nnx.GraphDef, dict]:
     """(graphdef, parameters as a nested dict of ShapeDtypeStruct): the model's shape without its memory."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
 
 

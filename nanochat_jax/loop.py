@@ -1,6 +1,7 @@
 """What the stages share once they have a run: what is open while it trains (`session`), and the loop: dispatch, report,
 measure, save, and stop when told to. `train_on` is both for stages that train on rows."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -14,16 +15,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax import data, optim
+from nanochat_jax import data, optim, processes
 from nanochat_jax.checkpoint import Saver
 from nanochat_jax.common import print0
 from nanochat_jax.evals import make_bits_per_byte
 from nanochat_jax.gpt import flops_per_token, parameter_counts
+from nanochat_jax.memory import choose_remat, is_out_of_memory
 from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss
 from nanochat_jax.runs import Batches, Run
-from nanochat_jax.sharding import to_global
+from nanochat_jax.sharding import row_part, table, to_global
 from nanochat_jax.train import TrainState, abstract_state, make_train_step
 
+COMPILED = collections.Counter()  # JAX's events of this process, by name
+jax.monitoring.register_event_listener(lambda name, **_: COMPILED.update([name]))
 MAX_BAD_STEPS = 5  # updates skipped in a row before a run gives up
 
 
@@ -50,6 +54,7 @@ def train_on(
     total: int,
     mesh: Mesh,
     dtype: Any,
+    attention: str,
     peak_flops: float | None,
     measurements: Sequence[Measurement] = (),
     meta: Callable[[int], dict] = lambda step: {},
@@ -66,9 +71,10 @@ def train_on(
     def rows_before(step):
         return run.first_row + (step - run.first_step) * batch.rows_per_step
 
-    with explaining_memory(sizes), session(run, mesh, dtype, total, rows.T) as on, contextlib.ExitStack() as stack:
+    opened = session(run, mesh, dtype, total, rows.T, rows_per_device)
+    with explaining_memory(sizes), opened as on, contextlib.ExitStack() as stack:
         steps = {"rows_per_step": batch.rows_per_step, "micro_batches": batch.micro_batches}
-        batches = data.train_batches(rows, start_row=run.first_row, **steps, **shares())
+        batches = data.train_batches(rows, start_row=run.first_row, **steps, **shares(mesh))
         stack.callback(batches.close)
         taken = batches if cfg.document_mask else map(data.without_documents, batches)
         smoothed = SmoothedLoss(0.9, *run.smoothed_loss)
@@ -88,7 +94,7 @@ def train_on(
             place = {"rows_consumed": consumed, "smoothed_loss": smoothed.state(), **rows.record(consumed)}
             return run.meta(total) | place | meta(step)
 
-        how = {"dtype": dtype, "scheduled": tuple(schedule)}
+        how = {"dtype": dtype, "attention": attention, "remat": on.remat, "scheduled": tuple(schedule)}
         received = Loop(
             train_step=make_train_step(run.model_config, on.tx, on.abstract, mesh, **how),
             next_batch=lambda state: to_global(next(taken), mesh),
@@ -142,6 +148,7 @@ class Session:
 
     tx: Any
     abstract: TrainState
+    remat: str  # in force
     state: TrainState  # to start from; the first step takes its memory
     flops_per_token: int  # in rows of T tokens
     log: MetricsLog
@@ -150,12 +157,21 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int):
-    """While it is entered: the mesh in force, the run's folder this process's alone, its state on the devices."""
+def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
+    """While it is entered: the mesh in force, the run's folder this process's alone, its state on the devices.
+
+    rows: of T tokens, of a device in one pass."""
     cfg = run.cfg
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         tx = optim.make_optimizer(run.groups, dtype)
         abstract = abstract_state(run.model_config, tx, mesh, cfg.replicate)
+        lines, notes = table(abstract.params, mesh, cfg.replicate)
+        for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:
+            print0(line)
+        remat, why = choose_remat(cfg.remat, run.model_config, abstract, dtype, rows * T)
+        remat, why = processes.exchange("rematerialisation", [remat, why])[0]  # it depends on a machine's memory
+        print0(f"Rematerialisation: {remat} ({why})")
+        run.cfg = cfg = dataclasses.replace(cfg, remat=remat)
         state = run.initial_state(tx, abstract)
         flops = flops_per_token(run.model_config, T)
         counts = [f"{name} {count:,}" for name, count in parameter_counts(run.model_config).items()]
@@ -167,24 +183,28 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int):
         stack.callback(log.close)
         reporter = Reporter(total, run.first_step)
         stack.callback(reporter.close)
-        yield Session(tx, abstract, state, flops, log, reporter, Saver(run.folder, cfg.keep_checkpoints))
+        yield Session(tx, abstract, remat, state, flops, log, reporter, Saver(run.folder, cfg.keep_checkpoints))
 
 
-def shares() -> dict[str, int]:
+def shares(mesh: Mesh) -> dict[str, int]:
     """Which part of every batch is this process's."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    part, parts = row_part(mesh)
+    return {"process_index": part, "process_count": parts}
 
 
-def validation(rows: data.PackedRows | None, run: Run, tokenizer, batch: Batches, mesh: Mesh, dtype) -> Measurement:
+def validation(
+    rows: data.PackedRows | None, run: Run, tokenizer, *, batch: Batches, mesh: Mesh, dtype, attention: str
+) -> Measurement:
     """Bits per byte (val_bpb) on the first --eval-tokens of `rows`, the same at each call; None: measures nothing."""
     cfg = run.cfg
     if rows is None:
         return Measurement(-1, lambda params: {})
     count = max(1, cfg.eval_tokens // (batch.rows_per_pass * rows.T)) * batch.rows_per_pass
-    bits_per_byte = make_bits_per_byte(run.model_config, tokenizer.token_bytes(), dtype=dtype)
+    how = {"dtype": dtype, "attention": attention}
+    bits_per_byte = make_bits_per_byte(run.model_config, tokenizer.token_bytes(), **how)
 
     def measure(params):
-        batches = data.fixed_batches(rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares())
+        batches = data.fixed_batches(rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares(mesh))
         if not cfg.document_mask:
             batches = map(data.without_documents, batches)
         return {"val_bpb": bits_per_byte(params, (to_global(b, mesh) for b in batches))}
@@ -197,10 +217,20 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """While it is entered, SIGTERM and SIGINT are noted instead of ending the process; a second SIGINT ends it."""
+    """While it is entered, SIGTERM and SIGINT are noted instead of ending the process; a second SIGINT ends it. Of
+    several processes each learns of the signal that any of them got."""
 
     def __init__(self):
-        self.received = 0
+        self._own = 0
+
+    @property
+    def received(self) -> int:
+        """The signal's number, 0 for none; among several processes not the same everywhere at the same moment."""
+        return self._own or processes.signal_noticed()
+
+    def stop(self) -> bool:
+        """Whether to stop here, the same answer on all processes: all must ask equally often."""
+        return processes.stop_here() if processes.count() > 1 else bool(self._own)
 
     def check(self, *_) -> None:
         """Interrupted where a signal was received: for whatever makes batches slowly."""
@@ -208,17 +238,21 @@ class Signals:
             raise Interrupted
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.context = contextlib.ExitStack()
+        if processes.count() > 1:
+            self.context.enter_context(processes.stopping_in_order())
+            return self
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.context.callback(signal.signal, number, signal.signal(number, self._note))
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error):
+        return self.context.__exit__(*error)
 
     def _note(self, number, frame):
-        if self.received and number == signal.SIGINT:
+        if self._own and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self._own = number
 
 
 @dataclasses.dataclass
@@ -247,6 +281,7 @@ class Loop:
         steps before are saved too.
         """
         start = step = int(state.step)
+        self.first = start + 1
         self.bad_steps, self.measured = int(state.bad_steps), {}
         self.clock = time.perf_counter()
         pending = None
@@ -258,7 +293,7 @@ class Loop:
                 with contextlib.suppress(Interrupted):
                     if start == 0:
                         self._measure(0, state, [m for m in self.measurements if m.every > 0 and m.at_start])
-                    while step < self.total and not signals.received:
+                    while step < self.total and not signals.stop():
                         scalars = self.schedule(step)
                         try:
                             batch = self.next_batch(state)
@@ -274,12 +309,12 @@ class Loop:
                         pending = (step, scalars[0], metrics)
                         last = step == self.total
                         due = [m for m in self.measurements if m.every > 0 and (step % m.every == 0 or last)]
-                        saving = last or signals.received or (self.save_every > 0 and step % self.save_every == 0)
+                        saving = last or signals.stop() or (self.save_every > 0 and step % self.save_every == 0)
                         if due or saving or not self.report_late:
                             pending = self._report(pending)
-                        if not signals.received:  # whoever sent one does not wait long
+                        if not signals.stop():  # whoever sent one does not wait long
                             self._measure(step, state, due)
-                        if saving and (last or signals.received or not self.bad_steps):  # not over the last good one
+                        if saving and (last or signals.stop() or not self.bad_steps):  # not over the last good one
                             self._save(step, state)
                             saved = step
                 self._report(pending)
@@ -298,6 +333,11 @@ class Loop:
         seconds, self.clock = now - self.clock, now
         record, line = self.report(step, multiplier, metrics, seconds)
         record = {"loss": loss, "grad_norm": grad_norm, "lr_multiplier": multiplier} | record
+        if step == self.first:
+            found, written = (COMPILED[f"/jax/compilation_cache/cache_{what}"] for what in ("hits", "misses"))
+            warm = found > 0 and written == 0
+            record |= {"seconds_to_first_step": seconds, "warm_compilation_cache": warm}
+            line += f" | first step after {seconds:.1f} s, {'warm' if warm else 'cold'} compilation cache"
         self.log.log(step, **record, trained_tokens=int(metrics["tokens"]), seconds=seconds)
         self.reporter.step(step, line)
         self._check(step, ok, loss, grad_norm)
@@ -344,7 +384,7 @@ class Loop:
 
 FEWER_ROWS = (
     "Lower --device-batch-size first: gradient accumulation keeps --total-batch-size, and so the training, the same. "
-    "Then lower --max-seq-len, or use more devices (parameters and optimizer are sharded over them)"
+    "Then --remat block, a lower --max-seq-len, or more devices (parameters and optimizer are sharded over them)"
 )
 
 
@@ -355,7 +395,7 @@ def explaining_memory(sizes: dict[str, Any], advice: str = FEWER_ROWS):
         yield
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        if not is_out_of_memory(error):
             raise
         in_force = ", ".join(f"--{name.replace('_', '-')}={value}" for name, value in sizes.items())
         raise MemoryError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.sharding import data_shards
+from nanochat_jax.sharding import data_shards, platform
 
 # Float32 logits in memory at a time, per device: what stays in a CPU's cache (four times more takes 1.4 times as long),
 # and 256 MiB elsewhere, where a chunk must fill the matrix units.
@@ -99,12 +99,14 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
     def local(x, lm_head, targets, aux):
         (loss, logp), gradients = scan(x, lm_head, targets, aux)
         loss = jax.lax.psum(loss, "data")
-        if with_gradient:
+        if with_gradient and split:
+            gradients = gradients[0], jax.lax.psum_scatter(gradients[1], "data", scatter_dimension=1, tiled=True)
+        elif with_gradient:
             gradients = gradients[0], jax.lax.psum(gradients[1], "data")
         return (loss, logp), gradients
 
-    rows = P("data")
-    out_specs = ((P(), rows), (rows, P()) if with_gradient else None)
+    rows, split = P("data"), x.shape[-1] % data_shards() == 0  # then as the head's own rows are: none holds it whole
+    out_specs = ((P(), rows), (rows, P(None, "data") if split else P()) if with_gradient else None)
     sharded = jax.shard_map(
         local, in_specs=(rows, P(), rows, rows), out_specs=out_specs, axis_names={"data"}, check_vma=False
     )
@@ -114,7 +116,7 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
 def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets, aux):
     B, T = targets.shape
     head = lm_head[:vocab_size].astype(x.dtype)
-    elements = CHUNK_ELEMENTS_CPU if jax.default_backend() == "cpu" else CHUNK_ELEMENTS
+    elements = CHUNK_ELEMENTS_CPU if platform() == "cpu" else CHUNK_ELEMENTS
     chunk = min(T, max(1, elements // (B * vocab_size)))
     count = -(-T // chunk)
     chunk = -(-T // count)

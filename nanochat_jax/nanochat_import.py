@@ -131,18 +131,8 @@ def read_model(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[GPTCon
 
     logit_cap: 20 for models trained 2026-03-02 to 03-09, which cannot be told from the files.
     """
-    model_file, meta_file = _file(folder, "model", step, "pt"), _meta_file(folder, step)
-    for path in (model_file, meta_file):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: pass another --model-step or --model-tag")
-    meta = _read_meta(meta_file)
-    content = read_pt(model_file)
-    with naming(model_file):
-        tensors = strip_prefix(content)
-        era = find_era(tensors)
-    with naming(meta_file):
-        config = era_config(era, meta["model_config"], tensors, logit_cap)
-    with naming(model_file):
+    era, config, tensors, meta = _open(folder, step, logit_cap)
+    with naming(_file(folder, "model", step, "pt")):
         expected = tensor_shapes(config)
         names = {nanochat_name(path): path for path in expected}
         if missing := sorted(names.keys() - tensors.keys()):
@@ -153,6 +143,26 @@ def read_model(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[GPTCon
         for name, path in names.items():
             _insert(params, path, widen(tensors.pop(name), expected[path], name))
         return config, params, meta
+
+
+def read_config(folder: Path, step: int) -> GPTConfig:
+    """The network of nanochat's checkpoint at `step`; its tensors are not read."""
+    return _open(folder, step)[1]
+
+
+def _open(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[str, GPTConfig, dict, dict]:
+    """(era, config, tensors as views of the file, meta)"""
+    model_file, meta_file = _file(folder, "model", step, "pt"), _meta_file(folder, step)
+    for path in (model_file, meta_file):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: pass another --model-step or --model-tag")
+    meta = _read_meta(meta_file)
+    content = read_pt(model_file)
+    with naming(model_file):
+        tensors = strip_prefix(content)
+        era = find_era(tensors)
+    with naming(meta_file):
+        return era, era_config(era, meta["model_config"], tensors, logit_cap), tensors, meta
 
 
 def _read_meta(path: Path) -> dict:

@@ -21,6 +21,7 @@ from nanochat_jax.loss import token_logprobs
 from nanochat_jax.sharding import batch_sharding
 
 ADVANTAGES = ("mean", "grpo", "rloo")
+MAX_REWARD = 1e30  # its square is a float64, and what it makes of a token's loss a float32
 
 
 def advantages(rewards: np.ndarray, kind: str = "mean") -> np.ndarray:
@@ -28,16 +29,19 @@ def advantages(rewards: np.ndarray, kind: str = "mean") -> np.ndarray:
 
     mean: r - mean(r) (nanochat, Dr. GRPO: arXiv 2503.20783). grpo: (r - mean) / (std + 1e-6), std over G, not G - 1
     (arXiv 2402.03300). rloo: r - mean of the other samples (arXiv 2402.14740).
-    ValueError: an unknown kind, a reward that is not finite, rloo with one sample.
+    ValueError: an unknown kind, a reward that is not finite or beyond 1e30, rloo with one sample.
     """
     rewards = np.asarray(rewards, np.float64)
     if kind not in ADVANTAGES:
         raise ValueError(f"--advantage must be one of {', '.join(ADVANTAGES)}, got {kind!r}")
     if rewards.ndim != 2 or not rewards.size:
         raise ValueError(f"rewards must have the shape [prompts, samples], got {rewards.shape}")
-    if not np.isfinite(rewards).all():
-        p, g = np.argwhere(~np.isfinite(rewards))[0]
-        raise ValueError(f"every reward must be finite, got {rewards[p, g]} for sample {g} of prompt {p} of this step")
+    if not (usable := np.abs(rewards) <= MAX_REWARD).all():
+        p, g = np.argwhere(~usable)[0]
+        raise ValueError(
+            f"every reward must be finite and at most {MAX_REWARD:g}, got {rewards[p, g]:g} for sample {g} of prompt "
+            f"{p} of this step"
+        )
     G = rewards.shape[1]
     if kind == "rloo" and G < 2:
         raise ValueError("--advantage rloo compares a sample with the others: --num-samples must be at least 2, got 1")
@@ -151,13 +155,13 @@ def _mean(values) -> float:
 SCORED = ("inputs", "targets", "document_start", "weights")
 
 
-def make_score(config: GPTConfig, params: Any, mesh: Mesh, *, dtype=jnp.float32):
+def make_score(config: GPTConfig, params: Any, mesh: Mesh, *, dtype=jnp.float32, attention: str = "chunked"):
     """-> score(params, batch) -> log p(target), float32 [A,B,T], by the train step's own forward.
 
     For old_logprobs and reference_logprobs. params: real or abstract, for their shardings. batch: leaves [A,B,T], of
     which SCORED are read; a micro-batch without weight is not computed and gives 0. To be called under
     jax.set_mesh(mesh)."""
-    graphdef, _ = abstract_gpt(config, dtype)
+    graphdef, _ = abstract_gpt(config, dtype, attention)
 
     def one(params, micro):
         x, _ = nnx.merge(graphdef, params).hidden(micro["inputs"], document_start=micro["document_start"])

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.sharding import by_path, data_shards, path_name
+from nanochat_jax.sharding import by_path, data_shards, fit, param_spec, path_name, platform
 
 POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = X X^T, for singular values up to 1/1.01 after scaling
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -141,7 +142,7 @@ class MuonState(NamedTuple):
 def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
     """Orthogonalised momentum of matrices (out, in), with variance reduction along the long side.
 
-    Same-shaped matrices are orthogonalised together; with a mesh in force, spread over the data axis.
+    Matrices of one shape are orthogonalised together; with a mesh in force they are spread over the data axis.
     """
 
     def init(params):
@@ -157,12 +158,13 @@ def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransfo
         nesterov = jax.tree.map(lambda m, g: (1 - mu) * g + mu * m, momentum, updates)
         leaves, treedef = jax.tree.flatten(nesterov)
         seconds = treedef.flatten_up_to(state.second)
-        by_shape: dict[tuple, list[int]] = {}
-        for i, leaf in enumerate(leaves):
-            by_shape.setdefault(leaf.shape, []).append(i)
-        for members in by_shape.values():
-            X = orthogonalise_all(jnp.stack([leaves[i] for i in members]), compute_dtype)
-            X, second = reduce_variance(X, jnp.stack([seconds[i] for i in members]), b2)
+        alike: dict[tuple, list[int]] = {}  # of one shape, and cut up between devices in one way
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(nesterov)):
+            alike.setdefault((leaf.shape, layout(path_name(path), leaf.shape)), []).append(i)
+        for (_, home), members in alike.items():
+            U, second = (spread(jnp.stack([tree[i] for i in members])) for tree in (leaves, seconds))
+            X, second = reduce_variance(orthogonalise_all(U, compute_dtype), second, b2)
+            X, second = brought_home(X, home), brought_home(second, home)
             for row, i in enumerate(members):
                 leaves[i], seconds[i] = X[row], second[row]
         return treedef.unflatten(leaves), MuonState(momentum, treedef.unflatten(seconds))
@@ -170,16 +172,33 @@ def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def orthogonalise_all(U: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
-    """Orthogonalise a stack [K,r,c] -> float32 [K,r,c]; spread over the data axis where a mesh is in force."""
+def spread(stack: jax.Array) -> jax.Array:
+    """A stack [K,...] with whole matrices on each device of the data axis, filled up with zeros to a multiple of it.
+
+    Without a mesh in force as it is; likewise in the two functions below."""
     shards = data_shards()
-    if shards > 1:
-        K = U.shape[0]
-        spread = jax.sharding.PartitionSpec("data", None, None)
-        U = jnp.pad(U, [(0, -K % shards), (0, 0), (0, 0)])
-        X = orthogonalise(jax.lax.with_sharding_constraint(U, spread), compute_dtype)
-        return jax.lax.with_sharding_constraint(X, jax.sharding.PartitionSpec())[:K]
-    if jax.default_backend() == "cpu":  # XLA on CPU multiplies single matrices 1.4 times as fast as batches of them
+    if shards == 1:
+        return stack
+    stack = jnp.pad(stack, [(0, -len(stack) % shards), *[(0, 0)] * (stack.ndim - 1)])
+    return jax.lax.with_sharding_constraint(stack, P("data", *[None] * (stack.ndim - 1)))
+
+
+def layout(path: str, shape: tuple[int, ...]) -> P | None:
+    """How the table in `sharding` cuts this matrix up on the mesh in force; None without one."""
+    return fit(param_spec(path), shape, jax.sharding.get_abstract_mesh()).spec if data_shards() > 1 else None
+
+
+def brought_home(stack: jax.Array, home: P | None) -> jax.Array:
+    """A spread stack with each matrix cut up as its parameter is: devices exchange parts, none ever holds them all."""
+    if home is None:
+        return stack
+    home = P(*(axis if size > 1 else None for axis, size in zip(home, stack.shape[1:])))  # a factored moment's ones
+    return jax.lax.with_sharding_constraint(stack, P(None, *home))
+
+
+def orthogonalise_all(U: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
+    """Orthogonalise a stack [K,r,c] -> float32 [K,r,c]."""
+    if data_shards() == 1 and platform() == "cpu":  # XLA on CPU multiplies single matrices 1.4 times as fast as batches
         return jax.lax.map(lambda u: orthogonalise(u, compute_dtype), U)
     return orthogonalise(U, compute_dtype)
 

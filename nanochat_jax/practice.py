@@ -2,22 +2,25 @@
 
 import dataclasses
 import functools
-import math
+import io
+import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from nanochat_jax import processes
 from nanochat_jax.chatcore import answer_text, told
 from nanochat_jax.data import Batch, shuffled
-from nanochat_jax.engine import Engine, Sample, Sampling
-from nanochat_jax.loop import Signals
+from nanochat_jax.engine import Engine, Sample, Sampling, ToolCall
+from nanochat_jax.loop import Interrupted, Signals
 from nanochat_jax.metrics import Reporter, SmoothedLoss
-from nanochat_jax.objective import Objective, advantages
+from nanochat_jax.objective import MAX_REWARD, Objective, advantages
 from nanochat_jax.rollouts import RolloutLog, most_rows, nanochat_rows, packed_rows, step_statistics
-from nanochat_jax.sharding import batch_sharding, to_global
+from nanochat_jax.sharding import batch_sharding, replicated, row_part, to_global
 from nanochat_jax.tasks import Task
 from nanochat_jax.tokenizer import MAX_TOKENS
 from nanochat_jax.train import TrainState
@@ -49,13 +52,16 @@ class Exercises:
         return max(map(len, self.prompts))
 
     def reward(self, example: int, answer: str) -> float:
-        """What an answer is worth. ValueError: the task fails to say, or says what is not a finite number."""
+        """What an answer is worth. ValueError: the task fails to say, or says what is no number of at most 1e30."""
         try:
             reward = float(self.task.reward(self.task[example], answer))
         except (Exception, SystemExit) as e:  # a user's class may do anything
             raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {told(e)}") from e
-        if not math.isfinite(reward):
-            raise ValueError(f"{self.task.name}: a reward must be finite, got {reward} for problem {example}")
+        if not abs(reward) <= MAX_REWARD:
+            raise ValueError(
+                f"{self.task.name}: a reward must be finite and at most {MAX_REWARD:g}, got {reward:g} for problem "
+                f"{example}"
+            )
         return reward
 
     def _render(self, example: int) -> list[int]:
@@ -79,6 +85,10 @@ class Shape:
     rows: int  # of a micro-batch, all devices together
     micro_batches: int
 
+    def rows_per_device(self, mesh: Mesh) -> int:
+        """Of a micro-batch."""
+        return self.rows // mesh.shape["data"]
+
 
 def plan_shape(cfg: Any, mesh: Mesh, longest: int, sequence_len: int) -> Shape:
     """longest: tokens of the longest prompt with an answer. ValueError: the sizes do not fit together."""
@@ -95,6 +105,38 @@ def plan_shape(cfg: Any, mesh: Mesh, longest: int, sequence_len: int) -> Shape:
     most = most_rows(samples, longest, T)
     rows = shards * min(cfg.device_batch_size, -(-most // shards))
     return Shape(T, rows, -(-most // rows))
+
+
+FIELDS = ("tokens", "mask", "logprobs", "policy_logprobs")  # the arrays of a sample
+
+
+def to_bytes(drawn: Sequence[tuple[list[Sample], np.ndarray]], cost: Sequence[float]) -> bytes:
+    """(samples, rewards) of some problems, and what they cost, for another process; no objects, arrays alone."""
+    samples = [sample for group, _ in drawn for sample in group]
+    calls = [[(call.expression, call.result) for call in sample.tool_calls] for sample in samples]
+    arrays = {name: np.concatenate([getattr(sample, name) for sample in samples] or [[]]) for name in FIELDS}
+    arrays |= {
+        "lengths": np.array([len(sample.tokens) for sample in samples], np.int64),
+        "ended": np.array([sample.ended for sample in samples], bool),
+        "rewards": np.array([rewards for _, rewards in drawn], np.float64),
+        "calls": np.frombuffer(json.dumps(calls).encode(), np.uint8),
+        "cost": np.array(cost, np.float64),
+    }
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def from_bytes(data: bytes) -> tuple[list[tuple[list[Sample], np.ndarray]], np.ndarray]:
+    """What `to_bytes` was given."""
+    arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
+    calls = [[ToolCall(*call) for call in made] for made in json.loads(arrays["calls"].tobytes())]
+    ends = np.cumsum(arrays["lengths"])[:-1]
+    parts = zip(*(np.split(arrays[name], ends) for name in FIELDS))
+    samples = [Sample(*part, bool(ended), made) for part, ended, made in zip(parts, arrays["ended"], calls)]
+    rewards = arrays["rewards"]
+    size = rewards.shape[1] if len(rewards) else 1
+    return [(samples[i * size : (i + 1) * size], worth) for i, worth in enumerate(rewards)], arrays["cost"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +171,25 @@ class Practice:
     position: int  # of the next problem
     without_signal: int  # steps so far that had nothing to learn from
     smoothed: SmoothedLoss  # of the reward
-    signal_seen: list[float] = dataclasses.field(default_factory=list)  # share of groups with one, step by step
+    first_steps: list = dataclasses.field(default_factory=list)  # (share of groups with a signal, pass rate) of each
 
     def next_batch(self, state: TrainState):
         """Rollouts of the model as it is -> the global batch, or None where no answer is better than another.
 
         Interrupted: a signal has come; nothing is recorded then."""
         cfg, step, position = self.cfg, int(state.step), self.position
-        groups, tokens, rollout_seconds, reward_seconds = [], 0, 0.0, 0.0
-        clock = time.perf_counter()
-        self.engine.load(state.params)
-        for _ in range(RESAMPLE_ROUNDS if cfg.resample else 1):
-            answered = self._answers(range(position, position + cfg.examples_per_step), step)
-            answered_at = time.perf_counter()
-            groups += [self._judged(*answers) for answers in answered]
-            tokens += self.engine.stats["generated_tokens"]
-            position += cfg.examples_per_step
-            rollout_seconds += answered_at - clock
-            clock = time.perf_counter()
-            reward_seconds += clock - answered_at
-            if sum(group.advantages.any() for group in groups) >= cfg.examples_per_step:
-                break
-        self.engine.load(None)  # its copy of the weights makes room for the update
+        groups, costs = [], []
+        began = time.perf_counter()
+        with self.engine.holding(state.params, self.mesh):  # its copy of the weights makes room for the update
+            for _ in range(RESAMPLE_ROUNDS if cfg.resample else 1):
+                found, cost = self._together(range(position, position + cfg.examples_per_step), step)
+                groups += found
+                costs.append(cost)
+                position += cfg.examples_per_step
+                if sum(group.advantages.any() for group in groups) >= cfg.examples_per_step:
+                    break
+        tokens, reward_seconds = np.sum(costs, 0)
+        rollout_seconds = time.perf_counter() - began - reward_seconds
         self.position = position
         rewards, values = (np.stack([getattr(group, name) for group in groups]) for name in ("rewards", "advantages"))
         self.found = step_statistics([group.samples for group in groups], rewards, values) | {
@@ -159,7 +198,7 @@ class Practice:
             "rollout_tokens_per_second": tokens / rollout_seconds,
             "reward_seconds": reward_seconds,
             "reward_tokens_per_second": tokens / reward_seconds,
-            "compiles": self.engine.stats["compiles"],
+            "compiles": self.engine.compiles,
         }
         for g in groups[: cfg.log_rollouts]:
             self.log.write(step + 1, g.example, g.prompt, g.samples, g.rewards, g.advantages, self.tokenizer.decode)
@@ -167,7 +206,36 @@ class Practice:
         groups.sort(key=lambda group: not group.advantages.any())  # where there are too many, those with a signal stay
         return self._batch(groups[: cfg.examples_per_step])
 
-    def _answers(self, positions: range, step: int) -> list[tuple[int, np.ndarray, list[Sample]]]:
+    def _together(self, positions: range, step: int) -> tuple[list[Group], tuple[float, float]]:
+        """The groups of these positions, each process drawing and judging its part of them, in the order of positions;
+        and (tokens of all, seconds of the slowest for rewards)."""
+        try:
+            answered = self._answers(processes.mine(positions), step)
+            answered_at = time.perf_counter()
+            rewards = [self._rewards(example, samples) for example, _, samples in answered]
+            seconds = time.perf_counter() - answered_at
+        except Interrupted:
+            processes.gather("the step's answers", None)  # the others give up too
+            raise
+        tokens = sum(len(sample.tokens) for _, _, samples in answered for sample in samples)
+        drawn = [(samples, worth) for (_, _, samples), worth in zip(answered, rewards)]
+        costs = [(tokens, seconds)]
+        if processes.count() > 1:
+            parts = processes.gather("the step's answers", to_bytes(drawn, costs[0]))
+            if parts is None:
+                raise Interrupted
+            drawn, costs = [None] * len(positions), []
+            for i, part in enumerate(parts):
+                drawn[i :: len(parts)], cost = from_bytes(part)
+                costs.append(cost)
+        groups = []
+        for position, (samples, worth) in zip(positions, drawn, strict=True):
+            example, prompt = self.exercises[position]
+            groups.append(Group(example, prompt, samples, worth, advantages(worth[None], self.cfg.advantage)[0]))
+        tokens, seconds = zip(*costs)
+        return groups, (sum(tokens), max(seconds))
+
+    def _answers(self, positions: Sequence[int], step: int) -> list[tuple[int, np.ndarray, list[Sample]]]:
         """(problem, prompt, samples) for each position. The position is what the draws depend on, so that a problem
         that comes twice is not answered twice alike."""
         drawn = [self.exercises[position] for position in positions]
@@ -177,13 +245,14 @@ class Practice:
             self.reporter.doing(f"answers {done:,}/{total:,}")
 
         how = {"samples": self.cfg.num_samples, "seed": self.cfg.seed, "step": step, "examples": positions}
+        if not drawn:
+            return []  # more processes than problems
         groups = self.engine.generate([prompt for _, prompt in drawn], self.sampling, **how, progress=progress)
         return [(example, prompt, samples) for (example, prompt), samples in zip(drawn, groups)]
 
-    def _judged(self, example: int, prompt: np.ndarray, samples: list[Sample]) -> Group:
+    def _rewards(self, example: int, samples: list[Sample]) -> np.ndarray:
         self.signals.check()
-        rewards = np.array([self.exercises.reward(example, answer_text(self.tokenizer, s)) for s in samples])
-        return Group(example, prompt, samples, rewards, advantages(rewards[None], self.cfg.advantage)[0])
+        return np.array([self.exercises.reward(example, answer_text(self.tokenizer, s)) for s in samples])
 
     def _batch(self, groups: list[Group]):
         """The rows of a step's groups, on the devices; what the statistics need of them stays here."""
@@ -200,10 +269,13 @@ class Practice:
         else:
             sizes = {"rows": self.shape.rows, "micro_batches": self.shape.micro_batches}
             self.rows = packed_rows(*args, bos=self.tokenizer.bos, **sizes, fields=fields, every_group=every_group)
-        batch = to_global({k: v for k, v in self.rows.items() if k != "policy_logprobs"}, self.mesh)
+        part, parts = row_part(self.mesh)
+        own = {name: np.split(leaf, parts, 1)[part] for name, leaf in self.rows.items() if name != "policy_logprobs"}
+        batch = to_global(own, self.mesh)
         if self.score:
             batch["reference_logprobs"] = self.score(batch)
-            self.rows["reference_logprobs"] = np.asarray(batch["reference_logprobs"])
+            whole = jax.device_put(batch["reference_logprobs"], replicated(self.mesh))
+            self.rows["reference_logprobs"] = np.asarray(whole)
         return batch
 
     def train_step(self, state: TrainState, batch: Batch | None, *scalars):
@@ -240,7 +312,7 @@ class Practice:
                 rows = self.rows | {"old_logprobs": metrics["logprobs"]}
                 found["clipped"] = self.objective.statistics(metrics["last_logprobs"], rows)["clipped"]
         found["steps_without_signal"] = self.without_signal
-        self._warn(found)
+        self._warn(step, found)
         update = f"dlogp {found['delta_logp_mean']:.0e}" if self.rows else "no signal, no update"
         return found, (
             f"reward {found['smoothed_reward']:.3f} | pass {found['pass_rate']:.1%} | signal "
@@ -249,14 +321,18 @@ class Practice:
             f"{update_seconds:.1f} s | {found['percent']:.1f}%"
         )
 
-    def _warn(self, found: dict) -> None:
-        self.signal_seen.append(1 - found["no_signal"])
-        share = float(np.mean(self.signal_seen))
-        if len(self.signal_seen) == FIRST_STEPS and share < LITTLE_SIGNAL:
+    def _warn(self, step: int, found: dict) -> None:
+        """Where a run has little to learn from, once: not again when it is resumed."""
+        if step <= FIRST_STEPS:
+            self.first_steps.append((1 - found["no_signal"], found["pass_rate"]))
+        if step != FIRST_STEPS:
+            return
+        share, passed = np.mean(self.first_steps, 0)
+        if share < LITTLE_SIGNAL:
             self.reporter.say(
                 f"WARNING: of the first {FIRST_STEPS} steps' groups of answers {share:.0%} differ in reward (pass rate "
-                f"{found['pass_rate']:.1%}), too little to learn from: train SFT longer, or choose "
-                f"{'harder' if found['pass_rate'] > 0.5 else 'easier'} problems"
+                f"{passed:.1%}), too little to learn from: train SFT longer, or choose "
+                f"{'harder' if passed > 0.5 else 'easier'} problems"
             )
 
     def saved(self) -> dict:

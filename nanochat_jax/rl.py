@@ -12,20 +12,28 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, config, optim, sharding
+from nanochat_jax import checkpoint, config, optim, preflight, processes, sharding
+from nanochat_jax.attention import check as check_attention
 from nanochat_jax.chatcore import Problems, answer_text, judge, prepare
 from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe, require
+from nanochat_jax.config import Maybe, Preflight, require
 from nanochat_jax.engine import Engine, Sampling
-from nanochat_jax.loop import Loop, Measurement, Signals, explaining_memory, session
+from nanochat_jax.loop import Interrupted, Loop, Measurement, Signals, explaining_memory, session
 from nanochat_jax.metrics import SmoothedLoss
 from nanochat_jax.objective import ADVANTAGES, Objective, make_score
 from nanochat_jax.practice import RESAMPLE_ROUNDS, Exercises, Practice, plan_shape
 from nanochat_jax.rollouts import RolloutLog
-from nanochat_jax.runs import Run, check_settings, compute_dtype, describe_device, open_run, start_device
+from nanochat_jax.runs import (
+    Run,
+    check_settings,
+    choose_attention,
+    compute_dtype,
+    describe_device,
+    open_run,
+    start_device,
+)
 from nanochat_jax.statistics import pass_at_k
 from nanochat_jax.tasks import GSM8K, Arithmetic, SpellingBee, Task, load_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -40,8 +48,15 @@ class RLConfig:
     run: str = "dummy"  # name of the run; "dummy" = no wandb
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
+    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
+    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
+    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
     mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
+    verbose: bool = False  # print how every parameter is split over the devices
+    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
+    num_processes: Maybe[int] = None  # how many there are
+    process_id: Maybe[int] = None  # which one this is, from 0
     source: str = "sft"  # stage of the model to start from: sft, rl or base
     model_tag: Maybe[str] = None  # its tag; default: the largest d<number>
     model_step: Maybe[int] = None  # its step; default: the last
@@ -94,7 +109,7 @@ class RLConfig:
 HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
     *("run", "resume", "overwrite", "config", "output_tag", "data_dir", "eval_every", "eval_examples", "eval_samples"),
     *("eval_task", "save_every", "keep_checkpoints", "log_rollouts", "device_type", "mesh", "replicate"),
-    *("device_batch_size", "slots"),
+    *("device_batch_size", "slots", "remat"),
 }
 MADE_UP = 100_000  # training problems of a task that makes them up
 TASKS = {  # name -> (split, problems if made up, data_dir) -> task
@@ -141,8 +156,9 @@ def objective_of(cfg: RLConfig) -> Objective:
 def main(cfg: RLConfig) -> int:
     """Train -> the exit code: 0, or 128 + n after signal n."""
     check(cfg)
-    start_device(cfg.device_type)
-    require(jax.process_count() == 1, "RL runs in one process: start it on one host")
+    if cfg.preflight is not None:
+        return fits(cfg)
+    start_device(cfg.device_type, cfg)
     mesh = sharding.make_mesh(cfg.mesh or "")
     describe_device(mesh, print0)
 
@@ -151,16 +167,19 @@ def main(cfg: RLConfig) -> int:
     run = open_rl_run(cfg, tokenizer)
     cfg = run.cfg
     sampling = check(cfg)  # also what a checkpoint recorded
+    check_attention(cfg.attention, mesh, packed=True)
     dtype = compute_dtype(cfg.dtype)
 
     # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
-    task = make_task("--task", cfg.task, "train", MADE_UP, cfg.data_dir)
+    with processes.zero_first("the problems"):
+        task = make_task("--task", cfg.task, "train", MADE_UP, cfg.data_dir)
     run.check_data(task.fingerprint())
     total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
     require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
     draws = total * cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
     exercises = Exercises(task, tokenizer, cfg.seed, draws)
-    paper = held_out(cfg, tokenizer)
+    with processes.zero_first("the held-out problems"):
+        paper = held_out(cfg, tokenizer)
     run.load(print0)
     longest = max([exercises.longest, *(len(prompt) for prompt in paper.prompts)] if paper else [exercises.longest])
     check_context(longest, cfg.max_new_tokens, run.model_config.sequence_len)
@@ -172,21 +191,23 @@ def main(cfg: RLConfig) -> int:
     )
 
     # Model, engine and loop
+    where = {"dtype": dtype}
+    where["attention"] = choose_attention(cfg.attention, run.model_config, shape.T, mesh=mesh, **where)
     sizes = {name: getattr(cfg, name) for name in ("slots", "device_batch_size", "max_new_tokens")}
-    with explaining_memory(sizes, ADVICE), session(run, mesh, dtype, total, shape.T) as on:
-        objective, how = objective_of(cfg), {"dtype": dtype, "logprobs": True}
-        if cfg.objective == "nanochat":
-            how["per_micro_batch"] = True
+    with explaining_memory(sizes, ADVICE), session(run, mesh, dtype, total, shape.T, shape.rows_per_device(mesh)) as on:
+        objective = objective_of(cfg)
+        how = where | {"remat": on.remat, "logprobs": True, "per_micro_batch": cfg.objective == "nanochat"}
         reference, score = None, None
         if cfg.kl_coef:
             params, reference = starting_model(cfg, run.record, on.abstract.params)
-            score = functools.partial(make_score(run.model_config, params, mesh, dtype=dtype), params)
+            score = functools.partial(make_score(run.model_config, params, mesh, **where), params)
         signals = Signals()
+        own, slots = sharding.own_devices(mesh), max(1, cfg.slots // processes.count())
         practice = Practice(
             cfg=cfg,
             exercises=exercises,
             tokenizer=tokenizer,
-            engine=Engine(run.model_config, tokenizer, mesh, dtype=dtype, slots=cfg.slots, prompt_tokens=longest),
+            engine=Engine(run.model_config, tokenizer, own, **where, slots=slots, prompt_tokens=longest),
             sampling=sampling,
             objective=objective,
             shape=shape,
@@ -222,6 +243,32 @@ def main(cfg: RLConfig) -> int:
     return 128 + received if received else 0
 
 
+def fits(cfg: RLConfig) -> int:
+    """--preflight -> the exit code: 0 where it fits, else 1."""
+    place = preflight.start(cfg)
+
+    def go_on():
+        return open_rl_run(cfg, Tokenizer.load(base_dir() / "tokenizer"))
+
+    model, cfg = preflight.model_for(cfg, cfg.source, {}, go_on)
+    longest = preflight.PROMPT_TOKENS + cfg.max_new_tokens
+    print0(f"NOTE: without data, prompts of up to {preflight.PROMPT_TOKENS} tokens are assumed")
+    shape = plan_shape(cfg, place.mesh, longest, model.sequence_len)
+    needed = {"logprobs": cfg.is_cap is not None, "reference_logprobs": cfg.kl_coef > 0}
+    needed |= {"advantages": True, "old_logprobs": cfg.updates_per_batch > 1}
+    fields = tuple(name for name, needs in needed.items() if needs)
+    batch = preflight.Batch(shape.micro_batches, shape.rows, shape.T, fields)
+    compiler = preflight.Compiler(cfg, place, model, batch, packed=True)
+    how = {"token_loss": objective_of(cfg).token_loss, "per_micro_batch": cfg.objective == "nanochat"}
+    rollouts = preflight.Rollouts(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)
+    extra = {"reference model": compiler.parameter_bytes} if cfg.kl_coef else {}
+    phases = (
+        preflight.rollout_phase(compiler, rollouts, extra),
+        preflight.update_phase(compiler, extra, logprobs=True, **how),
+    )
+    return preflight.report(place, model, phases)
+
+
 def open_rl_run(cfg: RLConfig, tokenizer: Tokenizer) -> Run:
     """The run, with the model that it started from in its settings; ValueError where that would be overwritten."""
     run = open_run(cfg, "rl", tokenizer, HARMLESS, {}, print0, source=cfg.source)
@@ -243,7 +290,7 @@ def open_rl_run(cfg: RLConfig, tokenizer: Tokenizer) -> Run:
 def make_task(flag: str, name: str, split: str, size: int, data_dir: Path | None) -> Task:
     """The task that the flag names; ValueError: there is none."""
     if ":" in name:
-        return load_task(name)
+        return load_task(name, flag)
     near = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name.lower(), TASKS, 1))
     require(name in TASKS, f"{flag} must be one of {', '.join(TASKS)}, or module:Class, got {name!r:.60}{near}")
     return TASKS[name](split, size, data_dir)
@@ -307,13 +354,23 @@ def examination(cfg: RLConfig, paper: Problems | None, practice: Practice) -> Me
 
     def measure(params):
         how = {"samples": cfg.eval_samples, "seed": cfg.seed, "step": EVAL_STEP, "progress": progress}
-        practice.engine.load(params)
-        groups = practice.engine.generate(paper.prompts, practice.sampling, **how)
-        practice.engine.load(None)
-        passed = [
-            [judge(paper, i, answer_text(practice.tokenizer, sample)) for sample in group]
-            for i, group in enumerate(groups)
-        ]
+        numbers = processes.mine(range(len(paper.prompts)))
+        try:
+            with practice.engine.holding(params, practice.mesh):
+                prompts = [paper.prompts[i] for i in numbers]
+                groups = practice.engine.generate(prompts, practice.sampling, examples=numbers, **how)
+            passed = [
+                [judge(paper, i, answer_text(practice.tokenizer, sample)) for sample in group]
+                for i, group in zip(numbers, groups)
+            ]
+        except Interrupted:
+            passed = None
+        parts = processes.exchange("held-out answers", passed)
+        if None in parts:
+            raise Interrupted
+        passed = [None] * len(paper.prompts)
+        for i, part in enumerate(parts):
+            passed[i :: len(parts)] = part
         shares = pass_at_k(passed)
         found = {f"pass@{k}": share.value for k, share in shares.items()}
         return found | {

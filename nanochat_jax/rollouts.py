@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_jax.common import print0, process_index
 from nanochat_jax.data import Batch, assemble
 from nanochat_jax.packing import plan_epoch
 
@@ -163,10 +164,18 @@ class RolloutLog:
     """
 
     def __init__(self, folder: Path, size: int = 0):
+        self.file = None
+        if process_index():  # process 0 writes for all
+            return
         path = folder / "rollouts.jsonl"
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
-        self.file = path.open("ab")
+        self.file = path.open("a+b")
+        if self.file.tell() > size:
+            self.file.truncate(size)
+        elif self.file.tell() < size:  # of a folder that was copied or restored in part
+            print0(f"NOTE: {path} has lost answers of earlier steps: {self.file.tell():,} of {size:,} bytes are there")
+            self.file.seek(max(0, self.file.tell() - 1))
+            if self.file.read() not in (b"", b"\n"):
+                self.file.write(b"\n")  # what is written next is a line of its own
 
     def write(
         self,
@@ -179,6 +188,8 @@ class RolloutLog:
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         """The samples of one prompt, with their rewards and advantages [G]; floats as short as float32 can be told."""
+        if not self.file:
+            return
         for number, (sample, reward, advantage) in enumerate(zip(samples, rewards, advantages, strict=True)):
             record = {
                 "step": step,
@@ -200,12 +211,15 @@ class RolloutLog:
 
     def saved(self) -> int:
         """Bytes so far, all of them on disk."""
+        if not self.file:
+            return 0
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def _short(value: np.float32) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
-from nanochat_jax import checkpoint, config, optim, train
-from nanochat_jax.attention import missing_kernel
-from nanochat_jax.common import base_dir, cpu_name, peak_flops, process_index
+from nanochat_jax import attention, checkpoint, config, optim, processes, train
+from nanochat_jax.common import base_dir, cpu_name, peak_flops, print0, process_index
 from nanochat_jax.gpt import GPTConfig
 
+SEEN_SECONDS = 60  # that a network's file system may take to show a new file to another machine
 PLATFORMS = {"auto": None, "": None, "cuda": "cuda", "gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}
 
 
-def start_device(device_type: str) -> None:
-    """Choose JAX's platform and start it; ValueError says what to use or install instead."""
+def start_device(device_type: str, cfg: Any = None) -> None:
+    """Choose JAX's platform and start it, together with the run's other processes where `cfg` is the settings of a
+    stage that may have some; ValueError says what to use or install instead, or which process does not fit."""
     if device_type == "mps":
         raise ValueError("--device-type=mps: JAX has no maintained backend for Apple's GPUs; use --device-type=cpu")
     if device_type not in PLATFORMS:
@@ -30,6 +32,11 @@ def start_device(device_type: str) -> None:
     if PLATFORMS[device_type]:
         jax.config.update("jax_platforms", PLATFORMS[device_type])
     jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compilation_cache"))
+    if cfg:
+        processes.join(dataclasses.asdict(cfg), platform=PLATFORMS[device_type])
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX has seen no TPU here: libtpu, if installed, need not complain of it
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # the second where JAX knows the platform but has no plugin for it
@@ -39,6 +46,7 @@ def start_device(device_type: str) -> None:
             f"--device-type={device_type} cannot be started ({said}): "
             f"set up with tools/setup.sh{extra}, or choose another"
         ) from e
+    processes.agree("the devices", {"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"})
 
 
 def check_settings(cfg: Any, rules: Iterable[tuple[str, bool, str]], ratios: Iterable[str], rates: Iterable[str]):
@@ -56,24 +64,31 @@ def check_settings(cfg: Any, rules: Iterable[tuple[str, bool, str]], ratios: Ite
             raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(cfg, name)}")
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """The --dtype in force: auto is float32 on CPU and bfloat16 elsewhere."""
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+    """The --dtype in force: auto is float32 on CPU and bfloat16 elsewhere. platform: default that of JAX's devices."""
     if name not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype must be auto, float32 or bfloat16, got {name!r}")
-    automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    automatic = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(automatic if name == "auto" else name)
 
 
 def describe_device(mesh: Mesh, log: Callable) -> float | None:
-    """Print the device and what it lacks -> peak bf16 FLOP/s of the whole mesh, None where it is unknown."""
+    """Print the device -> peak bf16 FLOP/s of the whole mesh, None where it is unknown."""
     device = mesh.devices.flat[0]
     name = cpu_name() if device.platform == "cpu" else device.device_kind
     flops = peak_flops(name)
     kind = {"cpu": "CPU", "tpu": "TPU"}.get(device.platform, "GPU")
     log(f"{kind}: {name} | Peak FLOPS (BF16): {f'{flops:.2e}' if flops else 'unknown'} | devices: {mesh.size}")
-    if why := missing_kernel(device.platform):
-        log(f"WARNING: {why}")
     return flops * mesh.size if flops else None
+
+
+def choose_attention(
+    wanted: str, model: GPTConfig, T: int, *, mesh: Mesh, dtype: Any, log: Callable = print0, **how: bool
+) -> str:
+    """The backend for --attention in rows of T tokens, printed; `how` and ValueError as for `attention.choose`."""
+    choice = attention.choose(wanted, mesh, dtype, attention.Shapes.of(model, T), **how)
+    log(f"Attention: {choice.name}" + (f"\nWARNING: {choice.why}" if choice.why else ""))
+    return choice.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +183,7 @@ class Run:
         """Take the folder, while entered: FileExistsError where another process trains in it. Only now are the
         checkpoints that --overwrite gives up deleted, and what killed saves left behind."""
         if process_index():
+            self._share()
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,9 +202,30 @@ class Run:
             if not self.resumed:
                 for step in claim(self.folder, False, self.cfg.overwrite):
                     checkpoint.discard(self.folder / str(step))
+            self._share()
             yield
         finally:
             lock.release()
+
+    def _share(self) -> None:
+        """ValueError where a process does not see the folder of process 0: each writes its part of a checkpoint."""
+        if processes.count() == 1:
+            return
+        sign = self.folder / ".shared"
+        if not process_index():
+            sign.touch()
+        processes.exchange("the run's folder", None)
+        patience = time.monotonic() + SEEN_SECONDS
+        while not (seen := sign.exists()) and time.monotonic() < patience:
+            time.sleep(0.2)
+        blind = [str(i) for i, saw in enumerate(processes.exchange("who sees it", seen)) if not saw]
+        if not process_index():
+            sign.unlink()
+        config.require(
+            not blind,
+            f"process {', '.join(blind)} does not see {self.folder} of process 0: set NANOCHAT_BASE_DIR to a file "
+            "system that all machines share",
+        )
 
     def initial_state(self, tx, like: train.TrainState) -> train.TrainState:
         """On the shardings of the abstract state `like`."""
@@ -211,7 +248,8 @@ class Run:
         return train.TrainState(step, params, opt_state, bad_steps)
 
     def check_data(self, fingerprint: str) -> None:
-        """A resumed run must see the data it began with."""
+        """A resumed run must see the data it began with, and all processes the same."""
+        processes.agree("the data", {"data": fingerprint})
         if self.resumed and self.record["data"] != fingerprint:
             raise ValueError(
                 f"--resume: the data of {self.folder} has changed since step {self.first_step}; restore the files, or "
@@ -261,7 +299,7 @@ def open_run(
         tag = f"d{checkpoint.peek_meta(found)['model_config']['n_layer']}"
     run = open_folder(cfg, stage, tag, tokenizer, harmless, log)
     if run.resumed:
-        return run
+        return agreed(run)
     found = found or checkpoint.find_model(source, cfg.model_tag, cfg.model_step)
     log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
     meta = checkpoint.peek_meta(found)
@@ -271,7 +309,18 @@ def open_run(
     limit = 10 * meta["model_config"]["sequence_len"]
     fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
     config.require(fits, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
-    return dataclasses.replace(run, cfg=cfg, base=found)
+    return agreed(dataclasses.replace(run, cfg=cfg, base=found))
+
+
+def agreed(run: Run) -> Run:
+    """The run. ValueError: another process is about to start another one, or from something else."""
+    facts = {"tokenizer": run.tokenizer_digest} | processes.settings_told(dataclasses.asdict(run.cfg))
+    if run.resumed:
+        facts["checkpoint to resume"] = checkpoint.identity(checkpoint.Found(run.folder, run.first_step, True))
+    if run.base:
+        facts["model to start from"] = checkpoint.identity(run.base)
+    processes.agree("the run", facts)
+    return run
 
 
 def open_folder(cfg: Any, stage: str, tag: str, tokenizer, harmless: set[str], log: Callable) -> Run:
@@ -283,8 +332,10 @@ def open_folder(cfg: Any, stage: str, tag: str, tokenizer, harmless: set[str], l
         folder.resolve().parent == root.resolve(),
         f"{tag_flag(root)}{otherwise} must be the name of one folder, got {tag!r}",
     )
-    if claim(folder, cfg.resume, cfg.overwrite) and cfg.resume:
-        step = checkpoint.newest_intact(folder, log)
+    going_on = claim(folder, cfg.resume, cfg.overwrite) and cfg.resume
+    step = checkpoint.newest_intact(folder, log) if going_on else None
+    processes.agree("the folder", {f"the checkpoint to resume in {tag}": step})  # before Orbax makes processes wait
+    if going_on:
         if step is None:
             raise ValueError(f"--resume: no checkpoint in {folder} is intact; --overwrite starts the run again")
         record = checkpoint.read_meta(folder / str(step))
@@ -318,7 +369,10 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
     return steps
 
 
-THIS_TIME = {"resume", "overwrite", "config", "output_tag", "device_type", "mesh"}  # never taken from a checkpoint
+THIS_TIME = {  # never taken from a checkpoint
+    *("resume", "overwrite", "config", "output_tag", "device_type", "mesh", "attention", "preflight"),
+    *("coordinator", "num_processes", "process_id", "verbose"),
+}
 
 
 def same_settings(cfg: Any, saved: dict, harmless: set[str], tag: str, log: Callable) -> Any:

@@ -7,13 +7,15 @@ python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run m
 import dataclasses
 from pathlib import Path
 
-from nanochat_jax import config, data, optim, sharding
+from nanochat_jax import config, data, optim, preflight, processes, sharding
+from nanochat_jax.attention import check as check_attention
 from nanochat_jax.chatcore import chatcore_measurement
 from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe, require
+from nanochat_jax.config import Maybe, Preflight, require
 from nanochat_jax.loop import train_on, validation
 from nanochat_jax.runs import (
     check_settings,
+    choose_attention,
     compute_dtype,
     describe_device,
     open_run,
@@ -44,8 +46,15 @@ class SFTConfig:
     run: str = "dummy"  # name of the run; "dummy" = no wandb
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
+    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
+    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
+    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
     mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
+    verbose: bool = False  # print how every parameter is split over the devices
+    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
+    num_processes: Maybe[int] = None  # how many there are
+    process_id: Maybe[int] = None  # which one this is, from 0
     model_tag: Maybe[str] = None  # tag of the base model; default: the largest d<number>
     model_step: Maybe[int] = None  # step of the base model; default: its last
     output_tag: Maybe[str] = None  # folder under chatsft_checkpoints; default: the run's name, else d<depth>
@@ -103,7 +112,7 @@ INHERITED = {
 HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
     *("run", "resume", "overwrite", "config", "output_tag", "data_dir", "eval_every", "eval_tokens", "save_every"),
     *("keep_checkpoints", "chatcore_every", "chatcore_max_cat", "chatcore_max_sample", "device_type", "mesh"),
-    *("replicate", "val_json", "device_batch_size"),
+    *("replicate", "val_json", "device_batch_size", "remat"),
 }
 
 
@@ -160,7 +169,9 @@ def check(cfg: SFTConfig) -> None:
 def main(cfg: SFTConfig) -> int:
     """Train -> the exit code: 0, or 128 + n after signal n."""
     check(cfg)
-    start_device(cfg.device_type)
+    if cfg.preflight is not None:
+        return fits(cfg)
+    start_device(cfg.device_type, cfg)
     mesh = sharding.make_mesh(cfg.mesh or "")
     peak = describe_device(mesh, print0)
 
@@ -169,15 +180,18 @@ def main(cfg: SFTConfig) -> int:
     run = open_run(cfg, "sft", tokenizer, HARMLESS, INHERITED, print0)
     cfg = run.cfg
     check(cfg)  # also what was inherited
+    check_attention(cfg.attention, mesh, packed=cfg.document_mask)
     dtype = compute_dtype(cfg.dtype)
     batch = plan_batches(cfg, mesh, print0)
 
     # Data: conversations once through the tokenizer, packed into rows by plan
-    tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
-    rows = row_source(TaskMixture(tasks, seed=cfg.seed), cfg, tokenizer)
+    with processes.zero_first("the data"):
+        tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
+        rows = row_source(TaskMixture(tasks, seed=cfg.seed), cfg, tokenizer)
     run.check_data(rows.fingerprint())
     print0("\n".join(data.describe(rows)))
-    held_out_rows = validation_rows(held_out, cfg, tokenizer)
+    with processes.zero_first("the validation data"):
+        held_out_rows = validation_rows(held_out, cfg, tokenizer)
     total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.rows_in_epoch(0) // batch.rows_per_step)
 
     # Model, schedule and loop
@@ -187,12 +201,25 @@ def main(cfg: SFTConfig) -> int:
         "lr_multiplier": lambda step: optim.sft_lr_multiplier(step / total, **ratios),
         "muon_momentum": optim.sft_muon_momentum,
     }
-    how = {"batch": batch, "mesh": mesh, "dtype": dtype}
+    where, packed = {"mesh": mesh, "dtype": dtype}, cfg.document_mask
+    where["attention"] = choose_attention(cfg.attention, run.model_config, rows.T, packed=packed, **where)
+    how = where | {"batch": batch}
     limits = {"max_cat": cfg.chatcore_max_cat, "max_sample": cfg.chatcore_max_sample}
-    where = {"mesh": mesh, "dtype": dtype, "data_dir": cfg.data_dir}
+    limits["data_dir"] = cfg.data_dir
     chat = chatcore_measurement(cfg.chatcore_every, run.model_config, tokenizer, **where, **limits)
     measurements = [validation(held_out_rows, run, tokenizer, **how), chat]
     return train_on(rows, run, schedule, **how, total=total, peak_flops=peak, measurements=measurements)
+
+
+def fits(cfg: SFTConfig) -> int:
+    """--preflight -> the exit code: 0 where it fits, else 1."""
+    place = preflight.start(cfg)
+
+    def go_on():
+        return open_run(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), HARMLESS, INHERITED, print0)
+
+    model, cfg = preflight.model_for(cfg, "base", INHERITED, go_on)
+    return preflight.rows_fit(cfg, place, model, plan_batches(cfg, place.mesh, print0))
 
 
 def row_source(mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer) -> data.RowSource:

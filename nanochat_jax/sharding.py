@@ -3,6 +3,7 @@
 Mesh axes: `data` (batch rows, and FSDP shards of parameters and optimizer state) and `model` (tensor parallel).
 """
 
+import math
 import re
 from typing import Any
 
@@ -26,14 +27,19 @@ def by_path(tree: Any, table: list[tuple[str, Any]]) -> Any:
 
     ValueError names a leaf that no pattern matches."""
 
-    def lookup(path, leaf):
-        name = path_name(path)
-        for pattern, value in table:
-            if re.fullmatch(pattern, name):
-                return value
-        raise ValueError(f"no rule matches parameter {name!r} of shape {np.shape(leaf)}; add one to the table")
+    return jax.tree.map_with_path(lambda path, leaf: _lookup(path_name(path), table, np.shape(leaf)), tree)
 
-    return jax.tree.map_with_path(lookup, tree)
+
+def _lookup(name: str, table: list[tuple[str, Any]], shape: tuple[int, ...]) -> Any:
+    for pattern, value in table:
+        if re.fullmatch(pattern, name):
+            return value
+    raise ValueError(f"no rule matches parameter {name!r} of shape {shape}; add one to the table")
+
+
+def param_spec(path: str) -> PartitionSpec:
+    """What PARAM_SPECS says of the parameter with this path; ValueError: nothing."""
+    return _lookup(path, PARAM_SPECS, ())
 
 
 def path_name(path: tuple) -> str:
@@ -44,8 +50,9 @@ def path_name(path: tuple) -> str:
 def make_mesh(spec: str = "", devices=None) -> Mesh:
     """A mesh with axes data and model. spec: "" (all devices on data), "data=8", "data=4,model=2".
 
-    What is not given is 1 for model and all that is left for data. ValueError: the flag's form, or too few devices."""
-    devices = jax.devices() if devices is None else devices
+    What is not given is 1 for model and all that is left for data. The devices of a process are neighbours, so that it
+    holds whole rows of a batch. ValueError: the flag's form, too few devices, or a model axis that tears processes."""
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices
     sizes = {"data": None, "model": None}
     for part in filter(None, spec.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
@@ -54,8 +61,11 @@ def make_mesh(spec: str = "", devices=None) -> Mesh:
         sizes[name] = int(size)
     model = sizes["model"] or 1
     data = sizes["data"] or max(1, len(devices) // model)
-    if data * model > len(devices) or (jax.process_count() > 1 and data * model != len(devices)):
+    local = sum(device.process_index == jax.process_index() for device in devices)
+    if data * model > len(devices) or (local < len(devices) and data * model != len(devices)):
         raise ValueError(f"--mesh={spec or 'default'} needs {data} x {model} devices, got {len(devices)}")
+    if local < len(devices) and local % model and model % local:
+        raise ValueError(f"--mesh={spec}: model={model} must divide the {local} devices of a process, or be a multiple")
     grid = np.asarray(devices[: data * model]).reshape(data, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -72,6 +82,33 @@ def param_shardings(params: Any, mesh: Mesh, replicate: bool = False) -> Any:
     if replicate:
         specs = jax.tree.map(lambda s: P(*(None if a == "data" else a for a in s)), specs, is_leaf=_is_spec)
     return jax.tree.map(lambda leaf, spec: fit(spec, leaf.shape, mesh), params, specs)
+
+
+def table(params: Any, mesh: Mesh, replicate: bool = False) -> tuple[list[str], list[str]]:
+    """(lines: path, shape, axes and bytes a device of every parameter, layers that are alike in one line; and a note on
+    each size that a mesh axis of the rules does not divide). params: abstract, with their shardings."""
+    kinds: dict[tuple, list] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = re.sub(r"/\d+/", "/*/", path_name(path))
+        kinds.setdefault((name, leaf.shape, leaf.sharding.spec), []).append(leaf)
+    rows, total, notes = [("parameter", "shape", "sharding", "bytes a device")], 0, {}
+    for (name, shape, spec), leaves in kinds.items():
+        size = len(leaves) * leaves[0].dtype.itemsize * math.prod(leaves[0].sharding.shard_shape(shape))
+        total += size
+        axes = ", ".join(str(axis) for axis in (*spec, *[None] * len(shape))[: len(shape)])
+        times = f" x {len(leaves)}" if len(leaves) > 1 else ""
+        rows.append((name + times, " x ".join(map(str, shape)), f"({axes})", f"{size:,}"))
+        wanted = (*param_spec(name), *[None] * len(shape))[: len(shape)]
+        for n, axis, got in zip(shape, wanted, (*spec, *[None] * len(shape))):
+            if axis and not got and mesh.shape[axis] > 1 and not (replicate and axis == "data"):
+                notes.setdefault((n, axis), []).append(name)
+    rows.append(("all", "", "", f"{total:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + f"  {row[3]:>16}" for row in rows]
+    said = "is no multiple of the mesh's"
+    return lines, [
+        f"{n} {said} {a}={mesh.shape[a]}, so not split: {', '.join(names)}" for (n, a), names in notes.items()
+    ]
 
 
 def _is_spec(x) -> bool:
@@ -98,9 +135,49 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(array) for name, array in batch.items()}
 
 
+def row_part(mesh: Mesh) -> tuple[int, int]:
+    """(number of this process's part, parts) of a batch's rows; processes that the model axis spans share one."""
+    sharing = max(1, mesh.shape["model"] * jax.process_count() // mesh.size)
+    return jax.process_index() // sharing, jax.process_count() // sharing
+
+
+def own_devices(mesh: Mesh) -> Mesh:
+    """The part of the mesh that is this process's: all of it in a run of one process."""
+    if jax.process_count() == 1:
+        return mesh
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return make_mesh(f"model={min(mesh.shape['model'], len(devices))}", devices)
+
+
+def own_copy(params: Any, mesh: Mesh) -> Any:
+    """Parameters on `mesh`, whole on the devices of each process, there split by the same table: what a process needs
+    to compute by itself. All processes must call this together."""
+    if jax.process_count() == 1:
+        return params
+    own = own_devices(mesh)
+    names = ("process", *own.axis_names)
+    groups = Mesh(mesh.devices.reshape(-1, *own.devices.shape), names, axis_types=(AxisType.Auto,) * 3)
+    shardings = param_shardings(params, own)
+    spread = jax.tree.map(lambda sharding: NamedSharding(groups, sharding.spec), shardings)
+    with jax.set_mesh(groups):
+        copies = jax.jit(lambda tree: tree, out_shardings=spread)(params)
+
+    def local(copy, sharding):
+        parts = {part.device: part.data for part in copy.addressable_shards}
+        return jax.make_array_from_single_device_arrays(copy.shape, sharding, [parts[d] for d in own.devices.flat])
+
+    return jax.tree.map(local, copies, shardings)
+
+
 def data_shards() -> int:
     """Size of the data axis of the mesh in force (jax.set_mesh); 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get("data", 1)
+
+
+def platform() -> str:
+    """Of the devices of the mesh in force, which may be compile-only ones; without one, of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "platform", None) or jax.default_backend()
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

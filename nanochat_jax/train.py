@@ -90,6 +90,8 @@ def make_train_step(
     dtype=jnp.float32,
     per_micro_batch: bool = False,
     logprobs: bool = False,
+    attention: str = "chunked",
+    remat: str = "none",
     scheduled: Sequence[str] = ("lr_multiplier", "muon_momentum"),
 ):
     """-> jitted train_step(state, batch, *scalars) -> (state, metrics); `state` is donated.
@@ -105,13 +107,13 @@ def make_train_step(
     metrics, float32: loss, micro_losses [A], grad_norm, tokens (trained ones in the batch), ok (0 if it was skipped);
     with `logprobs` also log p(target) [A,B,T] before the update, 0 in those micro-batches.
     """
-    graphdef, _ = abstract_gpt(config, dtype)
+    graphdef, _ = abstract_gpt(config, dtype, attention)
 
     def micro_loss(params, micro):
         model = nnx.merge(graphdef, params)
         aux = dict(micro)
         ids, targets, document_start = (aux.pop(name) for name in ("inputs", "targets", "document_start"))
-        x, _ = model.hidden(ids, document_start=document_start)
+        x, _ = model.hidden(ids, document_start=document_start, remat=remat)
         head = {"cap": config.logit_cap, "vocab_size": config.vocab_size}
         return summed_token_loss(token_loss, x, params["lm_head"], targets, aux, **head)
 

@@ -1,6 +1,7 @@
 """Every backend equals the definition, values and gradients, and the definition equals a loop over tokens."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax.attention import attention, over_parts
+from nanochat_jax.attention.cudnn import one_document
+from nanochat_jax.attention.names import LSE, OUT
+from nanochat_jax.attention.splash import segments, splash, tiles
 
 
 def draw(B=2, T=40, N=4, K=2, H=8, seed=0, documents=True):
@@ -34,21 +38,94 @@ def test_the_definition_is_a_softmax_over_an_interval_of_keys():
 @pytest.mark.parametrize(("T", "window"), [(1, -1), (40, 7), (300, -1), (300, 200)])
 @pytest.mark.parametrize(("documents", "N", "K"), [(False, 4, 4), (True, 4, 2), (True, 3, 1)])
 def test_chunked_equals_the_definition_in_values_and_gradients(T, window, documents, N, K):
-    q, k, v, k_start = draw(T=T, N=N, K=K, documents=documents)
+    arrays = draw(T=T, N=N, K=K, documents=documents)
+    assert_equal_to_the_definition(partial(attention, impl="chunked"), *arrays, window)
+
+
+def assert_equal_to_the_definition(attend, q, k, v, k_start, window, tolerance=1e-5):
+    """Values and gradients of attend(q, k, v, k_start, window=window), in parts of the largest entry."""
     k_start = with_window(k_start, window)
     weight = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
 
-    def run(impl):
+    def run(attend):
         def loss(q, k, v):
-            y = attention(q, k, v, k_start, window=window, impl=impl)
+            y = attend(q, k, v, k_start, window=window)
             return jnp.sum(y * weight), y
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
-    (grads, y), (expected_grads, expected) = run("chunked"), run("reference")
-    np.testing.assert_allclose(y, expected, atol=2e-6)
-    for got, want in zip(grads, expected_grads):
-        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()) + 1e-6)
+    (grads, y), (expected_grads, expected) = run(attend), run(partial(attention, impl="reference"))
+    assert y.dtype == q.dtype
+    for got, want in zip((y, *grads), (expected, *expected_grads)):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max() + 5e-6)
+
+
+def on_cpu(q, k, v, k_start, *, window):
+    """Splash, which needs a TPU, by its interpreter."""
+    return splash(q, k, v, k_start, q.shape[-1] ** -0.5, window, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("T", "window", "documents", "N", "K", "H", "dtype"),
+    [
+        (128, -1, False, 2, 2, 64, "float32"),
+        (300, 100, True, 4, 2, 64, "float32"),
+        (130, 0, True, 2, 1, 128, "float32"),
+        (700, 512, True, 2, 1, 128, "float32"),  # two blocks, and the window is none of their size
+        (1, -1, True, 2, 2, 16, "float32"),
+        (300, -1, True, 3, 1, 128, "bfloat16"),
+    ],
+)
+def test_splash_equals_the_definition_in_values_and_gradients(T, window, documents, N, K, H, dtype):
+    *arrays, k_start = draw(T=T, N=N, K=K, H=H, documents=documents)
+    arrays = [x.astype(dtype) for x in arrays]
+    assert_equal_to_the_definition(on_cpu, *arrays, k_start, window, 0.02 if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 3, 64])
+def test_splash_knows_the_documents_from_where_queries_begin_to_look(window):
+    *_, k_start = draw(T=200)
+    number = np.asarray(segments(with_window(k_start, window), 56))
+    assert number.shape == (2, 256)
+    assert (number[:, 200:] == number[:, 199:200] + 1).all()  # the padding is a document of its own
+    if window:
+        np.testing.assert_array_equal(np.diff(number[:, :200]), np.diff(k_start) > 0)
+    else:
+        assert (np.diff(number[:, :200]) == 1).all()
+
+
+def test_blocks_of_splash_are_whole_lanes_and_waste_little():
+    for T, most in itertools.product(range(1, 5000, 7), (512, 1024)):
+        block, padded = tiles(T, most)
+        assert block % 128 == 0 and block <= most and padded % block == 0 and padded >= T
+        assert padded - T < 128 * (padded // block)
+    assert tiles(2048, 512) == (512, 2048) and tiles(2048, 1024) == (1024, 2048)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 5, 100])
+def test_what_cudnn_is_asked_for_is_attention_within_one_document(window):
+    """The same call with XLA's implementation in place of cuDNN's."""
+
+    def attend(q, k, v, k_start, *, window):
+        return one_document(q, k, v, q.shape[-1] ** -0.5, window, "xla")
+
+    assert_equal_to_the_definition(attend, *draw(documents=False), window)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "splash"])
+def test_a_rematerialisation_policy_finds_the_residuals_by_name(impl):
+    """With the output and the log-sum-exp kept, the backward pass has no reason to run the forward one again."""
+    q, k, v, k_start = draw(T=128, H=64)
+    attend = {"chunked": partial(attention, impl="chunked"), "splash": on_cpu}[impl]
+
+    def kernels(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        f = jax.checkpoint(lambda q: attend(q, k, v, k_start, window=-1).sum(), policy=policy)
+        text = str(jax.make_jaxpr(jax.grad(f))(q))
+        return text.count("= exp") if impl == "chunked" else text.count("pallas_call[")
+
+    assert kernels(OUT, LSE) < kernels()
 
 
 def test_large_scores_neither_overflow_nor_vanish():

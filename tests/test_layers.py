@@ -14,14 +14,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nanochat_jax"
 
 LAYERS = [  # a module imports its own row and the rows above it, nothing else; a folder is one module
-    {"common", "config", "sharding", "safe_pickle", "torch_save"},
+    {"cluster", "line", "processes", "common", "config", "sharding", "safe_pickle", "torch_save"},
     {
         *("tokenizer", "calculator", "sandbox", "download", "tasks", "packing", "token_cache", "data", "documents"),
         *("rollouts", "statistics"),
     },
     {"attention", "gpt", "loss", "optim", "scaling", "objective", "sampling"},
-    {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "decode", "engine"},
-    {"evals", "chatcore", "metrics", "report", "runs", "loop", "practice"},
+    {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "decode", "engine", "memory"},
+    {"evals", "chatcore", "metrics", "report", "runs", "loop", "practice", "preflight"},
     {"base", "sft", "rl", "eval", "chat", "quickstart"},
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

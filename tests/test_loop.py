@@ -306,3 +306,13 @@ def test_data_that_fail_in_the_middle_end_the_run_when_the_last_save_is_on_disk(
     with pytest.raises(ValueError, match="row 7"):
         training.run()
     assert (training.saver.saved, training.saver.waited) == ([4], 1)
+
+
+def test_the_first_step_of_a_run_tells_how_long_it_took(tmp_path, capsys):
+    training = Training(tmp_path, 3)
+    training.run()
+    first, *others = training.records()
+    assert first["seconds_to_first_step"] == first["seconds"] and first["warm_compilation_cache"] in (True, False)
+    assert not any("seconds_to_first_step" in record for record in others)
+    lines = capsys.readouterr().out.splitlines()
+    assert [" first step after " in line for line in lines[:3]] == [True, False, False]

@@ -39,12 +39,18 @@ def test_equal_rewards_give_exactly_no_advantage(kind):
     assert not found[:2].any() and found[2].all() and found.dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", ["mean", "grpo", "rloo"])
+def test_the_largest_rewards_that_are_taken_have_finite_advantages(kind):
+    assert np.isfinite(advantages([[-1e30, 1e30, 0], [1e30, 1e-30, 1]], kind)).all()
+
+
 @pytest.mark.parametrize(
     ("rewards", "kind", "match"),
     [
         ([[0, 1]], "ppo", "--advantage must be one of mean, grpo, rloo"),
         ([[0, 1], [0, np.nan]], "mean", "got nan for sample 1 of prompt 1"),
         ([[np.inf, 1]], "grpo", "got inf for sample 0 of prompt 0"),
+        ([[-1e39, 1]], "mean", "at most 1e\\+30, got -1e\\+39 for sample 0 of prompt 0"),
         ([[1]], "rloo", "--num-samples must be at least 2"),
         ([0, 1], "mean", r"shape \[prompts, samples\]"),
     ],

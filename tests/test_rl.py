@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from nanochat_jax import checkpoint, config, rl
 from nanochat_jax.engine import Engine
 from nanochat_jax.metrics import read_metrics
-from nanochat_jax.practice import Exercises, plan_shape
+from nanochat_jax.practice import Exercises, Practice, plan_shape
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tasks.task import AdaptedTask
 from tests import tiny
@@ -56,6 +57,11 @@ class NoReward:
 class NotANumber(Early):
     def reward(self, conversation, answer):
         return float("nan")
+
+
+class TooMuch(Early):
+    def reward(self, conversation, answer):
+        return 1e300
 
 
 class NoneAtAll(Early):
@@ -308,6 +314,26 @@ def test_a_step_without_a_signal_changes_nothing_and_is_counted(base):
     assert warning.startswith("WARNING: ") and warning.endswith("train SFT longer, or choose easier problems")
 
 
+@pytest.mark.parametrize(
+    ("signal", "passed", "told"),
+    [
+        ([0, 0.25, 0.125], [0, 0.02, 0.01], ("12% differ in reward (pass rate 1.0%)", "easier")),
+        ([0, 0, 0], [0.99, 1, 1], ("0% differ in reward (pass rate 99.7%)", "harder")),
+        ([0, 0.25, 0.375], [0.02, 0.02, 0.02], None),
+    ],
+)
+def test_the_warning_of_too_little_signal_is_about_the_first_steps_together_and_comes_once(signal, passed, told):
+    said = []
+    practice = Practice.__new__(Practice)
+    practice.first_steps, practice.reporter = [], SimpleNamespace(say=said.append)
+    for step in range(3):
+        practice._warn(step + 1, {"no_signal": 1 - signal[step], "pass_rate": passed[step]})
+    for step in range(8, 12):  # also where the run is resumed
+        practice._warn(step, {"no_signal": 1, "pass_rate": 0})
+    assert len(said) == (told is not None)
+    assert all(told[0] in line and line.endswith(f"choose {told[1]} problems") for line in said)
+
+
 def test_every_epoch_has_every_problem_once_in_an_order_of_its_own(base):
     task, tokenizer = AdaptedTask(__import__("rl_tasks").Early()), tiny.tokenizer()
     exercises = Exercises(task, tokenizer, 3, 100)
@@ -405,11 +431,13 @@ BAD = [
     (["--task", "gsm9k"], "did you mean gsm8k?"),
     (["--task", "rl_tasks:Missing"], "has no Missing"),
     (["--task", "rl_tasks:NoReward"], "cannot reward an answer to problem 0: NoReward cannot judge answers"),
-    (["--task", "rl_tasks:NotANumber"], "a reward must be finite, got nan for problem 0"),
+    (["--task", "rl_tasks:NotANumber"], "a reward must be finite and at most 1e+30, got nan for problem 0"),
+    (["--task", "rl_tasks:TooMuch"], "a reward must be finite and at most 1e+30, got 1e+300 for problem 0"),
     (["--task", "rl_tasks:NoneAtAll"], "cannot reward an answer to problem 0: TypeError"),
     (["--task", "rl_tasks:Long", "--num-steps", "5"], "the longest prompt has 704 tokens"),
     (["--task", "rl_tasks:TooLong"], "problem 0: a prompt must have at most 2,048 tokens"),
     (["--task", "rl_tasks:Unfinished"], "problem 0: the last message must be the assistant's"),
+    (["--eval-every", "2", "--eval-task", "rl_tasks:Missing"], "--eval-task rl_tasks:Missing: "),
     (["--eval-every", "2", "--eval-task", "rl_tasks:NoReward"], "NoReward cannot judge the answer to problem 0"),
 ]
 

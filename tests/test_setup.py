@@ -156,6 +156,7 @@ def test_help_names_the_extras(machine):
     assert status == 0
     assert "--extra cuda13" in out
     assert "--extra tpu" in out
+    assert "--extra aot" in out
 
 
 def test_a_second_run_does_nothing(machine):
@@ -207,6 +208,7 @@ def test_a_broken_environment_is_made_anew(machine):
 def test_extras_are_constrained_by_the_lock_file_and_stay(machine):
     cuda = "-m pip install --quiet -c requirements.lock -e .[cuda13]"
     both = "-m pip install --quiet -c requirements.lock -e .[cuda13,tpu]"
+    all_three = "-m pip install --quiet -c requirements.lock -e .[cuda13,tpu,aot]"
     machine.has(python3=WORKS).setup("--extra", "cuda13")
     assert machine.log()[1:] == [LOCKED, cuda]
     machine.setup()
@@ -214,9 +216,11 @@ def test_extras_are_constrained_by_the_lock_file_and_stay(machine):
     assert machine.log() == []
     machine.setup("--extra", "tpu", "--extra", "cuda13")
     assert machine.log() == [LOCKED, both]
+    machine.setup("--extra", "aot")
+    assert machine.log() == [LOCKED, all_three]
     (machine.venv / "bin" / "real").unlink()
     machine.setup()
-    assert machine.log()[1:] == [LOCKED, both]
+    assert machine.log()[1:] == [LOCKED, all_three]
 
 
 def test_uv_is_used_where_it_runs(machine):

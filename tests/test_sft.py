@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -104,7 +103,9 @@ def test_the_console_tells_what_was_inherited_and_how_the_run_goes(base, trained
         assert line in lines
     text = trained[1]
     assert lines[0].startswith("CPU: ") and " | Peak FLOPS (BF16): " in lines[0]
-    assert lines[1].startswith("WARNING: ") and "attention" in lines[1]
+    chosen = lines.index("Attention: chunked")  # once, and then why it is not a fast one
+    assert lines[chosen + 1].startswith("WARNING: ") and "attention" in lines[chosen + 1]
+    assert trained[1].count("Attention: ") == 1
     assert "FLOPs per token: 8.1" in text and "steps: 3" in text
     assert "\x1b" not in text
     steps = [line for line in lines if line.startswith("step 0000") and "loss" in line]
@@ -409,13 +410,11 @@ def test_resume_with_nothing_intact_left_says_so(base, trained):
 # The command itself
 
 
-def test_help_is_quick_readable_and_starts_no_device(base):
-    began = time.perf_counter()
+def test_help_is_readable_and_starts_no_device(base):
     env = {"JAX_PLATFORMS": "no_such_platform", "COLUMNS": "100"}
     command = [sys.executable, "-m", "nanochat_jax.sft", "--help"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr
-    assert time.perf_counter() - began < 20  # 2 s on an idle machine
     assert "--max-seq-len INT   tokens in a row; default: inherited" in done.stdout
     assert "None" not in done.stdout
 

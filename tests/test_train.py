@@ -61,8 +61,8 @@ def test_the_loss_falls_on_a_repeated_batch():
     ],
 )
 def test_eight_devices_train_like_one(spec, replicate):
-    alone = run(batches(A=2))
-    together = run(batches(A=2), spec, replicate)
+    alone = run(batches(A=2, count=10))
+    together = run(batches(A=2, count=10), spec, replicate)
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(together[1]["grad_norm"], alone[1]["grad_norm"], rtol=1e-4)
 

@@ -8,6 +8,7 @@ Prints a JSON line for every case, then a summary; exits with 1 where anything d
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,9 @@ STAGES = {  # folder, flags of its name and of its length
     "base": ("base_checkpoints", "--model-tag", "--num-iterations"),
     "rl": ("chatrl_checkpoints", "--output-tag", "--num-steps"),
 }
+WORK = {"rl": ("rollouts", "an update", "a save")}  # what a run is interrupted in, one after the other
+STEP_AND_SAVE = ("a step", "a save")  # the other stages
+PATIENCE = 20  # seconds to wait until it is at that
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for tests.tiny
 
@@ -89,13 +94,19 @@ def start(base: Path, tag: str, devices: int, flags: list[str], stage: str = "sf
     return subprocess.Popen(command, env=env, cwd=ROOT, text=True, **pipes)
 
 
-def run_until(process: subprocess.Popen, pattern: str, delay: float, number: int) -> tuple[int, str]:
-    """Send the signal `delay` seconds after the first line with `pattern` -> (exit code, everything it printed)."""
+def run_until(
+    process: subprocess.Popen, pattern: str, delay: float, number: int, ready: Callable[[], bool] = lambda: True
+) -> tuple[int, str]:
+    """Send the signal `delay` seconds after the first line with `pattern`, or when after that the run is `ready`, at
+    most PATIENCE later -> (exit code, everything it printed)."""
     lines = []
     for line in process.stdout:
         lines.append(line)
         if re.search(pattern, line):
             time.sleep(delay)
+            latest = time.monotonic() + PATIENCE
+            while not ready() and process.poll() is None and time.monotonic() < latest:
+                time.sleep(0.002)
             process.send_signal(number)
             break
     rest, _ = process.communicate()
@@ -113,18 +124,44 @@ def unfinished(folder: Path) -> bool:
     return any(not (p / "INTEGRITY.json").exists() for p in steps)
 
 
+def at_work_on(folder: Path) -> str:
+    """What the run in this folder is doing, or was when it was killed, by the files that it writes."""
+    if unfinished(folder):
+        return "a save"
+    if not (folder / "rollouts.jsonl").exists():
+        return "a step"
+    answered, trained = (last_step(folder / name) for name in ("rollouts.jsonl", "metrics.jsonl"))
+    return "an update" if answered > trained else "rollouts"  # a step's rollouts are on record before its update
+
+
+def is_at(folder: Path, work: str) -> bool:
+    return at_work_on(folder) == work
+
+
+def last_step(file: Path) -> int:
+    """Of the last whole line; 0 where there is none."""
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 def killed_run(
     base: Path, tag: str, devices: int, flags: list[str], number: int, kills: int, total: int, rng, stage: str = "sft"
 ) -> dict:
-    """Train to the end through `kills` interruptions: at random steps, every fourth at a random moment of starting."""
+    """Train to the end through `kills` interruptions: at random steps and moments, in turn during each kind of WORK;
+    every fourth at a random moment of starting."""
     folder = base / STAGES[stage][0] / tag
     steps = sorted(rng.randint(1, total - 1) for _ in range(kills))
-    codes, in_save, resumed = [], 0, []
+    kinds, codes, moments, resumed = WORK.get(stage, STEP_AND_SAVE), [], [], []
     for i, step in enumerate(steps):
-        pattern, delay = (".", rng.uniform(0, 5)) if i % 4 == 3 else (at_step(step, total), rng.uniform(0, 0.6))
-        code, output = run_until(start(base, tag, devices, [*flags, "--resume"], stage), pattern, delay, number)
+        process = start(base, tag, devices, [*flags, "--resume"], stage)
+        if i % 4 == 3:
+            moments.append("the start")
+            code, output = run_until(process, ".", rng.uniform(0, 5), number)
+        else:
+            ready = functools.partial(is_at, folder, kinds[(i - i // 4) % len(kinds)])
+            code, output = run_until(process, at_step(step, total), rng.uniform(0, 0.6), number, ready)
+            moments.append(at_work_on(folder))
         codes.append(code)
-        in_save += unfinished(folder)
         resumed += re.findall(r"from step (\d+)", output)
         if code == 0:
             break
@@ -135,7 +172,7 @@ def killed_run(
     if last.returncode:
         raise SystemExit(output)
     resumed += re.findall(r"from step (\d+)", output)
-    return {"exit_codes": codes, "in_the_middle_of_a_save": in_save, "resumed_from": [int(s) for s in resumed]}
+    return {"exit_codes": codes, "interrupted": moments, "resumed_from": [int(s) for s in resumed]}
 
 
 def difference(one: Path, other: Path, total: int) -> dict:

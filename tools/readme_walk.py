@@ -33,6 +33,9 @@ ELSEWHERE = {  # what is run by other means
     "tools/quickstart.sh": "takes minutes: run it by itself",
     "tools/test.sh": "the continuous integration runs it",
     "tools/setup.sh --extra": "needs an accelerator; without the extra the other commands' environment is made by it",
+    "tools/tpu_vm.py": "needs a Google Cloud project; tests drive it against a stand-in",
+    "sbatch": "needs a SLURM cluster",
+    "sky": "needs SkyPilot and a cloud",
 }
 SERVED_AS = {"HuggingFaceTB--smol-smoltalk": "sgd-dialogues"}  # the hub's dataset is not in ../shared
 TALKS = [

@@ -8,6 +8,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from nanochat_jax.attention.names import LSE, OUT
 
 MIN_BLOCK = 64
 MAX_BLOCKS = 8  # blocks are unrolled, because each has its own static range of keys; more would cost compile time
@@ -58,7 +61,8 @@ def _forward(scale, window, q, k, v, k_start):
         o = jnp.einsum("BKGTS,BKSH->BKGTH", e.astype(v.dtype), values, preferred_element_type=jnp.float32)
         outputs.append((o / total).astype(q.dtype))
         normalisers.append(top + jnp.log(total))
-    o, lse = jnp.concatenate(outputs, 3), jnp.concatenate(normalisers, 3)
+    o = checkpoint_name(jnp.concatenate(outputs, 3), OUT)
+    lse = checkpoint_name(jnp.concatenate(normalisers, 3), LSE)
     return o, (q, k, v, k_start, o, lse)
 
 

@@ -152,14 +152,15 @@ class AdaptedTask(Task):
             raise ValueError(f"{self.name}: fingerprint() must return text, {type(e).__name__}: {e}") from e
 
 
-def load_task(spec: str) -> Task:
+def load_task(spec: str, flag: str = "--task") -> Task:
     """The task that `--task module:Class` names, made without arguments; modules of the current directory count.
 
-    Class may also be a function that makes a task, or a task. ValueError, one sentence, where this does not work.
+    flag is what the user typed it after. Class may also be a function that makes a task, or a task. ValueError, one
+    sentence, where this does not work.
     """
     module_name, colon, attribute = spec.partition(":")
     if not (module_name and colon and attribute):
-        raise ValueError(f"--task must be module:Class, got {spec!r}")
+        raise ValueError(f"{flag} must be module:Class, got {spec!r}")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
@@ -167,30 +168,30 @@ def load_task(spec: str) -> Task:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as e:  # whatever a user's module does when it runs
-        raise ValueError(f"--task {spec}: cannot import {module_name}: {type(e).__name__}: {e}") from e
+        raise ValueError(f"{flag} {spec}: cannot import {module_name}: {type(e).__name__}: {e}") from e
     if not hasattr(module, attribute):
-        raise ValueError(f"--task {spec}: {module.__file__ or module_name} has no {attribute}")
+        raise ValueError(f"{flag} {spec}: {module.__file__ or module_name} has no {attribute}")
     made = getattr(module, attribute)
     if inspect.isclass(made) or inspect.isroutine(made):
         try:
             made = made()
         except (Exception, SystemExit) as e:
-            raise ValueError(f"--task {spec}: {attribute}() failed, {type(e).__name__}: {e}") from e
+            raise ValueError(f"{flag} {spec}: {attribute}() failed, {type(e).__name__}: {e}") from e
     if isinstance(made, Task):
-        return _sized(made, spec)
+        return _sized(made, f"{flag} {spec}")
     if missing := [method for method in ("__len__", "__getitem__") if not hasattr(made, method)]:
         raise ValueError(
-            f"--task {spec}: {attribute} is no sequence of conversations, it lacks {' and '.join(missing)}"
+            f"{flag} {spec}: {attribute} is no sequence of conversations, it lacks {' and '.join(missing)}"
         )
-    return _sized(AdaptedTask(made), spec)
+    return _sized(AdaptedTask(made), f"{flag} {spec}")
 
 
-def _sized(task: Task, spec: str) -> Task:
+def _sized(task: Task, typed: str) -> Task:
     """The task, when it can tell its length and name, as whatever a user wrote may not."""
     try:
         size, _ = len(task), task.name
     except Exception as e:
-        raise ValueError(f"--task {spec}: its length and name must be known, {type(e).__name__}: {e}") from e
+        raise ValueError(f"{typed}: its length and name must be known, {type(e).__name__}: {e}") from e
     if not 0 < size < 2**31:
-        raise ValueError(f"--task {spec} must have from 1 to 2147483647 conversations, it has {size}")
+        raise ValueError(f"{typed} must have from 1 to 2147483647 conversations, it has {size}")
     return task

@@ -23,30 +23,29 @@ def tokenizer(name: str) -> Tokenizer:
     return Tokenizer.load(data.GOLDEN / "checkpoints" / name / "tokenizer")
 
 
-def numbered(golden, kind: str) -> list:
-    """The arrays kind0, kind1, ... in order."""
-    found = {int(key): array for key, array in models.under(kind, golden).items() if key.isdigit()}
-    return [found[n] for n in sorted(found)]
+def numbered(golden, kind: str) -> dict[int, np.ndarray]:
+    """The arrays kind0, kind1, ... by number."""
+    return {int(key): array for key, array in models.under(kind, golden).items() if key.isdigit()}
 
 
 @functools.cache
 def greedy(file: str):
-    """-> (golden arrays, the engine's sample for each prompt)."""
+    """-> (golden arrays, the engine's sample by the number of its prompt)."""
     golden, name = data.arrays(f"decode/{file}.npz"), models.of_file(file)
     config, params, _ = models.load(name)
     engine = Engine(config, tokenizer(name), **MESH)
     engine.load(params)
-    longest = max(map(len, numbered(golden, "tokens")))
+    prompts, longest = numbered(golden, "prompt"), max(map(len, numbered(golden, "tokens").values()))
     with models.rotary_tables_of(file):
-        samples = engine.generate(numbered(golden, "prompt"), Sampling(temperature=0.0, max_new_tokens=longest))
-    return golden, [row[0] for row in samples]
+        rows = engine.generate([*prompts.values()], Sampling(temperature=0.0, max_new_tokens=longest))
+    return golden, {n: row[0] for n, row in zip(prompts, rows)}
 
 
 @pytest.mark.parametrize("file", data.names("decode"))
 def test_greedy_continuations_are_nanochats(file):
     """Where the two best logits are nearly equal either may be chosen, and what follows is not compared."""
     golden, samples = greedy(file)
-    for n, sample in enumerate(samples):
+    for n, sample in samples.items():
         tokens, mask, margin = (golden[f"{kind}{n}"] for kind in ("tokens", "mask", "margin"))
         close = np.flatnonzero(margin <= 1e-3)  # nan: a forced token
         sure = close[0] if len(close) else len(tokens)
@@ -59,7 +58,7 @@ def test_greedy_continuations_are_nanochats(file):
 @pytest.mark.parametrize("file", data.names("decode"))
 def test_samples_hold_what_the_batch_interface_returns_and_the_end_token(file):
     golden, samples = greedy(file)
-    for n, sample in enumerate(samples):
+    for n, sample in samples.items():
         if f"batch_row{n}" not in golden or np.nanmin(golden[f"margin{n}"]) <= 1e-3:
             continue
         size = len(sample.tokens) - sample.ended
@@ -80,7 +79,7 @@ def scripted():
     for n, row in enumerate(rows):
         script[n, : len(row)] = row
     first = np.cumsum([0] + [len(trace["sampled_by_step"]) for trace in traces])
-    (prompt_size,) = {len(trace["prompt"]) for trace in traces}  # the script's column is the position behind it
+    sizes = jnp.array([len(trace["prompt"]) for trace in traces for _ in trace["sampled_by_step"]], jnp.int32)
 
     def choose(logits, draws, temperature, top_k):
         row, column = jnp.moveaxis(draws, 1, 0).astype(jnp.int32)
@@ -101,7 +100,7 @@ def scripted():
         patch.setattr(
             sampling,
             "uniforms",
-            lambda rows, positions: jnp.stack([rows, positions - prompt_size], -1).astype(jnp.float32),
+            lambda rows, positions: jnp.stack([rows, positions - sizes[rows]], -1).astype(jnp.float32),
         )
         patch.setattr(sampling, "choose", choose)
         patch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 1)))

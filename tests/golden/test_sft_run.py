@@ -64,8 +64,8 @@ def entries(run: dict, key: str) -> list[dict]:
 
 
 @functools.cache
-def replay(name: str) -> dict:
-    """Drive our train step with the recorded multipliers and momenta -> what it measured."""
+def replay(name: str, attention: str = "chunked", steps: int | None = None) -> dict:
+    """Drive our train step with the recorded multipliers and momenta, so many steps or all -> what it measured."""
     run = recording(name)
     arguments, task_data = run["arguments"], data.path("sft_run/task_data")
     cfg = dataclasses.replace(config.parse(sft.SFTConfig, [*arguments, *tiny.NO_SPELLING]), data_dir=task_data)
@@ -91,7 +91,7 @@ def replay(name: str) -> dict:
     count = cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len)
     stream = batches(sft.validation_tasks(cfg), "val")
     validation = [batch for (batch, _), _ in zip(stream, range(count))]
-    bits_per_byte = make_bits_per_byte(opened.model_config, tokenizer.token_bytes())
+    bits_per_byte = make_bits_per_byte(opened.model_config, tokenizer.token_bytes(), attention=attention)
 
     @jax.jit
     def norms(params):
@@ -101,12 +101,13 @@ def replay(name: str) -> dict:
         tx = optim.make_optimizer(opened.groups)
         abstract = train.abstract_state(opened.model_config, tx, mesh)
         state = opened.initial_state(tx, abstract)
-        train_step = train.make_train_step(opened.model_config, tx, abstract, mesh, per_micro_batch=True)
+        how = {"attention": attention, "per_micro_batch": True}
+        train_step = train.make_train_step(opened.model_config, tx, abstract, mesh, **how)
         stream = batches(sft.training_tasks(cfg), "train")
         first, ended = next(stream), False
         result = {"loss": [], "norms": [], "seen": [], "bpb": {0: bits_per_byte(state.params, validation)}}
         evaluated = {entry["step"] for entry in entries(run, "val_bpb")}
-        for entry in entries(run, "train_loss"):
+        for entry in entries(run, "train_loss")[:steps]:
             micro = [first]  # nanochat fetches a batch ahead: what a step knows of the progress is that batch's
             while len(micro) < plan.micro_batches + 1:
                 micro.append(next(stream))
@@ -173,6 +174,18 @@ def test_norms_of_all_weights_are_nanochats_at_every_step(name):
     for norms, entry in zip(ours, entries(run, "train_loss"), strict=True):
         got = [norms[p] for p in run["param_names"]]
         np.testing.assert_allclose(got, entry["param_norms"], rtol=1e-4, err_msg=f"step {entry['step']}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_first_steps_are_nanochats_with_the_definition_of_attention_too(name):
+    """In place of the backend that is in force here, of which the other tests are."""
+    run, ours = recording(name), replay(name, "reference", 3)
+    golden = entries(run, "train_loss")[:3]
+    for loss, norms, entry in zip(ours["loss"], ours["norms"], golden, strict=True):
+        np.testing.assert_allclose(loss, entry["train_loss"], rtol=1e-4)
+        got = [norms[p] for p in run["param_names"]]
+        np.testing.assert_allclose(got, entry["param_norms"], rtol=1e-4, err_msg=f"step {entry['step']}")
+    np.testing.assert_allclose(ours["bpb"][0], entries(run, "val_bpb")[0]["val_bpb"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,0 +1,34 @@
+"""Kernels under a mesh: the partitioner cannot look into one, so every device runs it on its own rows and heads."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+
+def sharded(kernel: Callable) -> Callable:
+    """kernel(q, k, v, k_start, scale, window) of one device -> the same under the mesh in force (jax.set_mesh).
+
+    Rows are split over the axis data, heads over model, a kv head with its query heads. What an axis does not divide
+    (the single prompt, fewer kv heads than devices) every device of that axis computes whole. Without a mesh, and in a
+    shard_map that has entered an empty one, the kernel is called as it is.
+    """
+
+    def attend(q, k, v, k_start, scale, window):
+        mesh = jax.sharding.get_abstract_mesh()
+
+        def axis(name, size):
+            return name if mesh.shape.get(name, 1) > 1 and size % mesh.shape[name] == 0 else None
+
+        if all(size == 1 for size in mesh.shape.values()):
+            return kernel(q, k, v, k_start, scale, window)
+        rows, heads = axis("data", q.shape[0]), axis("model", k.shape[2])
+        each = P(rows, None, heads, None)
+        return jax.shard_map(
+            lambda *arrays: kernel(*arrays, scale, window),
+            in_specs=(each, each, each, P(rows, None)),
+            out_specs=each,
+            check_vma=False,
+        )(q, k, v, k_start)
+
+    return attend

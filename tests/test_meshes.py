@@ -1,0 +1,144 @@
+"""Meshes of 8 devices: the same training and the same answers as on one, for RL; what the compiled step sends; and what
+is told of the sharding. SFT's train step on the same meshes: test_train.py.
+
+Run: python -m pytest tests/test_meshes.py
+"""
+
+import contextlib
+import io
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import config, optim, rl, sharding, train
+from nanochat_jax.gpt import GPTConfig, window_sizes
+from nanochat_jax.metrics import read_metrics
+from tests import tiny
+
+MESHES = {
+    "alone": ["data=1"],
+    "data": ["data=8", "--replicate"],
+    "fsdp": ["data=8"],
+    "fsdp x tensor": ["data=4,model=2"],
+}
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def rl_runs(tmp_path_factory):
+    """mesh -> (losses by step, rewards by step, rollouts) of 10 steps of RL."""
+    base, done = tmp_path_factory.mktemp("base"), {}
+    tiny.write_base(base)
+    flags = [
+        "--source",
+        "base",
+        "--task",
+        "tests.process_tasks:Vowels",
+        "--num-steps",
+        str(STEPS),
+        "--eval-every",
+        "-1",
+    ]
+    flags += ["--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "16", "--log-rollouts", "4"]
+
+    def get(name):
+        if name not in done:
+            tag, rows = name.replace(" ", "-"), {"alone": "8", "fsdp x tensor": "2"}.get(name, "1")
+            more = ["--mesh", *MESHES[name], "--device-batch-size", rows, "--output-tag", tag]
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+                patch.setenv("NANOCHAT_BASE_DIR", str(base))
+                assert rl.main(config.parse(rl.RLConfig, [*flags, *more])) == 0
+            folder = base / "chatrl_checkpoints" / tag
+            records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+            rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+            done[name] = [r["loss"] for r in records], [r["reward"] for r in records], rollouts
+        return done[name]
+
+    return get
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "alone"])
+def test_rl_draws_the_same_answers_and_learns_the_same_on_every_mesh(rl_runs, mesh):
+    alone, other = rl_runs("alone"), rl_runs(mesh)
+    assert len(other[0]) == STEPS and len(other[2]) == STEPS * 16
+    np.testing.assert_allclose(other[0], alone[0], rtol=1e-5, atol=1e-6)
+    assert other[1] == alone[1]
+    for name in ("tokens", "mask", "text", "reward", "advantage", "ended"):
+        assert [sample[name] for sample in other[2]] == [sample[name] for sample in alone[2]]
+
+
+CONFIG = GPTConfig(
+    sequence_len=64,
+    vocab_size=250,
+    n_layer=4,
+    n_head=2,
+    n_kv_head=2,
+    n_embd=64,
+    padded_vocab=256,
+    windows=window_sizes("SL", 4, 64),
+)
+
+
+def abstract(mesh, model=CONFIG, replicate=False):
+    rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
+    tx = optim.make_optimizer(optim.default_groups(model.n_embd, **rates))
+    return tx, train.abstract_state(model, tx, mesh, replicate)
+
+
+def collectives(text):
+    """(kind, elements of the largest result, where it comes from) of every collective of a compiled module."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", line)
+        if match:
+            sizes = [
+                int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", match[1])
+            ]
+            name = re.search(r'op_name="([^"]*)"', line)
+            found.append((match[2], max(sizes), name[1] if name else ""))
+    return found
+
+
+def test_the_compiled_step_scatters_and_gathers_and_never_gathers_a_gradient():
+    mesh = sharding.make_mesh("data=8")
+    with jax.set_mesh(mesh):
+        tx, like = abstract(mesh)
+        step = train.make_train_step(CONFIG, tx, like, mesh)
+        leaves = dict.fromkeys(("inputs", "targets", "document_start"), jnp.int32) | {"weights": jnp.float32}
+        rows = sharding.batch_sharding(mesh)
+        batch = {name: jax.ShapeDtypeStruct((1, 8, 64), kind, sharding=rows) for name, kind in leaves.items()}
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        found = collectives(step.lower(like, batch, scalar, scalar).compile().as_text())
+    assert {"reduce-scatter", "all-gather", "all-to-all"} <= {kind for kind, *_ in found}
+    matrix = 64 * 64  # the smallest in a block
+    gathered = [name for kind, size, name in found if kind == "all-gather" and size >= matrix]
+    assert gathered, "with FSDP the forward pass gathers parameters"
+    assert all("params" in name for name in gathered), gathered
+
+
+def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
+    mesh = sharding.make_mesh("data=4,model=2")
+    lines, notes = sharding.table(abstract(mesh)[1].params, mesh)
+    (row,) = [line.split() for line in lines if line.startswith("blocks/*/attn/c_q")]
+    assert row == ["blocks/*/attn/c_q", "x", "4", "64", "x", "64", "(model,", "data)", f"{4 * 4 * 64 * 64 // 8:,}"]
+    assert notes == []
+    assert int(lines[-1].split()[-1].replace(",", "")) == sum(
+        leaf.dtype.itemsize * np.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(abstract(mesh)[1].params)
+    )
+    odd = GPTConfig(**{**vars(CONFIG), "n_embd": 60, "n_head": 3, "n_kv_head": 3})
+    mesh = sharding.make_mesh("data=8")
+    lines, notes = sharding.table(abstract(mesh, odd)[1].params, mesh)
+    assert len(notes) == 1 and notes[0].startswith("60 is no multiple of the mesh's data=8, so not split: ")
+    assert "blocks/*/attn/c_q" in notes[0] and "lambda" not in notes[0]
+    assert sharding.table(abstract(mesh, odd, True)[1].params, mesh, True)[1] == []  # whole copies were wanted
+
+
+def test_a_process_holds_whole_rows_of_a_batch():
+    mesh = sharding.make_mesh("data=4,model=2")
+    assert sharding.row_part(mesh) == (0, 1)
+    assert sharding.own_devices(mesh) is mesh and sharding.own_copy({"a": 1}, mesh) == {"a": 1}

@@ -1,0 +1,240 @@
+"""What a compiled program does on one device, from the text of its HLO: products, memory traffic, collectives, with
+loop bodies counted as often as they run (the compiler's own cost analysis counts them once).
+
+Counted is what is reached from the entry. How often a loop runs is read from its condition and its counter's step.
+FLOPs are 2 per multiply-add of every dot and convolution, also within fusions; a kernel (custom call) is opaque and has
+none here. Bytes are those of operands and results in the device's memory (not those the compiler keeps on the chip,
+S(1)), of slices and updates only the part: XLA may read less, so it is an upper bound. A collective that the compiler
+cut into several fusions is one, known by its channel; bytes are what a device sends in a ring.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+SIZES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+SIZES |= {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5}
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+FREE = {  # no traffic of their own: names for what is there, or the second half of what was counted at its start
+    *("parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "while", "conditional", "call"),
+    *("copy-done", "slice-done", "async-done", "async-update", "optimization-barrier", "partition-id", "replica-id"),
+    *(f"{name}-done" for name in COLLECTIVES),
+}
+PART_READ = {"slice", "dynamic-slice", "slice-start", "gather"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str  # of the result, as text
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # attributes
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of a program on one device."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0  # sum over operations of the longer of products and traffic; needs `rates`
+    kernels: Counter = dataclasses.field(default_factory=Counter)  # name -> calls
+    collectives: dict[str, list] = dataclasses.field(default_factory=dict)  # kind -> [how many, bytes sent]
+    unknown_loops: int = 0
+
+
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """(computation -> its instructions by name, the entry's name)"""
+    computations, entry, current = {}, "", {}
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif found := INSTRUCTION.match(line):
+            name, right = found.groups()
+            shape, right = split_shape(right)
+            opcode, _, right = right.partition("(")
+            inside, rest = split_parenthesis(right)
+            operands = tuple(re.findall(r"%([\w.\-]+)", re.sub(r"/\*.*?\*/", "", inside)))
+            current[name] = Instruction(name, shape, opcode.strip(), operands, f"{inside}){rest}")
+    return computations, entry
+
+
+def split_shape(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    inside, rest = split_parenthesis(text[1:])
+    return f"({inside})", rest.lstrip()
+
+
+def split_parenthesis(text: str) -> tuple[str, str]:
+    """(what comes before the parenthesis that closes, what comes after it)"""
+    depth = 1
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return text[:i], text[i + 1 :]
+    return text, ""
+
+
+def arrays(shape: str) -> Iterator[tuple[float, tuple[int, ...], bool]]:
+    """(bytes, dimensions, whether it lies in the device's memory) of each array of a shape."""
+    for kind, dims, layout in ARRAY.findall(shape):
+        if kind in SIZES:
+            sizes = tuple(int(d) for d in dims.split(",") if d)
+            yield SIZES[kind] * math.prod(sizes), sizes, "S(" not in layout
+
+
+def in_memory(shape: str) -> float:
+    return sum(size for size, _, outside in arrays(shape) if outside)
+
+
+def product_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
+    """Of a dot or a convolution; 0 for anything else."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0.0
+    ((_, out, _),) = list(arrays(instruction.shape))[:1]
+    (_, left, _), (_, right, _) = (next(arrays(shapes[name])) for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
+        return 2 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    labels_left, labels_right, labels_out = re.match(
+        r"(\w+)_(\w+)->(\w+)", re.search(r"dim_labels=([\w\->]+)", instruction.rest)[1]
+    ).groups()
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or ["", ""])[1]))
+    flops = 2.0 * math.prod(out[labels_out.index(c)] for c in "bf") * right[labels_right.index("i")]
+    for i, c in enumerate(sorted(set(labels_out) - set("bf"))):
+        pick = {name: window[name].split("x")[i] for name in window}
+        flops *= positions(left[labels_left.index(c)], right[labels_right.index(c)], out[labels_out.index(c)], pick)
+    return flops
+
+
+def positions(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
+    """Pairs of an output and a kernel position along one dimension that meet an element of the input."""
+    stride, dilate_in, dilate = (int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    low = int(re.match(r"-?\d+", window.get("pad", "0"))[0])
+    reached = (size - 1) * dilate_in
+    count = 0
+    for k in range(kernel):  # outputs o with 0 <= o * stride + k * dilate - low <= reached
+        offset = k * dilate - low
+        if dilate_in == 1:
+            first = max(0, -(offset // stride))
+            count += max(0, min(out - 1, (reached - offset) // stride) - first + 1)
+        else:
+            at = (o * stride + offset for o in range(out))
+            count += sum(0 <= x <= reached and x % dilate_in == 0 for x in at)
+    return count
+
+
+def trips(condition: dict[str, Instruction], body: dict[str, Instruction]) -> int | None:
+    """How often a loop runs, whose counter starts at 0: the integer that its condition compares with, over the step of
+    the counter, which is 2 or more where the compiler has unrolled the body. None: no such integer."""
+
+    def constant(instruction):
+        found = re.match(r"(\d+)\)", instruction.rest) if instruction and instruction.opcode == "constant" else None
+        return int(found[1]) if found else None
+
+    compares = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest]
+    limit = max((n for i in condition.values() if (n := constant(i)) is not None), default=None)
+    if limit is None or len(compares) != 1:
+        return limit
+    counter = condition.get(compares[0].operands[0])
+    where = re.search(r"index=(\d+)", counter.rest) if counter else None
+    if not where:
+        return limit
+    after = body.get(list(body.values())[-1].operands[int(where[1])])
+    while after and after.opcode in ("copy", "bitcast"):
+        after = body.get(after.operands[0])
+    steps = [constant(body.get(name)) for name in after.operands] if after and after.opcode == "add" else []
+    return -(-limit // next(filter(None, steps), 1))
+
+
+def cost(text: str, *, unknown_trips: int = 1, rates: tuple[float, float] = (math.inf, math.inf)) -> Cost:
+    """rates: FLOP/s and bytes/s of a device, for `seconds`."""
+    computations, entry = parse(text)
+    total, seen = Cost(), set()
+    shapes = {name: {i.name: i.shape for i in body.values()} for name, body in computations.items()}
+
+    def called(instruction, *names):
+        return [m[1] for name in names if (m := re.search(rf"{name}=%?([\w.\-]+)", instruction.rest))]
+
+    def flops_within(name: str) -> float:
+        body = computations.get(name, {})
+        own = sum(product_flops(i, shapes[name]) for i in body.values())
+        return own + sum(flops_within(c) for i in body.values() for c in called(i, "calls"))
+
+    def collective(instruction, times):
+        kind = instruction.opcode.removesuffix("-start")
+        channel = re.search(r"channel_id=(\d+)", instruction.rest)
+        key = channel[1] if channel else instruction.name
+        if kind not in COLLECTIVES or (kind, key) in seen:
+            return
+        seen.add((kind, key))
+        sizes = [size for size, _, _ in arrays(instruction.shape)]
+        n = group_size(instruction.rest)
+        if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]  # operand and result
+        factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
+        sent = sum(sizes) * factor.get(kind, (n - 1) / n)
+        entry = total.collectives.setdefault(kind, [0, 0.0])
+        entry[0] += times
+        entry[1] += times * sent
+
+    def within(name: str, times: float):
+        for instruction in computations.get(name, {}).values():
+            collective(instruction, times)
+            for inner in called(instruction, "calls"):
+                within(inner, times)
+
+    def visit(name: str, times: float):
+        for i in computations[name].values():
+            if i.opcode == "while":
+                (condition,), (body,) = called(i, "condition"), called(i, "body")
+                count = trips(computations[condition], computations[body])
+                total.unknown_loops += count is None
+                visit(body, times * (count or unknown_trips))
+            elif i.opcode in ("call", "conditional"):
+                for inner in called(i, "to_apply", "true_computation"):
+                    visit(inner, times)
+            collective(i, times)
+            if i.opcode == "fusion":
+                for inner in called(i, "calls"):
+                    within(inner, times)
+            if i.opcode in FREE:
+                continue
+            if i.opcode == "custom-call" and "tpu_custom_call" in i.rest:
+                total.kernels[re.sub(r"[.\d]+$", "", i.name)] += times
+            result = in_memory(i.shape)
+            if i.opcode in PART_READ:
+                moved = 2 * min(result, *(s for s, _, _ in arrays(i.shape)))
+            elif i.opcode == "dynamic-update-slice":
+                moved = 2 * in_memory(shapes[name].get(i.operands[1], ""))
+            elif i.opcode.endswith("-start"):
+                moved = result
+            else:
+                moved = result + sum(in_memory(shapes[name].get(operand, "")) for operand in i.operands)
+            flops = product_flops(i, shapes[name]) + sum(flops_within(c) for c in called(i, "calls"))
+            total.flops += times * flops
+            total.bytes += times * moved
+            total.seconds += times * max(flops / rates[0], moved / rates[1])
+
+    visit(entry, 1)
+    return total
+
+
+def group_size(rest: str) -> int:
+    """Devices that a collective goes over."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(iota[2])
+    if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(groups[1].split(","))
+    return 2
