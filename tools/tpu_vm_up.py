@@ -15,9 +15,10 @@ from tpu_vm_gcloud import Unreachable
 from tpu_vm_machine import DEAD, HALTED, Lost, Machine, Unanswered, numbers
 
 from nanochat_jax.config import require
+from nanochat_jax.line import LOST
 
 STAGE = re.compile(r"nanochat_jax\.(base|sft|rl)")
-TERMINATED = 128 + 15  # exit code of a stage that SIGTERM made save and end
+AGAIN = {128 + 15, LOST}  # exit codes of a stage that SIGTERM made save and end, and of one that lost another process
 KILLED = 128 + 9
 MISSED = 5  # polls in a row without an answer of every worker, after which the TPU counts as lost
 MOST_RESTARTS = 10  # on one machine
@@ -176,10 +177,10 @@ class Supervisor:
         ended |= {worker: KILLED for worker, facts in found.items() if facts["state"] == "killed"}
         bad = {worker: code for worker, code in sorted(ended.items()) if code}
         text = "; ".join(f"worker {worker} ended with exit code {code}" for worker, code in bad.items())
-        if bad and set(bad.values()) == {TERMINATED}:
-            return "again", TERMINATED, text
+        if bad and AGAIN.issuperset(bad.values()):
+            return "again", max(bad.values()), text
         if bad:
-            return "failed", next(code for code in bad.values() if code != TERMINATED), text
+            return "failed", next(code for code in bad.values() if code not in AGAIN), text
         if len(ended) == len(found):
             return "ended", 0, f"the command has ended with exit code 0 on {numbers(set(found))}"
         return None
