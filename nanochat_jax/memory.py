@@ -88,12 +88,11 @@ def kept_for_backward(config: GPTConfig, remat: str, tokens: int, dtype: Any) ->
 def choose_remat(wanted: str, config: GPTConfig, state: TrainState, dtype: Any, tokens: int) -> Choice:
     """The --remat in force; "auto" is the first of REMAT with which everything fits by an estimate, else the last.
 
-    state: real or abstract, for its shardings. tokens: of a device in one pass. ValueError: an unknown name."""
-    if wanted in REMAT:
-        return Choice(wanted, "as --remat says")
+    state: real or abstract, for its shardings. tokens: of a device in one pass."""
     if wanted != "auto":
-        raise ValueError(f"--remat must be auto, {', '.join(REMAT[:-1])} or {REMAT[-1]}, got {wanted!r:.60}")
-    had = device_memory(next(iter(state.step.sharding.device_set)))
+        return Choice(wanted, "as --remat says")
+    devices = state.step.sharding.device_set
+    had = device_memory(next((d for d in jax.local_devices() if d in devices), next(iter(devices))))
     if had is None:
         return Choice(REMAT[0], "the device does not tell how much memory it has")
     fixed = bytes_on_device(state) + 2 * bytes_on_device(state.params)  # gradients, and their sum or the updates

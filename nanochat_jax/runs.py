@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax import attention, checkpoint, config, optim, processes, train
 from nanochat_jax.common import base_dir, cpu_name, peak_flops, print0, process_index
-from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.gpt import REMAT, GPTConfig
 
 SEEN_SECONDS = 60  # that a network's file system may take to show a new file to another machine
 PLATFORMS = {"auto": None, "": None, "cuda": "cuda", "gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}
@@ -56,6 +56,7 @@ def check_settings(cfg: Any, rules: Iterable[tuple[str, bool, str]], ratios: Ite
         *rules,
         ("keep_checkpoints", cfg.keep_checkpoints >= 1, "at least 1"),
         ("seed", cfg.seed >= 0, "at least 0"),
+        ("remat", cfg.remat in ("auto", *REMAT), f"auto, {', '.join(REMAT[:-1])} or {REMAT[-1]}"),
         ("eval_tokens", getattr(cfg, "eval_tokens", 1) >= 1, "at least 1 (--eval-every -1 measures nothing)"),
         *((name, 0 <= getattr(cfg, name) <= 1, "between 0 and 1") for name in ratios),
         *((name, 0 <= (getattr(cfg, name) or 0) <= 1000, "between 0 and 1000") for name in rates),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nanochat_jax import sft
 from nanochat_jax.gpt import REMAT, abstract_gpt
 from nanochat_jax.loss import summed_token_loss, weighted_nll
 from nanochat_jax.memory import choose_remat
@@ -101,5 +102,8 @@ def test_auto_keeps_what_fits_and_computes_again_what_does_not():
     assert choose_remat("auto", config, state, jnp.float32, tokens=1024).name == "none"
     assert choose_remat("auto", config, state, jnp.float32, tokens=1 << 40).name == "block"
     assert choose_remat("elementwise", config, state, jnp.float32, tokens=1 << 40).name == "elementwise"
-    with pytest.raises(ValueError, match="--remat must be auto, none, elementwise or block, got 'all'"):
-        choose_remat("all", config, state, jnp.float32, tokens=1)
+
+
+def test_an_unknown_name_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="--remat must be auto, none, elementwise or block, got all"):
+        sft.check(sft.SFTConfig(remat="all"))

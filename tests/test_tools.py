@@ -1,18 +1,29 @@
 """The tools print what they promise. Run: python -m pytest tests/test_tools.py"""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from nanochat_jax.attention import NAMES
+from nanochat_jax.gpt import GPTConfig, abstract_gpt, window_sizes
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["--depth=2", "--width=64", "--head-dim=16", "--vocab-size=256", "--seq-len=64", "--batch-size=2", "--steps=3"]
 
 
-def bench(*flags: str) -> subprocess.CompletedProcess:
+TINY_ROLLOUT = ["--depth=2", "--width=64", "--head-dim=16", "--vocab-size=512", "--prompts=3", "--prompt-tokens=10"]
+TINY_ROLLOUT += ["--samples=4", "--new-tokens=20", "--slots=4", "--repeats=1"]
+
+
+def bench(*flags: str, name: str = "bench_sft") -> subprocess.CompletedProcess:
     """On one device, with the compiler options of the other tests."""
-    command = [sys.executable, ROOT / "tools/bench_sft.py", *flags]
+    command = [sys.executable, ROOT / f"tools/{name}.py", *flags]
     return subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -26,6 +37,10 @@ def test_the_benchmark_prints_one_line_of_json():
     assert result["settings"]["seq_len"] == 64
     per_token = result["flops_per_second"] / result["tokens_per_second"]
     assert 6 * result["parameters"] / 2 < per_token < 6 * result["parameters"]  # lookups are not products
+    assert (result["attention"], result["remat"], result["mfu"]) == ("chunked", "none", None)
+    rates = [result["gflops_per_second" + more] for more in ("", "_with_optimizer")]
+    assert 0 < rates[0] < rates[1]
+    assert result["matmul_share"] == pytest.approx(rates[0] / result["matmul_gflops_per_second"], rel=0.01)
 
 
 def test_settings_that_cannot_be_built_are_refused_with_a_sentence():
@@ -36,3 +51,131 @@ def test_settings_that_cannot_be_built_are_refused_with_a_sentence():
     ):
         done = bench(*flags)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and sentence in done.stderr
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """A tool by its name, as a module."""
+    sys.path.insert(0, str(ROOT / "tools"))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.path.remove(str(ROOT / "tools"))
+
+
+@pytest.mark.parametrize(("name", "depth", "width"), [("d12", 12, 768), ("d20", 20, 1280), ("d26", 26, 1664)])
+def test_presets_are_nanochats_shapes_and_flags_beside_them_hold(tool, name, depth, width, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "--preset", name, "--batch-size=3"])
+    sft = tool("bench_sft")
+    cfg = sft.parse(sft.Bench, sft.PRESETS)
+    assert (cfg.preset, cfg.batch_size, cfg.seq_len) == (name, 3, 2048)
+    config = sft.model_config(cfg, cfg.seq_len)
+    assert (config.n_layer, config.n_embd, config.head_dim, config.vocab_size) == (depth, width, 128, 32768)
+    assert config.windows[:4] == (512, 512, 512, 2048)
+
+
+def test_the_optimizers_products_are_those_of_every_matrix(tool):
+    windows = window_sizes("L", 1, 64)
+    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "value_embed_scale": 0.0}
+    config = GPTConfig(sequence_len=64, vocab_size=64, padded_vocab=64, windows=windows, **shape)
+    sides = [(64, 64), (32, 64), (32, 64), (64, 64), (64, 256), (64, 256)]  # q, k, v, proj; fc, proj
+    expected = sum(5 * (4 * s * s * l + 2 * s**3) for s, l in sides)
+    assert tool("bench_sft").orthogonalisation_flops(abstract_gpt(config)[1]) == expected
+
+
+@pytest.mark.parametrize(("lengths", "shared"), [([5, 9, 2], 3), ([40, 40], 2), ([1], 1)])
+def test_the_keys_that_decoding_must_read_are_those_that_some_row_sees(tool, lengths, shared):
+    prompt, windows = 12, (6, 30, -1)
+    shape = {"n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 64}
+    config = GPTConfig(sequence_len=64, vocab_size=64, padded_vocab=64, windows=windows, **shape)
+    read = 0
+    for window in windows:
+        for t in range(max(lengths)):  # all rows at once
+            position = prompt - 1 + t
+            seen = range(max(0, position - window) if window >= 0 else 0, position + 1)
+            read += sum(key < prompt - 1 for key in seen)
+            read += sum(key >= prompt - 1 for key in seen) * sum(length > t for length in lengths)
+    assert tool("bench_rollout").kv_tokens(config, prompt, lengths, shared) == read
+    assert tool("bench_rollout").kv_tokens(config, prompt, lengths, 1) >= read  # a prompt is read again for each
+
+
+def test_the_rollout_bench_tells_speed_and_the_share_of_memory_bandwidth():
+    done = bench(*TINY_ROLLOUT, name="bench_rollout")
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    for name in ("tokens_per_second", "ms_per_decode_step", "mbu", "memory_gb_per_second", "peak_memory_bytes"):
+        assert result[name] > 0, name
+    assert 0 < result["host_share"] < 1 and result["compiles_after_warmup"] == 0
+    assert (result["attention"], result["dtype"], result["prompts"]) == ("chunked", "float32", 3)
+    seconds = result["ms_per_decode_step"] / 1e3
+    rate = result["mb_per_decode_step"] / 1e3 / seconds
+    assert result["mbu"] == pytest.approx(rate / result["memory_gb_per_second"], rel=0.05, abs=1e-4)
+
+
+def test_the_attention_bench_times_what_runs_here_and_says_why_the_rest_does_not():
+    done = bench("--quick", "--head-dims=64", name="bench_attention")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["backend"] for line in lines} == set(NAMES)
+    for line in lines:
+        if line["backend"] not in ("reference", "chunked"):
+            assert "needs a" in line["refused"] and line["refused"] in done.stderr
+            continue
+        assert (line["visible_pairs"] < line["dense_causal_pairs"]) == (line["packed"] or line["window"] >= 0)
+        for part, flops in (("forward", 4), ("backward", 10), ("both", 14)):
+            found = line[part]
+            assert found["seconds"] > 0 and found["share"] > 0
+            count = flops * line["H"] * line["N"] * line["visible_pairs"]
+            assert found["flops_per_second"] == pytest.approx(count / found["seconds"], rel=0.01)
+    pairs = {line["packed"]: line["visible_pairs"] for line in lines if "forward" in line}
+    assert pairs[True] < pairs[False]
+    assert all(line["visible_pairs"] == pairs[line["packed"]] for line in lines if "forward" in line)
+
+
+def test_visible_pairs_are_counted_as_the_mask_shows_them(tool):
+    attention = tool("bench_attention")
+    cfg = attention.Bench(document_tokens=9)
+    for window, packed in ((7, True), (-1, True), (7, False)):
+        case = attention.Case("reference", packed, window, 64, 8, 3, 1, 1)
+        k_start = attention.k_starts(cfg, case)
+        t = np.arange(64)
+        visible = (t >= k_start[..., None]) & (t <= t[:, None])
+        assert (np.arange(64) - k_start + 1).sum() == visible.sum()
+        assert window < 0 or visible.sum(-1).max() == window + 1
+        assert packed == bool(((k_start == t) & (t > 0)).any())
+
+
+def check(*arguments, **environment) -> subprocess.CompletedProcess:
+    command = [ROOT / "tools/gpu_check.sh", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_part_of_the_gpu_check_that_fails_is_recorded_and_the_others_run(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text(f"""#!/bin/sh
+case "$*" in *bench_sft*) echo no such device >&2; exit 7;; esac
+exec {sys.executable} "$@"
+""")
+    broken.chmod(0o755)
+    parts = ("sft_d20", "environment")
+    for _ in range(2):  # into the same folder again
+        done = check("--quick", "--out", tmp_path / "results", *parts, PYTHON=str(broken))
+    assert done.returncode == 1
+    rows = [row.split("\t") for row in (tmp_path / "results/summary.tsv").read_text().splitlines()]
+    assert [row[:2] for row in rows] == [["sft_d20", "7"], ["environment", "0"]]
+    assert "--preset d20" in rows[0][3]
+    assert "no such device" in (tmp_path / "results/sft_d20.log").read_text()
+    facts = (tmp_path / "results/environment.txt").read_text()
+    assert "jaxlib " in facts and "cpu" in facts.lower()
+
+
+def test_the_gpu_check_refuses_what_it_does_not_know(tmp_path):
+    for arguments in (("--fast",), ("sft_d99",), ("--out",)):
+        done = check(*arguments)
+        assert done.returncode == 2 and done.stderr.startswith("gpu_check.sh: ")
+    assert check("--help").stdout.startswith("usage: tools/gpu_check.sh")

@@ -8,8 +8,9 @@ reach in this run in the same type.
 
 forward gives the output only, as evaluation does; backward starts from what the forward pass of training kept; both is
 one program that gives the output and the gradients of q, k and v. Seconds are per call, medians of samples of many
-calls, each on other numbers than the one before. A backend that refuses a case, or fails in it, leaves its sentence.
-Packed rows hold documents of random lengths, --document-tokens in the mean, the same for all backends.
+calls, on an accelerator each on other numbers than the one before. A backend that refuses a case, and a part that
+fails, leave their sentence. Packed rows hold documents of random lengths, --document-tokens in the mean, the same for
+all backends.
 
 python tools/bench_attention.py               # T 2048 and 8192, heads of 64 and 128; on CPU a quarter of the tokens
 python tools/bench_attention.py --quick       # a check that it runs
@@ -37,8 +38,8 @@ from nanochat_jax.gpt import first_key
 from nanochat_jax.sharding import make_mesh
 
 PER_PAIR = {"forward": 4, "backward": 10, "both": 14}  # FLOPs, times the head size
-INPUTS = 4  # sets of arrays that calls take in turn
-QUICK = {"seq_lens": (256,), "head_dims": (64,), "windows": (64, -1), "tokens": 512, "width": 128, "samples": 2}
+INPUTS = 1 if jax.default_backend() == "cpu" else 4  # sets of arrays that calls take in turn
+QUICK = {"seq_lens": (256,), "windows": (64,), "tokens": 512, "width": 128, "group": 1, "samples": 2}
 QUICK |= {"document_tokens": 60, "sample_seconds": 0.01}
 
 
@@ -54,11 +55,13 @@ class Bench:
     width: int = 0  # heads times their size; 0 = 2048, on CPU 256
     group: int = 1  # query heads that share a kv head
     document_tokens: int = 500  # mean length of the packed documents
-    samples: int = 7
-    sample_seconds: float = 0.2  # that a sample lasts at least, as many calls as that takes
+    samples: int = 5
+    sample_seconds: float = 0.1  # that a sample lasts at least, as many calls as that takes
     dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU
     seed: int = 0
-    quick: bool = False  # sizes that only show that everything runs; other flags of sizes are ignored
+    quick: bool = (
+        False  # sizes that only show that everything runs; of the flags above backends and head-dims stay in force
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,11 @@ def measure(cfg: Bench, case: Case, dtype: Any, matmul: float) -> dict[str, Any]
     dense = case.B * case.T * (case.T + 1) / 2
     result = {"visible_pairs": round(seen), "dense_causal_pairs": round(dense)}
     for part, call in programs(case, draw(cfg, case, dtype)).items():
-        seconds = seconds_per_call(call, samples=cfg.samples, least=cfg.sample_seconds)
+        try:
+            seconds = seconds_per_call(call, samples=cfg.samples, least=cfg.sample_seconds)
+        except Exception as e:  # most often no memory for the scores of `reference`: the next may fit
+            result[part] = {"error": f"{type(e).__name__}: {' '.join(str(e).split()):.200}"}
+            continue
         median = statistics.median(seconds)
         rate = PER_PAIR[part] * case.H * case.N / median
         result[part] = {
@@ -165,15 +172,15 @@ def measure(cfg: Bench, case: Case, dtype: Any, matmul: float) -> dict[str, Any]
     return result
 
 
-def refusals(dtype: Any) -> Callable[[Case], str | None]:
-    """Case -> why its backend cannot do it, as a sentence, or None. A kernel is tried once for rows, heads and type."""
+def refusals(dtype: Any, windows: tuple[int, ...]) -> Callable[[Case], str | None]:
+    """Case -> why its backend cannot do it, as a sentence, or None. A kernel is tried once for heads and rows' kind."""
     mesh, known = make_mesh("data=1,model=1"), {}
 
     def why(case):
-        key = dataclasses.replace(case, T=0, B=0)
+        key = dataclasses.replace(case, window=0, T=0, B=0)
         if key not in known:
             try:
-                shapes = Shapes(case.N, case.K, case.H, (case.window,), case.T)
+                shapes = Shapes(case.N, case.K, case.H, windows, case.T)
                 choose(case.backend, mesh, dtype, shapes, packed=case.packed)
                 known[key] = None
             except ValueError as e:
@@ -186,24 +193,21 @@ def refusals(dtype: Any) -> Callable[[Case], str | None]:
 def main(cfg: Bench) -> None:
     cfg = dataclasses.replace(cfg, **QUICK) if cfg.quick else cfg
     grid, dtype, device = cases(cfg), compute_dtype(cfg.dtype), jax.devices()[0]
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     matmul = matmul_rate(dtype)
     common = {"matmul_flops_per_second": round(matmul), "dtype": dtype.name, **facts(device)}
-    refused, lines = refusals(dtype), []
+    refused, lines = refusals(dtype, cfg.windows), []
     for case in grid:
         line = dataclasses.asdict(case)
         if why := refused(case):
             line["refused"] = why
         else:
-            try:
-                line |= measure(cfg, case, dtype, matmul)
-            except Exception as e:  # most often no memory for the scores of `reference`: the next case may fit
-                line["error"] = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
+            line |= measure(cfg, case, dtype, matmul)
         lines.append(line)
         print(json.dumps(line | common | {"settings": dataclasses.asdict(cfg)}), flush=True)
     report(console, lines, common)
-    if not any("both" in line for line in lines):
-        raise ValueError("no backend ran: see `refused` and `error` above")
+    if not any("seconds" in line.get(part, {}) for line in lines for part in PER_PAIR):
+        raise ValueError("no backend ran: see what was refused and what failed above")
 
 
 def report(console: Console, lines: list[dict], common: dict[str, Any]) -> None:
@@ -213,20 +217,20 @@ def report(console: Console, lines: list[dict], common: dict[str, Any]) -> None:
     title = f"{common['device']}, {common['dtype']}, jax {common['jax']}: matrix products reach {rate:.1f} {name}"
     table = Table(title=title, caption=f"{name} of visible pairs, and in brackets dense causal ones over the same time")
     for column in ("T", "H", "rows", "window", "backend", *PER_PAIR, "share of both"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for line in lines:
-        parts = []
-        for part in PER_PAIR:
-            found = line.get(part)
-            keys = ("flops_per_second", "dense_causal_flops_per_second")
-            parts.append("{:.1f} ({:.1f})".format(*(found[key] / unit for key in keys)) if found else "-")
-        share = f"{line['both']['share']:.0%}" if "both" in line else ("refused" if "refused" in line else "failed")
+        if "refused" in line:
+            continue
+        found = [line.get(part, {}) for part in PER_PAIR]
+        keys = ("flops_per_second", "dense_causal_flops_per_second")
+        parts = ["{:.1f} ({:.1f})".format(*(x[key] / unit for key in keys)) if "seconds" in x else "-" for x in found]
+        share = f"{line['both']['share']:.0%}" if "share" in line.get("both", {}) else "-"
         rows, window = "packed" if line["packed"] else "dense", "full" if line["window"] < 0 else str(line["window"])
         table.add_row(str(line["T"]), str(line["H"]), rows, window, line["backend"], *parts, share)
     console.print(table)
-    for sentence in dict.fromkeys(line.get("refused") or line.get("error") for line in lines):
-        if sentence:
-            console.print(sentence, style="yellow", markup=False, highlight=False)
+    failed = [line.get(part, {}).get("error") for line in lines for part in PER_PAIR]
+    for sentence in filter(None, dict.fromkeys([line.get("refused") for line in lines] + failed)):
+        console.print(sentence, style="yellow", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

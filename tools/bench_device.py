@@ -117,12 +117,12 @@ def seconds_per_call(call: Callable[[], Any], *, samples: int, least: float) -> 
 
 
 def matmul_rate(dtype: Any) -> float:
-    """FLOP/s of one device in square matrix products, n = 8192 (2048 on CPU), a chain of 8: median of 5 samples."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
+    """FLOP/s of one device in square matrix products, n = 8192 (2048 on CPU), in a chain: median of 5 samples."""
+    n, length = (2048, 2) if jax.default_backend() == "cpu" else (8192, 8)
     x, w = (jax.random.normal(key, (n, n), dtype) for key in jax.random.split(jax.random.key(0)))
     w = w / n**0.5  # so that the product is as large as x
-    chain = jax.jit(lambda x, w: jax.lax.fori_loop(0, 8, lambda _, x: x @ w, x))
-    return 8 * 2 * n**3 / statistics.median(seconds_per_call(lambda: chain(x, w), samples=5, least=0.5))
+    chain = jax.jit(lambda x, w: jax.lax.fori_loop(0, length, lambda _, x: x @ w, x))
+    return length * 2 * n**3 / statistics.median(seconds_per_call(lambda: chain(x, w), samples=5, least=0.3))
 
 
 def memory_rate() -> float:

@@ -3,9 +3,9 @@
 Seconds are medians of warm steps, each awaited. compile_seconds is tracing and compiling the step, without running it.
 flops_per_second counts what `gpt.flops_per_token` counts, as nanochat does: min(window, T) keys for every query, from
 which causality and documents are not subtracted; what is computed again is not added. mfu is that over the vendor's
-peak. gflops_per_second is the same in other units; gflops_per_second_with_optimizer adds Muon's matrix products, five times
-4 s^2 l + 2 s^3 for each matrix of sides s <= l. matmul_gflops_per_second is what large square products reach in this
-run, all devices together, in the step's type; matmul_share is gflops_per_second over it. peak_memory_bytes is the
+peak. gflops_per_second is the same in other units; gflops_per_second_with_optimizer adds Muon's matrix products, five
+times 4 s^2 l + 2 s^3 for each matrix of sides s <= l. matmul_gflops_per_second is what large square products reach in
+this run, all devices together, in the step's type; matmul_share is gflops_per_second over it. peak_memory_bytes is the
 device's own count, or on CPU the largest resident size of the process, compiler included.
 
 python tools/bench_sft.py                                          # the CPU yardstick: depth 4, width 256, T 512, B 8
