@@ -31,7 +31,8 @@ def start_device(device_type: str, cfg: Any = None) -> None:
         raise ValueError(f"--device-type must be one of auto, cuda, tpu, cpu, got {device_type!r}")
     if PLATFORMS[device_type]:
         jax.config.update("jax_platforms", PLATFORMS[device_type])
-    jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compilation_cache"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where the user wants it
+        jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compilation_cache"))
     if cfg:
         processes.join(dataclasses.asdict(cfg), platform=PLATFORMS[device_type])
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX has seen no TPU here: libtpu, if installed, need not complain of it

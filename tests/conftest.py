@@ -2,14 +2,23 @@
 
 Tests compile much and compute little: without LLVM's optimisations they take half the time. NANOCHAT_TEST_OPTIMIZED=1
 runs them on the code that users run.
+What one test has compiled, in a process of its own or not, the others read from a folder that the run ends with.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests talk to loopback only
 if not os.environ.get("NANOCHAT_TEST_OPTIMIZED"):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; it starts those that run the tests
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 
