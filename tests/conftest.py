@@ -24,3 +24,12 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LONGEST = {
+    f"test_{name}" for name in ("processes", "engine", "rl", "tpu_aot", "resume", "tpu_vm", "rl_resume", "meshes")
+}
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: else one core ends with them while the others wait."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)

@@ -10,4 +10,4 @@ if [ ! -t 1 ]; then
   unset FORCE_COLOR
   export PY_COLORS=0 NO_COLOR=1 # no escape codes in a log
 fi
-exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
