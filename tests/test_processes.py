@@ -107,7 +107,7 @@ def interrupted(base, stage, flags, victim, number, at, delay, **how):
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_a_lost_process_ends_the_others_by_name_and_a_stopped_one_saves_with_them(base, flags, undisturbed, stage):
-    if SEED % 2 != (stage == "rl") and not os.environ.get("NANOCHAT_TEST_ALL"):
+    if (stage == "rl") != SEED % 2 and not os.environ.get("NANOCHAT_TEST_ALL"):
         pytest.skip("takes minutes: each run of the tests does one of the stages, by chance; NANOCHAT_TEST_ALL=1 both")
     alone, rng = undisturbed(stage), random.Random(f"{SEED} {stage}")
     folder, total = base / FOLDERS[stage] / "disturbed", STEPS[stage]
