@@ -30,8 +30,8 @@ from nanochat_jax.common import peak_flops
 from nanochat_jax.gpt import GPTConfig, flops_per_token, parameter_counts
 from nanochat_jax.memory import asked_and_had, beside_arguments, is_out_of_memory
 
-# Bytes/s of a chip's memory and of its links in one direction together, by the kind of chip (Google's documentation of
-# v5e, v5p and v6e: 800, 2765 and 1600 GB/s; 1600, 4800 and 3200 Gbit/s).
+# Bytes/s of a chip's memory and of its links in one direction together, by the kind of chip (v5e and v6e by
+# Google's page on v6e: 800 and 1600 GB/s, 1600 and 3200 Gbit/s; v5p, 2765 GB/s and 4800 Gbit/s, not looked up again).
 RATES = {"TPU v5 lite": (800e9, 200e9), "TPU v5": (2765e9, 600e9), "TPU v6 lite": (1600e9, 400e9)}
 CASES = ("d20:v5e-8", "d20:v6e-8", "d34:v5p-8", "d34:v5e-256:data=128,model=2")
 
