@@ -24,7 +24,7 @@ from flax import nnx
 from nanochat_jax.attention import attention
 from nanochat_jax.attention.names import LSE, OUT
 from nanochat_jax.loss import capped_logits
-from nanochat_jax.sharding import constrain_batch
+from nanochat_jax.sharding import constrain_batch, embedded, gathered, summed_products
 
 SMEAR_CHANNELS = 24
 REMAT = ("none", "elementwise", "block")
@@ -111,9 +111,30 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + RMS_EPS)).astype(x.dtype)
 
 
-def linear(x: jax.Array, w: nnx.Param) -> jax.Array:
-    """x [...,in] times w [out,in] transposed -> [...,out], in x's type."""
-    return jnp.einsum("...i,oi->...o", x, w[...].astype(x.dtype))
+def linear(x: jax.Array, w: nnx.Param, path: str) -> jax.Array:
+    """x [B,...,in] times w [out,in] transposed -> [B,...,out], in x's type; the gradient of w is float32.
+
+    path: the parameter's name for the table in `sharding`. A device that holds a part of w gathers the others' in x's
+    type for the product, forward and backward, keeps the part only, and gets its part of the gradient."""
+    return _linear(path, x, w[...])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(path, x, w):
+    return jnp.einsum("...i,oi->...o", x, gathered(w.astype(x.dtype), path))
+
+
+def _linear_fwd(path, x, w):
+    return _linear(path, x, w), (x, w)
+
+
+def _linear_bwd(path, kept, dy):
+    x, w = kept
+    dx = jnp.einsum("...o,oi->...i", dy, gathered(w.astype(x.dtype), path))
+    return dx, summed_products(dy, x, path).astype(w.dtype)
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
@@ -148,16 +169,18 @@ class Attention(nnx.Module):
         """h [B,T,D], ids [B,T], attend(q, k, v) -> (y, kept) as in `GPT.hidden` -> ([B,T,D], kept)."""
         c = self.config
         B, T, _ = h.shape
-        q = linear(h, self.c_q).reshape(B, T, c.n_head, c.head_dim)
-        k = linear(h, self.c_k).reshape(B, T, c.n_kv_head, c.head_dim)
-        v = linear(h, self.c_v).reshape(B, T, c.n_kv_head, c.head_dim)
+        q = linear(h, self.c_q, "attn/c_q").reshape(B, T, c.n_head, c.head_dim)
+        k = linear(h, self.c_k, "attn/c_k").reshape(B, T, c.n_kv_head, c.head_dim)
+        v = linear(h, self.c_v, "attn/c_v").reshape(B, T, c.n_kv_head, c.head_dim)
         if hasattr(self, "value_embed"):
-            gate = c.value_embed_scale * jax.nn.sigmoid(linear(h[..., : c.value_gate_channels], self.ve_gate))
-            embed = constrain_batch(self.value_embed[...][ids]).astype(v.dtype)
+            gate = c.value_embed_scale * jax.nn.sigmoid(
+                linear(h[..., : c.value_gate_channels], self.ve_gate, "attn/ve_gate")
+            )
+            embed = embedded(self.value_embed[...], ids, v.dtype, "attn/value_embed")
             v = v + gate[..., None] * embed.reshape(v.shape)
         q, k = (rotate_and_scale(x, rope, c.qk_scale) for x in (q, k))
         y, kept = attend(q, k, v)
-        return linear(y.reshape(B, T, c.n_embd), self.c_proj), kept
+        return linear(y.reshape(B, T, c.n_embd), self.c_proj, "attn/c_proj"), kept
 
 
 class MLP(nnx.Module):
@@ -170,7 +193,7 @@ class MLP(nnx.Module):
 
     def __call__(self, h):
         """[B,T,D] -> [B,T,D]"""
-        return linear(jnp.square(jax.nn.relu(linear(h, self.c_fc))), self.c_proj)
+        return linear(jnp.square(jax.nn.relu(linear(h, self.c_fc, "mlp/c_fc"))), self.c_proj, "mlp/c_proj")
 
 
 class Block(nnx.Module):
@@ -259,13 +282,13 @@ class GPT(nnx.Module):
 
     def _embed(self, ids):
         """ids [...] -> normalised embeddings [...,D] in the compute type."""
-        return rms_norm(constrain_batch(self.wte[...][ids]).astype(self.dtype))
+        return rms_norm(embedded(self.wte[...], ids, self.dtype, "wte"))
 
     def _smear(self, e, previous, is_start):
         """Add the previous token's embedding, gated by the current one's first channels; none before a document."""
         before = jnp.zeros_like(e[:, 0]) if previous is None else self._embed(previous)
         before = jnp.concatenate([before[:, None], e[:, :-1]], 1)
-        gate = jax.nn.sigmoid(linear(e[..., :SMEAR_CHANNELS], self.smear_gate).astype(jnp.float32))
+        gate = jax.nn.sigmoid(linear(e[..., :SMEAR_CHANNELS], self.smear_gate, "smear_gate").astype(jnp.float32))
         gate = jnp.where(is_start[..., None], 0.0, self.smear_lambda[...][None, None] * gate)
         return (e.astype(jnp.float32) + gate * before.astype(jnp.float32)).astype(e.dtype)
 

@@ -100,7 +100,8 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
         (loss, logp), gradients = scan(x, lm_head, targets, aux)
         loss = jax.lax.psum(loss, "data")
         if with_gradient and split:
-            gradients = gradients[0], jax.lax.psum_scatter(gradients[1], "data", scatter_dimension=1, tiled=True)
+            # scattered along the rows of its transpose: XLA for TPU sums short columns whole and then cuts them
+            gradients = gradients[0], jax.lax.psum_scatter(gradients[1].T, "data", tiled=True).T
         elif with_gradient:
             gradients = gradients[0], jax.lax.psum(gradients[1], "data")
         return (loss, logp), gradients

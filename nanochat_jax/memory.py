@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nanochat_jax.gpt import REMAT, GPTConfig
+from nanochat_jax.loss import CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.train import TrainState
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Bytes that are kept for each token, layer and channel of the residual stream, for a compute type of 2 bytes: a rough
-# fit to what XLA said of depth 8 on CPU, and of depths 2 and 20 on v5e-8.
-KEPT = {"none": 80, "elementwise": 36, "block": 20}
+# fit to what XLA said of depth 8 on CPU, and of depths 2 to 4 at the width of depth 20 on v5e-8.
+KEPT = {"none": 50, "elementwise": 28, "block": 10}
+LOGITS = 4 * 4  # bytes of the loss's work for each logit of a chunk
 ROOM = 0.85  # of a device's memory may be filled by this estimate
 
 
@@ -91,11 +93,12 @@ def choose_remat(wanted: str, config: GPTConfig, state: TrainState, dtype: Any, 
     state: real or abstract, for its shardings. tokens: of a device in one pass."""
     if wanted != "auto":
         return Choice(wanted, "as --remat says")
-    devices = state.step.sharding.device_set
-    had = device_memory(next((d for d in jax.local_devices() if d in devices), next(iter(devices))))
+    devices = list(state.step.sharding.device_set)
+    had = device_memory(next((d for d in jax.local_devices() if d in devices), devices[0]))
     if had is None:
         return Choice(REMAT[0], "the device does not tell how much memory it has")
     fixed = bytes_on_device(state) + 2 * bytes_on_device(state.params)  # gradients, and their sum or the updates
+    fixed += LOGITS * (CHUNK_ELEMENTS_CPU if devices[0].platform == "cpu" else CHUNK_ELEMENTS)
     for name in REMAT:
         needed = fixed + kept_for_backward(config, name, tokens, dtype)
         if needed <= ROOM * had:

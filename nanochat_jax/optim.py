@@ -3,29 +3,19 @@
 Groups differ in learning rate, betas and decay. What changes from step to step (the rate's multiplier, Muon's momentum,
 in pretraining its weight decay) is an argument of `update`, computed from the step by the schedules below: there is no
 schedule state to restore.
-`optax.contrib.muon` is another optimizer: this one equalises rows, iterates with Polar Express coefficients
-(arXiv 2505.16932), keeps NorMuon's factored second moment (arXiv 2510.05491) and decays weights cautiously.
 """
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.sharding import by_path, data_shards, fit, param_spec, path_name, platform
-
-POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = X X^T, for singular values up to 1/1.01 after scaling
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+from nanochat_jax.muon import MuonState, muon_decay_and_rate, scale_by_muon
+from nanochat_jax.sharding import by_path, path_name
 
 GROUP_OF = [  # parameter path -> learning-rate group
     (r"lm_head", "unembedding"),
@@ -51,7 +41,7 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """A group under Muon (Keller Jordan, 2024) as described above; b2 is the decay of the second moment."""
+    """A group under Muon (see `muon`); b2 is the decay of the second moment."""
 
     lr: float
     weight_decay: float
@@ -128,131 +118,6 @@ def decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformati
     def update(updates, state, params, *, lr_multiplier, **_):
         rate = lr * lr_multiplier
         return jax.tree.map(lambda u, p: (p * (1 - rate * weight_decay) - rate * u) - p, updates, params), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-class MuonState(NamedTuple):
-    """Trees shaped like the matrices [r,c], in their type."""
-
-    momentum: Any  # as the parameter [r,c]
-    second: Any  # [r,1] where r >= c, else [1,c]
-
-
-def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
-    """Orthogonalised momentum of matrices (out, in), with variance reduction along the long side.
-
-    Matrices of one shape are orthogonalised together; with a mesh in force they are spread over the data axis.
-    """
-
-    def init(params):
-        def second(p):
-            r, c = p.shape
-            return jnp.zeros((r, 1) if r >= c else (1, c), p.dtype)
-
-        return MuonState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(second, params))
-
-    def update(updates, state, params=None, *, muon_momentum, **_):
-        mu = muon_momentum
-        momentum = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
-        nesterov = jax.tree.map(lambda m, g: (1 - mu) * g + mu * m, momentum, updates)
-        leaves, treedef = jax.tree.flatten(nesterov)
-        seconds = treedef.flatten_up_to(state.second)
-        alike: dict[tuple, list[int]] = {}  # of one shape, and cut up between devices in one way
-        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(nesterov)):
-            alike.setdefault((leaf.shape, layout(path_name(path), leaf.shape)), []).append(i)
-        for (_, home), members in alike.items():
-            U, second = (spread(jnp.stack([tree[i] for i in members])) for tree in (leaves, seconds))
-            X, second = reduce_variance(orthogonalise_all(U, compute_dtype), second, b2)
-            X, second = brought_home(X, home), brought_home(second, home)
-            for row, i in enumerate(members):
-                leaves[i], seconds[i] = X[row], second[row]
-        return treedef.unflatten(leaves), MuonState(momentum, treedef.unflatten(seconds))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def spread(stack: jax.Array) -> jax.Array:
-    """A stack [K,...] with whole matrices on each device of the data axis, filled up with zeros to a multiple of it.
-
-    Without a mesh in force as it is; likewise in the two functions below."""
-    shards = data_shards()
-    if shards == 1:
-        return stack
-    stack = jnp.pad(stack, [(0, -len(stack) % shards), *[(0, 0)] * (stack.ndim - 1)])
-    return jax.lax.with_sharding_constraint(stack, P("data", *[None] * (stack.ndim - 1)))
-
-
-def layout(path: str, shape: tuple[int, ...]) -> P | None:
-    """How the table in `sharding` cuts this matrix up on the mesh in force; None without one."""
-    return fit(param_spec(path), shape, jax.sharding.get_abstract_mesh()).spec if data_shards() > 1 else None
-
-
-def brought_home(stack: jax.Array, home: P | None) -> jax.Array:
-    """A spread stack with each matrix cut up as its parameter is: devices exchange parts, none ever holds them all."""
-    if home is None:
-        return stack
-    home = P(*(axis if size > 1 else None for axis, size in zip(home, stack.shape[1:])))  # a factored moment's ones
-    return jax.lax.with_sharding_constraint(stack, P(None, *home))
-
-
-def orthogonalise_all(U: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
-    """Orthogonalise a stack [K,r,c] -> float32 [K,r,c]."""
-    if data_shards() == 1 and platform() == "cpu":  # XLA on CPU multiplies single matrices 1.4 times as fast as batches
-        return jax.lax.map(lambda u: orthogonalise(u, compute_dtype), U)
-    return orthogonalise(U, compute_dtype)
-
-
-def orthogonalise(u: jax.Array, compute_dtype=jnp.float32) -> jax.Array:
-    """[...,r,c] -> float32 [...,r,c], singular values near 1 and Frobenius norm sqrt(min(r,c)).
-
-    A matrix of zeros stays zero.
-    """
-    r, c = u.shape[-2:]
-    u = u.astype(compute_dtype)
-    rows = jnp.linalg.norm(u, axis=-1, keepdims=True)
-    u = u * ((_norm(u) / r**0.5) / jnp.maximum(rows, 1e-6)).astype(u.dtype)  # equal rows (MuonEq)
-    X = u / (1.01 * _norm(u) + 1e-6)
-    for a, b, c3 in POLAR_EXPRESS:
-        if r > c:
-            A = X.mT @ X
-            X = a * X + X @ (b * A + c3 * (A @ A))
-        else:
-            A = X @ X.mT
-            X = a * X + (b * A + c3 * (A @ A)) @ X
-    X = X.astype(jnp.float32)
-    return X * (min(r, c) ** 0.5 / jnp.maximum(_norm(X), 1e-6))
-
-
-def _norm(x):
-    """Frobenius norm of each matrix, [...,1,1]."""
-    return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-
-
-def reduce_variance(X: jax.Array, second: jax.Array, b2: float) -> tuple[jax.Array, jax.Array]:
-    """NorMuon: divide by a running root mean square per row (per column where r < c); the Frobenius norm is kept.
-
-    X [K,r,c], second [K,r,1] or [K,1,c] -> the same shapes."""
-    axis = -1 if X.shape[-2] >= X.shape[-1] else -2
-    q = jnp.mean(X * X, axis, keepdims=True)
-    second = b2 * second + (1 - b2) * q
-    f = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
-    n = X.shape[axis]
-    before = jnp.sqrt(n * jnp.sum(q, (-2, -1), keepdims=True))
-    after = jnp.sqrt(n * jnp.sum(q * f * f, (-2, -1), keepdims=True))
-    return X * (f * (before / jnp.maximum(after, 1e-10))), second
-
-
-def muon_decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformationExtraArgs:
-    """-L (X + wd p) with L = lr * multiplier * sqrt(max(1, r / c)); wd = weight_decay * decay_multiplier, but only
-    where X and p agree in sign (cautious)."""
-
-    def update(updates, state, params, *, lr_multiplier, decay_multiplier=1.0, **_):
-        def one(X, p):
-            L = lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5 * lr_multiplier
-            return -L * jnp.where(X * p >= 0, X + weight_decay * decay_multiplier * p, X)
-
-        return jax.tree.map(one, updates, params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -131,6 +131,8 @@ def make_train_step(
         def accumulate(a, carry):
             total, losses, logp = carry
             (loss, micro_logp), grads = loss_and_grads(state.params, jax.tree.map(lambda b: b[a], batch))
+            # else XLA for TPU takes the reduce-scatter out of the loop, and a device adds up whole gradients
+            grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(jnp.add, total, grads), losses.at[a].set(loss), logp.at[a].set(micro_logp)
 
         if A == 1:

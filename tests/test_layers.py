@@ -19,7 +19,7 @@ LAYERS = [  # a module imports its own row and the rows above it, nothing else; 
         *("tokenizer", "calculator", "sandbox", "download", "tasks", "packing", "token_cache", "data", "documents"),
         *("rollouts", "statistics"),
     },
-    {"attention", "gpt", "loss", "optim", "scaling", "objective", "sampling"},
+    {"attention", "gpt", "loss", "muon", "optim", "scaling", "objective", "sampling"},
     {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "decode", "engine", "memory"},
     {"evals", "chatcore", "metrics", "report", "runs", "loop", "practice", "preflight"},
     {"base", "sft", "rl", "eval", "chat", "quickstart"},

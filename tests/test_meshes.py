@@ -103,8 +103,9 @@ def collectives(text):
     return found
 
 
-def test_the_compiled_step_scatters_and_gathers_and_never_gathers_a_gradient():
-    mesh = sharding.make_mesh("data=8")
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,model=2"])
+def test_the_compiled_step_gathers_weights_scatters_their_gradients_and_never_holds_a_whole_one(mesh, capfd):
+    mesh = sharding.make_mesh(mesh)
     with jax.set_mesh(mesh):
         tx, like = abstract(mesh)
         step = train.make_train_step(CONFIG, tx, like, mesh)
@@ -113,11 +114,20 @@ def test_the_compiled_step_scatters_and_gathers_and_never_gathers_a_gradient():
         batch = {name: jax.ShapeDtypeStruct((1, 8, 64), kind, sharding=rows) for name, kind in leaves.items()}
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         found = collectives(step.lower(like, batch, scalar, scalar).compile().as_text())
-    assert {"reduce-scatter", "all-gather", "all-to-all"} <= {kind for kind, *_ in found}
-    matrix = 64 * 64  # the smallest in a block
-    gathered = [name for kind, size, name in found if kind == "all-gather" and size >= matrix]
-    assert gathered, "with FSDP the forward pass gathers parameters"
-    assert all("params" in name for name in gathered), gathered
+    model = mesh.shape["model"]
+    matrix = 64 * 64 // model  # the smallest in a block, as the model axis leaves it
+    scattered = [size for _, size, name in found if "transpose" in name and "shard_map/reduce_scatter" in name]
+    assert sorted(scattered) == sorted([64 * 64 // 8] * 4 * 4 + [4 * 64 * 64 // 8] * 2 * 4)
+    gathers = [name for kind, size, name in found if kind == "all-gather" and size >= matrix]
+    weights = [name for name in gathers if "gathered" in name]
+    assert len(weights) == 2 * len(scattered), "each matrix, for the forward and for the backward pass"
+    if model == 1:  # a model axis cuts up activations too, and those are put together
+        assert all("lm_head" in name for name in set(gathers) - set(weights)), gathers
+        reduced = [name for kind, size, name in found if kind == "all-reduce" and size >= matrix]
+        assert not reduced, "what is summed over the devices is scattered"
+    sent = [size for kind, size, _ in found if kind == "all-to-all"]
+    assert max(sent) <= 8 * matrix, "of the matrices that Muon works on, a device has its share"
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from nanochat_jax import optim
-from nanochat_jax.optim import AdamW, Muon, default_groups, make_optimizer, orthogonalise, reduce_variance
+from nanochat_jax.muon import POLAR_EXPRESS, orthogonalise, reduce_variance
+from nanochat_jax.optim import AdamW, Muon, default_groups, make_optimizer
 from nanochat_jax.sharding import make_mesh
 from tests.models import random_params, tiny_config
 
@@ -54,7 +55,7 @@ def muon_in_numpy(p, grads, lr, wd, mu=0.9):
         rows = np.linalg.norm(u, axis=1, keepdims=True)
         u = u * (np.linalg.norm(u) / r**0.5) / np.maximum(rows, 1e-6)
         X = u / (1.01 * np.linalg.norm(u) + 1e-6)
-        for a, b, d in optim.POLAR_EXPRESS:
+        for a, b, d in POLAR_EXPRESS:
             A = X @ X.T
             X = a * X + (b * A + d * A @ A) @ X
         X = X * min(r, c) ** 0.5 / np.linalg.norm(X)
