@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanochat_jax import checkpoint, config, documents, optim, preflight, processes, scaling, sharding
 from nanochat_jax.attention import check as check_attention
-from nanochat_jax.common import base_dir, print0
+from nanochat_jax.common import base_dir, kept_dir, print0
 from nanochat_jax.config import Maybe, Preflight
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loop import Measurement, train_on, validation
@@ -182,7 +182,7 @@ def tag_of(cfg: BaseConfig) -> str:
     """The run's folder. Of --resume without a word on which run, the only one; ValueError: there are several."""
     given = {"depth", "model_tag", "config"} & getattr(cfg, "given", frozenset())
     if cfg.resume and not given and cfg.model_tag is None and cfg.depth == BaseConfig.depth:
-        folders = sorted((base_dir() / checkpoint.SOURCES["base"]).glob("*"))
+        folders = sorted((kept_dir() / checkpoint.SOURCES["base"]).glob("*"))
         tags = [folder.name for folder in folders if checkpoint.sealed_steps(folder)]
         config.require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
         if tags:

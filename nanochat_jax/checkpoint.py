@@ -3,6 +3,9 @@
 A checkpoint is a folder <tag>/<step> that holds everything the next step depends on: `params` and `optimizer` as flat
 dicts of arrays by path, `meta` as JSON (step, data cursor, resolved settings, model config, versions). Orbax finds
 neither a flipped bit nor an older step by itself: INTEGRITY.json, written last, has a hash of every file.
+
+Folders may lie in a bucket (see storage.py). Files have their final names there from the beginning, so that the seal
+alone tells a checkpoint from what a killed save has left; its hashes are those that the bucket keeps, of what arrived.
 """
 
 import dataclasses
@@ -22,8 +25,8 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax import processes
-from nanochat_jax.common import base_dir, print0, process_index, write_atomically
+from nanochat_jax import processes, storage
+from nanochat_jax.common import base_dir, kept_dir, print0, process_index, write_atomically
 from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.nanochat_import import _meta_file, _read_meta, find_steps, find_tag, read_config, read_model
 from nanochat_jax.nanochat_optimizer import read_optimizer, recorded_groups
@@ -45,6 +48,7 @@ class Saver:
         if keep < 1:
             raise ValueError(f"--keep-checkpoints must be at least 1, got {keep}")
         self.folder, self.keep = folder, keep
+        self._owner = storage.Ownership(folder) if storage.in_bucket(folder) and process_index() == 0 else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -55,6 +59,8 @@ class Saver:
         """
         self.wait()
         target = self.folder / str(step)
+        if self._owner:
+            self._owner.check()
         if process_index() == 0 and target.exists():
             discard(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
         processes.exchange("a checkpoint", step)  # the others must not find it there
@@ -84,6 +90,8 @@ class Saver:
         try:
             response.result()
             if process_index() == 0:
+                if self._owner:
+                    self._owner.check()
                 seal(target)
                 steps = [step for step in sealed_steps(self.folder) if step <= int(target.name)]
                 for step in steps[: -self.keep]:  # a later one is damaged: the run went on from before it
@@ -106,6 +114,10 @@ def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] 
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint; one that is deleted by half, because the process was killed, does not look like one."""
+    if storage.in_bucket(folder):
+        (folder / SEAL).unlink(missing_ok=True)
+        folder.rmtree(missing_ok=True)
+        return
     doomed = folder.with_name(f"{folder.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -114,6 +126,13 @@ def discard(folder: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed saves and deletions left in a run's folder. No other process may be saving there."""
+    if storage.in_bucket(folder):
+        storage.Ownership(folder)  # first: a run that was believed lost must not seal what is swept away here
+        begun = {name.split("/")[0] for name in storage.listing(folder) if "/" in name}
+        for name in begun - {str(step) for step in sealed_steps(folder)}:
+            if name.isdigit():
+                discard(folder / name)
+        return
     for leftover in (*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob("*.deleted")):
         if leftover.name.split(".")[0].isdigit():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -143,13 +162,30 @@ def seal(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
+    if storage.in_bucket(folder):
+        return {
+            name: f"md5:{entry.md5}" if entry.md5 else storage.md5(folder / name)
+            for name, entry in storage.listing(folder).items()
+            if name != SEAL
+        }
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL]
     return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as f:
+    with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _as_sealed(folder: Path, sealed: Mapping[str, str]) -> bool:
+    """A folder that was copied from a bucket, or to one, has the other place's kind of hashes."""
+    found = _digests(folder) if storage.in_bucket(folder) else {}
+    return all(
+        (found.get(name) or storage.md5(folder / name)) == digest
+        if digest.startswith("md5:")
+        else _digest(folder / name) == digest
+        for name, digest in sealed.items()
+    )
 
 
 def sealed_steps(folder: Path) -> list[int]:
@@ -162,8 +198,12 @@ def is_intact(folder: Path) -> bool:
     """Every file that was sealed is there and has its bytes. Files beside them do not matter."""
     try:
         sealed = json.loads((folder / SEAL).read_bytes())
-        return bool(sealed) and all(_digest(folder / name) == digest for name, digest in sealed.items())
-    except (OSError, ValueError, AttributeError, TypeError):  # unreadable, or not the JSON object that was written
+        return bool(sealed) and _as_sealed(folder, sealed)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError, TypeError) as e:  # unreadable, or not the JSON that was written
+        if isinstance(e, OSError) and storage.in_bucket(folder):  # the way there fails: that is no damage
+            raise
         return False
 
 
@@ -241,7 +281,7 @@ def find_model(source: str, model_tag: str | None = None, step: int | None = Non
     """
     if source not in SOURCES:
         raise ValueError(f"the source of a model must be one of {', '.join(SOURCES)}, got {source!r}")
-    root = (base or base_dir()) / SOURCES[source]
+    root = (base or kept_dir()) / SOURCES[source]
     if not root.is_dir():
         raise FileNotFoundError(
             f"no {source} model: {root} does not exist; train one there, or set NANOCHAT_BASE_DIR to the folder that "
@@ -261,7 +301,7 @@ def find_model(source: str, model_tag: str | None = None, step: int | None = Non
             return Found(folder, ours[-1], True)
         print0(f"WARNING: checkpoint {folder / str(ours.pop())} is damaged and is passed over")
     if theirs:
-        return Found(folder, theirs[-1], False)
+        return Found(storage.fetch(folder, f"*_{theirs[-1]:06d}*"), theirs[-1], False)
     if any(folder.glob("model_*.pt")):
         find_steps(folder)  # raises the sentence that says what is missing
     raise FileNotFoundError(

@@ -1,10 +1,14 @@
 """Plumbing that every stage needs: where files live, who prints, what machine this is."""
 
+import functools
 import os
 import platform
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from nanochat_jax import storage
 
 # Peak dense bf16 FLOP/s of one device, from the vendors' data sheets; the first key contained in the name decides.
 PEAK_FLOPS = {
@@ -36,9 +40,27 @@ PEAK_FLOPS = {
 
 
 def base_dir() -> Path:
-    """Where checkpoints, tokenizer and caches live: NANOCHAT_BASE_DIR, else nanochat's own ~/.cache/nanochat."""
+    """Where tokenizer, datasets and caches live: NANOCHAT_BASE_DIR, else nanochat's own ~/.cache/nanochat.
+
+    Of a base directory in a bucket it is this machine's copy: the tokenizer is the bucket's, the rest comes and goes.
+    """
+    kept = kept_dir()
+    return _with_tokenizer(str(kept)) if storage.in_bucket(kept) else kept
+
+
+def kept_dir() -> Any:
+    """Where checkpoints, metrics and what else must be kept lives: `base_dir`, or gs://bucket/folder as an epath.Path.
+
+    ValueError: the bucket cannot be used, or the library for it is not installed."""
     named = os.environ.get("NANOCHAT_BASE_DIR")
+    if named and named.startswith("gs:/"):
+        return storage.place(named)
     return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "nanochat"
+
+
+@functools.cache
+def _with_tokenizer(url: str) -> Path:
+    return storage.fetch(storage.place(url) / "tokenizer", exact=True).parent
 
 
 def print0(*args, **kwargs) -> None:
@@ -72,8 +94,11 @@ def cpu_name() -> str:
     return f"{name} ({cores} cores)"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Any, data: bytes) -> None:
     """A reader sees the old file or the new one, whole, whenever this process is killed."""
+    if storage.in_bucket(path := storage.place(path)):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from nanochat_jax import processes
+from nanochat_jax import processes, storage
 
 T = TypeVar("T")
 # The type of a setting that is None where the user does not give it; its comment says what holds then.
@@ -159,6 +159,10 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
             sys.exit(f"error: {_sentence(e)}")
         except (ValueError, MemoryError, FloatingPointError) as e:
             sys.exit(f"error: {e}")
+        except Exception as e:
+            if (said := storage.explained(e)) is None:
+                raise
+            sys.exit(f"error: {said}")
         except KeyboardInterrupt:
             sys.exit(130)
     finally:

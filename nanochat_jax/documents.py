@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.common import base_dir, print0
+from nanochat_jax import storage
+from nanochat_jax.common import base_dir, kept_dir, print0
 from nanochat_jax.data import PackedRows, Section, shuffled
 from nanochat_jax.packing import plan_epoch
 from nanochat_jax.tasks.hub import count_rows, file_digest, read_files
@@ -32,7 +33,7 @@ def find_shards(folder: Path | None = None, advice: str = ADVICE) -> list[Path]:
     FileNotFoundError, NotADirectoryError: there is no such folder; ValueError: fewer than two files in it.
     """
     if folder is None:
-        candidates = [base_dir() / name for name in FOLDERS]
+        candidates = [storage.fetch(kept_dir() / name) for name in FOLDERS]
         folder = next((c for c in candidates if c.is_dir()), candidates[0])
     folder = folder.expanduser()
     if not folder.exists():

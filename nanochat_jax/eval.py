@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax import checkpoint, config, processes, sharding
+from nanochat_jax import checkpoint, config, processes, sharding, storage
 from nanochat_jax.attention import check as check_attention
 from nanochat_jax.chatcore import (
     BASELINES,
@@ -93,7 +93,8 @@ def check(cfg: EvalConfig) -> Sampling:
         f"--num-samples={cfg.num_samples} at --temperature 0 would be the same answer each time: give a --temperature",
     )
     if cfg.json:
-        require(not cfg.json.exists(), f"--json {cfg.json} exists: name a new file")
+        require(not storage.place(cfg.json).exists(), f"--json {cfg.json} exists: name a new file")
+    if cfg.json and not storage.in_bucket(storage.place(cfg.json)):
         folder = cfg.json.absolute().parent
         folder.mkdir(parents=True, exist_ok=True)
         require(os.access(folder, os.W_OK), f"--json {cfg.json} must be in a folder with write access")

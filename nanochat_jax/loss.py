@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.sharding import data_shards, platform
+from nanochat_jax.sharding import data_shards, platform, spec_in_force
 
 # Float32 logits in memory at a time, per device: what stays in a CPU's cache (four times more takes 1.4 times as long),
 # and 256 MiB elsewhere, where a chunk must fill the matrix units.
@@ -96,18 +96,20 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
     if data_shards() == 1 or x.shape[0] % data_shards():
         return scan(x, lm_head, targets, aux)
 
+    spec = spec_in_force("lm_head", lm_head.shape)
+    side = spec.index("data") if "data" in spec else None  # of the head: its gradient is scattered as it is split
+
     def local(x, lm_head, targets, aux):
         (loss, logp), gradients = scan(x, lm_head, targets, aux)
         loss = jax.lax.psum(loss, "data")
-        if with_gradient and split:
-            # scattered along the rows of its transpose: XLA for TPU sums short columns whole and then cuts them
-            gradients = gradients[0], jax.lax.psum_scatter(gradients[1].T, "data", tiled=True).T
-        elif with_gradient:
-            gradients = gradients[0], jax.lax.psum(gradients[1], "data")
+        if with_gradient:
+            dx, dhead = gradients
+            scatter = partial(jax.lax.psum_scatter, scatter_dimension=side, tiled=True)
+            gradients = dx, (jax.lax.psum if side is None else scatter)(dhead, "data")
         return (loss, logp), gradients
 
-    rows, split = P("data"), x.shape[-1] % data_shards() == 0  # then as the head's own rows are: none holds it whole
-    out_specs = ((P(), rows), (rows, P(None, "data") if split else P()) if with_gradient else None)
+    rows, split = P("data"), {None: P(), 0: P("data"), 1: P(None, "data")}[side]
+    out_specs = ((P(), rows), (rows, split) if with_gradient else None)
     sharded = jax.shard_map(
         local, in_specs=(rows, P(), rows, rows), out_specs=out_specs, axis_names={"data"}, check_vma=False
     )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from nanochat_jax import storage
 from nanochat_jax.common import process_index
 
 
@@ -37,15 +38,17 @@ class MetricsLog:
     """Append-only metrics.jsonl in the run's folder, and wandb where the run has a name other than "dummy".
 
     A record is {"step": k, ...}. A resumed run begins with {"event": "resume", "step": k}, which takes back what was
-    recorded of later steps, a new one with {"event": "start"}, which takes back everything (see `read_metrics`).
+    recorded of later steps, a new one with {"event": "start"}, which takes back everything (see `read_metrics`). In a
+    bucket, where nothing can be appended, the file is put anew by every `sync`.
     """
 
     def __init__(self, folder: Path, run: str, config: dict, *, project: str, resumed_at: int | None):
         self.file = self.wandb = None
         if process_index():  # process 0 writes for all
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        storage.local(folder).mkdir(parents=True, exist_ok=True)
+        self.kept = folder / "metrics.jsonl"
+        path = storage.fetch(self.kept, exact=True)
         cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self.file = path.open("a", encoding="utf-8")
         if cut_off:  # the process before this one was killed while it wrote
@@ -54,7 +57,7 @@ class MetricsLog:
             import wandb  # a second to import: only when asked for
 
             run_id = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{folder.parent.name}-{folder.name}-{run}")
-            names = {"project": project, "name": run, "id": run_id, "dir": str(folder)}
+            names = {"project": project, "name": run, "id": run_id, "dir": str(path.parent)}
             try:
                 self.wandb = wandb.init(**names, resume="allow", config=config)
             except wandb.Error as e:
@@ -75,6 +78,7 @@ class MetricsLog:
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
+            storage.send(Path(self.file.name), self.kept)
 
     def close(self) -> None:
         if self.file:

@@ -210,6 +210,7 @@ def _check_free(folder: Path, step: int, tokenizer: Tokenizer) -> None:
 
 def main(cfg: ExportConfig) -> int:
     """Export -> the exit code."""
+    require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
     require(cfg.dtype in EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
     found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.model_step)
     root = cfg.output.expanduser().absolute() / checkpoint.SOURCES[cfg.source]

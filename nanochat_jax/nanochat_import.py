@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from nanochat_jax import storage
 from nanochat_jax.common import print0
 from nanochat_jax.gpt import SMEAR_CHANNELS, GPTConfig
 from nanochat_jax.safe_pickle import Refused, read_pt
@@ -103,7 +104,7 @@ def find_tag(folder: Path) -> str:
     depths = {tag: int(found[1]) for tag in tags if (found := re.match(r"d([0-9]+)", tag))}
     if depths:
         return min(depths, key=lambda tag: (-depths[tag], len(tag), tag))  # of equal depth: "d20" before "d20_long"
-    return max(tags, key=lambda tag: (folder / tag).stat().st_mtime)
+    return max(tags, key=lambda tag: storage.modified(folder / tag))
 
 
 def find_steps(folder: Path) -> list[int]:
@@ -339,7 +340,8 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
             f"{src} holds no model of nanochat's: it must be a base directory (base_checkpoints/...)"
         )
     tokenizer = Tokenizer.load(src / "tokenizer")
-    if (to / "tokenizer").exists() and Tokenizer.load(to / "tokenizer").digest() != tokenizer.digest():
+    there = storage.fetch(to / "tokenizer", exact=True)
+    if there.exists() and Tokenizer.load(there).digest() != tokenizer.digest():
         raise FileExistsError(f"{to}/tokenizer is another tokenizer: convert to another folder with --to")
     tokenizer.save(to / "tokenizer")
     for source, folder, step in models:
@@ -366,10 +368,11 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
 def main() -> None:
     config = tyro.cli(ImportConfig, prog="python -m nanochat_jax.nanochat_import")
     try:
-        count = convert(config.src, config.to.absolute(), config.logit_cap)
+        to = storage.place(config.to)
+        count = convert(config.src, to if storage.in_bucket(to) else to.absolute(), config.logit_cap)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print0(f"{count} models in {config.to}; use them with NANOCHAT_BASE_DIR={config.to}")
+    print0(f"{count} models in {to}; use them with NANOCHAT_BASE_DIR={to}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import matplotlib
 import tyro
 from matplotlib.figure import Figure
 
-from nanochat_jax.common import base_dir, write_atomically
+from nanochat_jax import storage
+from nanochat_jax.common import kept_dir, write_atomically
 from nanochat_jax.config import Maybe, parse, require, run_stage
 from nanochat_jax.metrics import read_metrics
 
@@ -74,13 +75,13 @@ PANELS = (
 
 def main(cfg: ReportConfig) -> int:
     """Write the page -> 0. ValueError: there is no run to draw."""
-    folders = [folder.expanduser() for folder in cfg.folders] or find_runs(base_dir())
+    folders = [storage.place(folder.expanduser()) for folder in cfg.folders] or find_runs(kept_dir())
     require(
-        bool(folders), f"{base_dir()} has no run with a metrics.jsonl: name a run's folder, or set NANOCHAT_BASE_DIR"
+        bool(folders), f"{kept_dir()} has no run with a metrics.jsonl: name a run's folder, or set NANOCHAT_BASE_DIR"
     )
     for folder in folders:
         require((folder / "metrics.jsonl").is_file(), f"{folder} must be the folder of a run: it has no metrics.jsonl")
-    output = (cfg.output or base_dir() / "report.html").expanduser()
+    output = storage.place(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
     write_atomically(output, page(folders).encode())
     print(f"{len(folders)} run{'s' * (len(folders) > 1)} -> {output}")
     return 0
@@ -177,7 +178,7 @@ def _answers(path: Path) -> str:
     """The last problem that RL kept answers to, with some of them, the best first."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return ""

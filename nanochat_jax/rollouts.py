@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_jax import storage
 from nanochat_jax.common import print0, process_index
 from nanochat_jax.data import Batch, assemble
 from nanochat_jax.packing import plan_epoch
@@ -167,7 +168,8 @@ class RolloutLog:
         self.file = None
         if process_index():  # process 0 writes for all
             return
-        path = folder / "rollouts.jsonl"
+        self.kept = folder / "rollouts.jsonl"
+        path = storage.fetch(self.kept, exact=True)
         self.file = path.open("a+b")
         if self.file.tell() > size:
             self.file.truncate(size)
@@ -210,11 +212,12 @@ class RolloutLog:
         self.file.flush()  # whoever follows the file sees whole steps
 
     def saved(self) -> int:
-        """Bytes so far, all of them on disk."""
+        """Bytes so far, all of them on disk, or in the bucket."""
         if not self.file:
             return 0
         self.file.flush()
         os.fsync(self.file.fileno())
+        storage.send(Path(self.file.name), self.kept)
         return self.file.tell()
 
     def close(self) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
-from nanochat_jax import attention, checkpoint, config, optim, processes, train
-from nanochat_jax.common import base_dir, cpu_name, peak_flops, print0, process_index
+from nanochat_jax import attention, checkpoint, config, optim, processes, storage, train
+from nanochat_jax.common import base_dir, cpu_name, kept_dir, peak_flops, print0, process_index
 from nanochat_jax.gpt import REMAT, GPTConfig
 
 SEEN_SECONDS = 60  # that a network's file system may take to show a new file to another machine
@@ -32,7 +32,7 @@ def start_device(device_type: str, cfg: Any = None) -> None:
     if PLATFORMS[device_type]:
         jax.config.update("jax_platforms", PLATFORMS[device_type])
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where the user wants it
-        jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compilation_cache"))
+        jax.config.update("jax_compilation_cache_dir", str(kept_dir() / "compilation_cache"))
     if cfg:
         processes.join(dataclasses.asdict(cfg), platform=PLATFORMS[device_type])
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX has seen no TPU here: libtpu, if installed, need not complain of it
@@ -188,8 +188,9 @@ class Run:
             self._share()
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
+        here = storage.local(self.folder)  # in a bucket there are no locks: see storage.Ownership
+        here.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(here / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -327,13 +328,14 @@ def agreed(run: Run) -> Run:
 
 def open_folder(cfg: Any, stage: str, tag: str, tokenizer, harmless: set[str], log: Callable) -> Run:
     """The run that goes on in the folder <tag> of the stage, or a new one for it; errors as for `open_run`."""
-    root = base_dir() / checkpoint.SOURCES[stage]
+    root = kept_dir() / checkpoint.SOURCES[stage]
     folder = root / tag
     otherwise = "" if stage == "base" else " (where it is not given, --run)"
     config.require(
         folder.resolve().parent == root.resolve(),
         f"{tag_flag(root)}{otherwise} must be the name of one folder, got {tag!r}",
     )
+    storage.check_name(folder)
     going_on = claim(folder, cfg.resume, cfg.overwrite) and cfg.resume
     step = checkpoint.newest_intact(folder, log) if going_on else None
     processes.agree("the folder", {f"the checkpoint to resume in {tag}": step})  # before Orbax makes processes wait

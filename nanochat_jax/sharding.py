@@ -77,12 +77,24 @@ def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedShardin
     return NamedSharding(mesh, P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(padded, shape))))
 
 
+def nearest(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """`spec` on `mesh` for a parameter: an axis that does not divide its side goes to the other one, if that is whole
+    and divides, and is left out otherwise."""
+    axes = [*fit(spec, shape, mesh).spec, *[None] * len(shape)][: len(shape)]
+    for axis in spec:
+        if axis and axis not in axes:
+            free = [i for i, n in enumerate(shape) if axes[i] is None and n % mesh.shape[axis] == 0 and n > 1]
+            if free:
+                axes[free[0]] = axis
+    return NamedSharding(mesh, P(*axes))
+
+
 def param_shardings(params: Any, mesh: Mesh, replicate: bool = False) -> Any:
     """A NamedSharding for each parameter, by PARAM_SPECS; `replicate` keeps whole copies over the data axis."""
     specs = by_path(params, PARAM_SPECS)
     if replicate:
         specs = jax.tree.map(without_data, specs, is_leaf=_is_spec)
-    return jax.tree.map(lambda leaf, spec: fit(spec, leaf.shape, mesh), params, specs)
+    return jax.tree.map(lambda leaf, spec: nearest(spec, leaf.shape, mesh), params, specs)
 
 
 def table(params: Any, mesh: Mesh, replicate: bool = False) -> tuple[list[str], list[str]]:
@@ -99,16 +111,16 @@ def table(params: Any, mesh: Mesh, replicate: bool = False) -> tuple[list[str], 
         axes = ", ".join(str(axis) for axis in (*spec, *[None] * len(shape))[: len(shape)])
         times = f" x {len(leaves)}" if len(leaves) > 1 else ""
         rows.append((name + times, " x ".join(map(str, shape)), f"({axes})", f"{size:,}"))
-        wanted = (*param_spec(name), *[None] * len(shape))[: len(shape)]
-        for n, axis, got in zip(shape, wanted, (*spec, *[None] * len(shape))):
-            if axis and not got and mesh.shape[axis] > 1 and not (replicate and axis == "data"):
-                notes.setdefault((n, axis), []).append(name)
+        for n, axis in zip(shape, param_spec(name)):
+            if axis and n % mesh.shape[axis] and not (replicate and axis == "data"):
+                notes.setdefault((n, axis, axis in spec), []).append(name)
     rows.append(("all", "", "", f"{total:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + f"  {row[3]:>16}" for row in rows]
-    said = "is no multiple of the mesh's"
+    said, how = "is no multiple of the mesh's", {True: "split along the other side", False: "not split"}
     return lines, [
-        f"{n} {said} {a}={mesh.shape[a]}, so not split: {', '.join(names)}" for (n, a), names in notes.items()
+        f"{n} {said} {axis}={mesh.shape[axis]}, so {how[moved]}: {', '.join(names)}"
+        for (n, axis, moved), names in notes.items()
     ]
 
 
@@ -180,7 +192,7 @@ def spec_in_force(path: str, shape: tuple[int, ...]) -> PartitionSpec:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return P()
-    return P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in fit(param_spec(path), shape, mesh).spec))
+    return P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in nearest(param_spec(path), shape, mesh).spec))
 
 
 def without_data(spec: PartitionSpec) -> PartitionSpec:
@@ -222,13 +234,15 @@ def embedded(table: jax.Array, ids: jax.Array, dtype: Any, path: str) -> jax.Arr
     """Rows of a table [V,D] at ids int32 [B,...] -> [B,...,D] in dtype, B split over the data axis.
 
     Each device looks up its columns for all rows of the batch, and they exchange what they found: the table stays where
-    it is, and so does its gradient."""
+    it is, and so does its gradient. A table whose rows the data axis splits (see `nearest`) is gathered."""
     spec = spec_in_force(path, table.shape)
-    if not any(spec) or len(ids) % data_shards():
+    if not any(spec) or spec[-1] == "model" or len(ids) % data_shards():
         return constrain_batch(table[ids]).astype(dtype)
 
     def local(table, ids):
-        columns, words = "data" in spec, "model" in spec
+        columns, words = spec[-1] == "data", spec[0] == "model"
+        if spec[0] == "data":
+            table = jax.lax.all_gather(table, "data", tiled=True)
         if columns:
             ids = jax.lax.all_gather(ids, "data", tiled=True)
         if words:

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
-from hlo_cost import cost
+from hlo_cost import cost, group
 
 PROGRAM = """
 HloModule example
@@ -70,7 +70,48 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_collective_in_pieces_once():
         "all-reduce": [6, 6 * 2 * 7 / 8 * 512],
         "all-gather": [1, 7 / 8 * 256],
     }
+    assert found.groups == {
+        ("all-reduce", 8, 1): found.collectives["all-reduce"],
+        ("all-gather", 8, 1): found.collectives["all-gather"],
+    }
     assert found.unknown_loops == 0
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size", "distance"),
+    [
+        ("replica_groups=[1,8]<=[8], to_apply=%add", 8, 1),
+        ("replica_groups=[4,2]<=[8]", 2, 1),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), channel_id=3", 4, 2),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", 4, 2),
+        ("replica_groups={{0},{1}}", 1, 0),
+        ("replica_groups=mesh['data'=4,'model'=2] {'data'}", 4, 2),
+        ("replica_groups=mesh['data'=4,'model'=2] {'model'}", 2, 1),
+        ("replica_groups=mesh['data'=4,'model'=2] {'data','model'}", 8, 1),
+        ("source_target_pairs={{0,7},{1,0}}", 2, 7),
+        ("channel_id=1", 2, 1),  # it does not say
+    ],
+)
+def test_who_takes_part_in_a_collective_is_read_from_every_form(attributes, size, distance):
+    assert group(f"%x), {attributes}") == (size, distance)
+
+
+def test_collectives_that_stand_alone_may_share_a_channel_and_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
+    text = """
+%all-reduce-scatter.1.clone (x: f32[64,4]) -> f32[8,4] {
+  %x = f32[64,4]{1,0} parameter(0)
+  %all = f32[64,4]{1,0} all-reduce(%x), channel_id=7, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %part = f32[8,4]{1,0} dynamic-slice(%all), dynamic_slice_sizes={8,4}
+}
+
+ENTRY %main (x: f32[64,4]) -> f32[8,4] {
+  %x = f32[64,4]{1,0} parameter(0)
+  %one = f32[8,4]{1,0} reduce-scatter(%x), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  %two = f32[8,4]{1,0} reduce-scatter(%x), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %three = f32[8,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
+}
+"""
+    assert cost(text).collectives == {"reduce-scatter": [3, 3 * 7 * 128.0]}
 
 
 def test_what_stays_on_the_chip_is_no_traffic():

@@ -18,6 +18,7 @@ from nanochat_jax import config, optim, rl, sharding, train
 from nanochat_jax.gpt import GPTConfig, window_sizes
 from nanochat_jax.metrics import read_metrics
 from tests import tiny
+from tests.models import random_batch, random_params
 
 MESHES = {
     "alone": ["data=1"],
@@ -130,6 +131,27 @@ def test_the_compiled_step_gathers_weights_scatters_their_gradients_and_never_ho
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+ODD = GPTConfig(**{**vars(CONFIG), "n_layer": 2, "windows": (16, 64), "n_embd": 60, "n_head": 3, "n_kv_head": 3})
+
+
+@pytest.mark.parametrize("spec", ["data=8", "data=4,model=2"])
+def test_a_width_that_no_axis_divides_trains_as_on_one_device(spec):
+    def losses(mesh):
+        mesh = sharding.make_mesh(mesh)
+        with jax.set_mesh(mesh):
+            tx, like = abstract(mesh, ODD)
+            step = train.make_train_step(ODD, tx, like, mesh)
+            state = train.place(train.init_state(random_params(ODD), tx), like)
+            found = []
+            for seed in range(4):
+                batch = sharding.to_global(random_batch(ODD, 1, 8, seed=seed), mesh)
+                state, metrics = step(state, batch, np.float32(1), np.float32(0.9))
+                found.append(float(metrics["loss"]))
+        return found
+
+    np.testing.assert_allclose(losses(spec), losses("data=1"), rtol=1e-5)
+
+
 def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
     mesh = sharding.make_mesh("data=4,model=2")
     lines, notes = sharding.table(abstract(mesh)[1].params, mesh)
@@ -143,8 +165,11 @@ def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
     odd = GPTConfig(**{**vars(CONFIG), "n_embd": 60, "n_head": 3, "n_kv_head": 3})
     mesh = sharding.make_mesh("data=8")
     lines, notes = sharding.table(abstract(mesh, odd)[1].params, mesh)
-    assert len(notes) == 1 and notes[0].startswith("60 is no multiple of the mesh's data=8, so not split: ")
-    assert "blocks/*/attn/c_q" in notes[0] and "lambda" not in notes[0]
+    said = "60 is no multiple of the mesh's data=8, so"
+    assert [note.split(": ")[0] for note in notes] == [f"{said} split along the other side", f"{said} not split"]
+    moved, whole = (note.split(": ")[1].split(", ") for note in notes)
+    assert "wte" in moved and "blocks/*/mlp/c_fc" in moved
+    assert "blocks/*/attn/c_q" in whole and not any("lambda" in name for name in moved + whole)
     assert sharding.table(abstract(mesh, odd, True)[1].params, mesh, True)[1] == []  # whole copies were wanted
 
 

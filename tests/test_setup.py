@@ -58,7 +58,7 @@ class Machine:
         self.repo, self.bin, self.pyenv = folder / "a repo", folder / "bin", folder / "pyenv"
         self.log_file, self.venv = folder / "log", self.repo / ".venv"
         (self.repo / "tools").mkdir(parents=True)
-        for name in ("tools/setup.sh", "pyproject.toml", "requirements.lock"):
+        for name in ("tools/setup.sh", "pyproject.toml", "requirements.lock", "requirements-gcs.lock"):
             shutil.copy(ROOT / name, self.repo / name)
         self.bin.mkdir()
         for name in TOOLS:
@@ -166,7 +166,7 @@ def test_a_second_run_does_nothing(machine):
     assert machine.log() == []
 
 
-@pytest.mark.parametrize("changed", ["pyproject.toml", "requirements.lock"])
+@pytest.mark.parametrize("changed", ["pyproject.toml", "requirements.lock", "requirements-gcs.lock"])
 def test_a_changed_file_installs_again_into_the_same_environment(machine, changed):
     machine.has(python3=WORKS).setup()
     machine.log()
@@ -206,9 +206,9 @@ def test_a_broken_environment_is_made_anew(machine):
 
 
 def test_extras_are_constrained_by_the_lock_file_and_stay(machine):
-    cuda = "-m pip install --quiet -c requirements.lock -e .[cuda13]"
-    both = "-m pip install --quiet -c requirements.lock -e .[cuda13,tpu]"
-    all_three = "-m pip install --quiet -c requirements.lock -e .[cuda13,tpu,aot]"
+    cuda = "-m pip install --quiet -c requirements.lock -c requirements-gcs.lock -e .[cuda13]"
+    both = "-m pip install --quiet -c requirements.lock -c requirements-gcs.lock -e .[cuda13,tpu]"
+    all_three = "-m pip install --quiet -c requirements.lock -c requirements-gcs.lock -e .[cuda13,tpu,aot]"
     machine.has(python3=WORKS).setup("--extra", "cuda13")
     assert machine.log()[1:] == [LOCKED, cuda]
     machine.setup()
@@ -228,7 +228,7 @@ def test_uv_is_used_where_it_runs(machine):
     assert machine.log() == [
         f"uv venv --quiet --python {machine.bin / 'python3.12'} .venv",
         "uv pip install --quiet --python .venv/bin/python --no-deps -r requirements.lock -e .",
-        "uv pip install --quiet --python .venv/bin/python -c requirements.lock -e .[tpu]",
+        "uv pip install --quiet --python .venv/bin/python -c requirements.lock -c requirements-gcs.lock -e .[tpu]",
     ]
     machine.has(uv=SHIM)
     (machine.venv / "stamp").unlink()
@@ -253,14 +253,21 @@ def test_of_two_set_ups_at_once_one_installs(machine):
     assert sum("waiting for another set-up" in out and "up to date" in out for out in outputs) == 1
 
 
-def test_the_lock_file_pins_every_dependency_and_nothing_heavy():
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    assert lines == sorted(lines)
-    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
-    pins = dict(line.split("==") for line in lines)
+def test_the_lock_files_pin_every_dependency_and_nothing_heavy():
+    def pins_of(file):
+        lines = (ROOT / file).read_text().splitlines()
+        assert lines == sorted(lines)
+        assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
+        return dict(line.split("==") for line in lines)
+
+    pins, gcs = pins_of("requirements.lock"), pins_of("requirements-gcs.lock")
+    assert not set(pins) & set(gcs)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for wanted in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
-        name = wanted.name.lower().replace("_", "-")
-        assert name in pins, f"{name} is in pyproject.toml and not in requirements.lock"
-        assert wanted.specifier.contains(pins[name], prereleases=True), f"{name}=={pins[name]} is not {wanted}"
+    extras = project["optional-dependencies"]
+    for table, named in ((pins, project["dependencies"] + extras["dev"]), (gcs, extras["gcs"])):
+        for wanted in map(Requirement, named):
+            name = wanted.name.lower().replace("_", "-")
+            assert name in table, f"{name} is in pyproject.toml and not pinned"
+            assert wanted.specifier.contains(table[name], prereleases=True), f"{name}=={table[name]} is not {wanted}"
+    pins |= gcs
     assert not {"torch", "tensorflow", "ray", "transformers", "datasets", "vllm"} & set(pins)

@@ -649,11 +649,20 @@ def test_the_command_line_says_what_is_missing(cloud, argv, code, says):
     assert done.returncode == code and says in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_bucket_is_refused_unless_the_package_takes_it(cloud, monkeypatch):
-    monkeypatch.setattr(tpu_vm, "takes_buckets", lambda place: False)
-    with pytest.raises(ValueError, match="keeps its files on disks only"):
-        cloud.up("--base-dir", "gs://bucket/a")
-    monkeypatch.setattr(tpu_vm, "takes_buckets", lambda place: True)
+@pytest.mark.parametrize("place", ["gs://", "gs:///folder", "gs:/bucket/a", "gs://Bucket/a", "folder", "s3://bucket"])
+def test_a_base_directory_is_a_bucket_or_a_folder_from_the_root(cloud, place):
+    with pytest.raises(ValueError, match=f"--base-dir={place} must be gs://bucket/folder or begin with /"):
+        cloud.up("--base-dir", place)
+    assert not cloud.calls()
+
+
+def test_up_keeps_everything_in_a_bucket(cloud, capfd):
+    assert cloud.up("--base-dir", "gs://bucket/a", command=("bash", "-c", 'echo "it is $NANOCHAT_BASE_DIR"')) == 0
+    said = capfd.readouterr().out
+    assert "it is gs://bucket/a" in said and "must lie on a disk" not in said
+
+
+def test_a_bucket_as_base_directory_reaches_the_command(cloud):
     cloud("create")
     cloud(
         "run", "--base-dir", "gs://bucket/a b", "--env", "A=x'y $z", "--", "bash", "-c", 'echo "$NANOCHAT_BASE_DIR,$A"'

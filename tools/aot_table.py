@@ -4,35 +4,27 @@ hold, what the chips would send each other, and bounds of the time.
 python tools/aot_table.py --out tools/bench_results/aot_2026-11-22.jsonl                  # all of CASES, an hour of CPU
 python tools/aot_table.py --cases d20:v5e-8 --programs sft --device-batch-size 8
 
-Nothing is run, so no number here is a measurement. Time is a roofline of the compiled program on one chip, from the
-vendor's peaks below (tools/hlo_cost.py counts, loop bodies as often as they run): each operation takes as long as its
-products or its memory traffic need, whichever is longer; attention kernels, which are opaque, as long as the products
-of all visible pairs (forward 2 products, backward 7); collectives as long as a ring over the chip's links needs.
-`at_least` is the longer of computing and sending (one wholly hidden behind the other), `at_most` their sum (nothing
-hidden). Real programs do not reach the peaks, so a run takes longer than `at_least`, and may take longer than
-`at_most`.
+Nothing is run, so no number here is a measurement. tools/hlo_cost.py counts a program's operations, loop bodies as
+often as they run, and tools/roofline.py says how counts become bounds of the time.
 """
 
 import dataclasses
 import json
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
 from hlo_cost import cost
+from roofline import RATES, append, attention_flops, bounds, head_split, provenance, sending, spans
 
 from nanochat_jax import preflight, scaling
 from nanochat_jax.common import peak_flops
-from nanochat_jax.gpt import GPTConfig, flops_per_token, parameter_counts
+from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.memory import asked_and_had, beside_arguments, is_out_of_memory
 
-# Bytes/s of a chip's memory and of its links in one direction together, by the kind of chip (v5e and v6e by
-# Google's page on v6e: 800 and 1600 GB/s, 1600 and 3200 Gbit/s; v5p, 2765 GB/s and 4800 Gbit/s, not looked up again).
-RATES = {"TPU v5 lite": (800e9, 200e9), "TPU v5": (2765e9, 600e9), "TPU v6 lite": (1600e9, 400e9)}
 CASES = ("d20:v5e-8", "d20:v6e-8", "d34:v5p-8", "d34:v5e-256:data=128,model=2")
 
 
@@ -79,12 +71,6 @@ def compiler_of(table: Table, case: str) -> preflight.Compiler:
     return preflight.Compiler(settings, place, model, batch, packed=True)
 
 
-def attention_flops(model: GPTConfig, T: int, rows: int, products: int) -> float:
-    """Of `products` products over all visible pairs of one document a row."""
-    pairs = sum(sum(min(t, w if w >= 0 else T) + 1 for t in range(T)) for w in model.windows)
-    return 2.0 * products * pairs * rows * model.n_head * model.head_dim
-
-
 def measure(table: Table, case: str, program: str) -> dict[str, Any]:
     """One line of the table."""
     compiler = compiler_of(table, case)
@@ -126,15 +112,12 @@ def measure(table: Table, case: str, program: str) -> dict[str, Any]:
     peak, (memory_rate, link_rate) = peak_flops(chip), RATES[chip]
     steps = batch.micro_batches if program == "sft" else rollouts.chunk
     found = cost(text, unknown_trips=steps, rates=(peak, memory_rate))
-    kernels = 0.0
+    kernels, mesh = 0.0, dict(place.mesh.shape)
     if found.kernels:
         backward = 7 if program == "sft" else 0
-        rows = batch.rows // place.mesh.shape["data"] * batch.micro_batches
-        split = place.mesh.shape["model"] if model.n_kv_head % place.mesh.shape["model"] == 0 else 1
-        kernels = attention_flops(model, batch.T, rows, 2 + backward) / split
-    computing, sending = found.seconds + kernels / peak, sum(b for _, b in found.collectives.values()) / link_rate
-    seconds = {"operations": found.seconds, "attention_kernels": kernels / peak, "links": sending}
-    seconds |= {"at_least": max(computing, sending), "at_most": computing + sending}
+        rows = batch.rows // mesh["data"] * batch.micro_batches
+        kernels = attention_flops(model, batch.T, rows, 2 + backward) / head_split(model, mesh)
+    seconds = bounds(found.seconds, kernels / peak, sending(found.groups, mesh, spans(place.mesh), link_rate))
     tokens = batch.rows * batch.T * batch.micro_batches if program == "sft" else table.slots * rollouts.chunk
     line |= {
         "flops": found.flops + kernels,
@@ -175,14 +158,10 @@ def main(table: Table) -> None:
         for program in table.programs:
             if program not in ("sft", "decode"):
                 raise ValueError(f"--programs must be sft or decode, got {program!r}")
-            line = measure(table, case, program)
-            versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
-            line |= {"versions": versions, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
+            line = measure(table, case, program) | provenance()
             print(json.dumps(line), flush=True)
             if table.out:
-                table.out.parent.mkdir(parents=True, exist_ok=True)
-                with table.out.open("a") as f:
-                    f.write(json.dumps(line) + "\n")
+                append(table.out, line)
             rows.append(row(line))
     print("\n".join(rows), file=sys.stderr)
 

@@ -5,7 +5,9 @@ Counted is what is reached from the entry. How often a loop runs is read from it
 FLOPs are 2 per multiply-add of every dot and convolution, also within fusions; a kernel (custom call) is opaque and has
 none here. Bytes are those of operands and results in the device's memory (not those the compiler keeps on the chip,
 S(1)), of slices and updates only the part: XLA may read less, so it is an upper bound. A collective that the compiler
-cut into several fusions is one, known by its channel; bytes are what a device sends in a ring.
+cut into several fusions is one, known by its channel, which collectives that stand alone may share; a fusion that sums
+and keeps a part (all-reduce-scatter) is a reduce-scatter. Bytes are what a device sends in a ring. `groups` has the
+same collectives by who takes part: (kind, devices of a group, distance of neighbours in the order of the mesh).
 """
 
 import dataclasses
@@ -13,6 +15,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+
+import numpy as np
 
 SIZES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 SIZES |= {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5}
@@ -45,6 +49,7 @@ class Cost:
     seconds: float = 0.0  # sum over operations of the longer of products and traffic; needs `rates`
     kernels: Counter = dataclasses.field(default_factory=Counter)  # name -> calls
     collectives: dict[str, list] = dataclasses.field(default_factory=dict)  # kind -> [how many, bytes sent]
+    groups: dict[tuple[str, int, int], list] = dataclasses.field(default_factory=dict)  # likewise
     unknown_loops: int = 0
 
 
@@ -169,26 +174,34 @@ def cost(text: str, *, unknown_trips: int = 1, rates: tuple[float, float] = (mat
         own = sum(product_flops(i, shapes[name]) for i in body.values())
         return own + sum(flops_within(c) for i in body.values() for c in called(i, "calls"))
 
-    def collective(instruction, times):
+    def collective(instruction, times, fusion=""):
         kind = instruction.opcode.removesuffix("-start")
-        channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = channel[1] if channel else instruction.name
-        if kind not in COLLECTIVES or (kind, key) in seen:
+        if kind not in COLLECTIVES:
             return
-        seen.add((kind, key))
+        if fusion:
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            key = channel[1] if channel else (fusion, instruction.name)
+            if (kind, key) in seen:
+                return
+            seen.add((kind, key))
         sizes = [size for size, _, _ in arrays(instruction.shape)]
-        n = group_size(instruction.rest)
+        n, distance = group(instruction.rest)
         if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
             sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]  # operand and result
+        if kind == "all-reduce" and fusion.startswith("all-reduce-scatter"):
+            kind, sizes = "reduce-scatter", [size / n for size in sizes]
         factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
         sent = sum(sizes) * factor.get(kind, (n - 1) / n)
-        entry = total.collectives.setdefault(kind, [0, 0.0])
-        entry[0] += times
-        entry[1] += times * sent
+        for entry in (
+            total.collectives.setdefault(kind, [0, 0.0]),
+            total.groups.setdefault((kind, n, distance), [0, 0.0]),
+        ):
+            entry[0] += times
+            entry[1] += times * sent
 
     def within(name: str, times: float):
         for instruction in computations.get(name, {}).values():
-            collective(instruction, times)
+            collective(instruction, times, name)
             for inner in called(instruction, "calls"):
                 within(inner, times)
 
@@ -228,13 +241,22 @@ def cost(text: str, *, unknown_trips: int = 1, rates: tuple[float, float] = (mat
     return total
 
 
-def group_size(rest: str) -> int:
-    """Devices that a collective goes over."""
+def group(rest: str) -> tuple[int, int]:
+    """(devices that a collective goes over, distance between the first two of them in the order of the devices)"""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-        return int(iota[2])
-    if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(groups[1].split(","))
-    return 2
+        over = re.findall(r"'(\w+)'", mesh[2])
+        names = list(sizes)
+        order = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        order = np.moveaxis(order, [names.index(name) for name in over], range(-len(over), 0))
+        first = order.reshape(-1, math.prod(sizes[name] for name in over))[0]
+    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        dims = [int(d) for d in iota[3].split(",")]
+        order = np.arange(math.prod(dims)).reshape(dims)
+        order = order.transpose([int(d) for d in iota[4].split(",")]) if iota[4] else order
+        first = order.reshape(int(iota[1]), int(iota[2]))[0]
+    elif listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", rest):
+        first = [int(d) for d in listed[1].split(",")]
+    else:
+        return 2, 1
+    return len(first), abs(int(first[1]) - int(first[0])) if len(first) > 1 else 0

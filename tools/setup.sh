@@ -5,12 +5,13 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: tools/setup.sh [--extra cuda13|tpu|aot]...
+usage: tools/setup.sh [--extra cuda13|tpu|aot|gcs]...
 
 Makes .venv (Python >= 3.12) with everything that nanochat_jax and its tests need, for CPU.
   --extra cuda13   add JAX's CUDA 13 packages (NVIDIA GPUs)
-  --extra tpu      add JAX's TPU packages
+  --extra tpu      add JAX's TPU packages, and those for base directories in buckets
   --extra aot      add the TPU compiler, to compile for TPUs where there is none (214 MB to fetch, 640 MB on disk)
+  --extra gcs      add the packages for base directories in buckets of Google Cloud Storage
   --help           show this text
 Extras stay on later runs without the flag; to drop one, delete .venv and run again.
 Uses uv if it is on the PATH, else pip.
@@ -29,14 +30,14 @@ quickly() { # run a command that might hang
 extras=""
 add_extra() {
   case "$1" in
-    cuda13 | tpu | aot) extras="$extras $1" ;;
-    *) fail "there is no extra '$1': use --extra cuda13, tpu or aot" 2 ;;
+    cuda13 | tpu | aot | gcs) extras="$extras $1" ;;
+    *) fail "there is no extra '$1': use --extra cuda13, tpu, aot or gcs" 2 ;;
   esac
 }
 while [ $# -gt 0 ]; do
   case "$1" in
     --extra)
-      [ $# -ge 2 ] || fail "--extra needs a name: cuda13, tpu or aot" 2
+      [ $# -ge 2 ] || fail "--extra needs a name: cuda13, tpu, aot or gcs" 2
       add_extra "$2"
       shift
       ;;
@@ -65,7 +66,7 @@ fi
 
 wanted=" $(cat .venv/extras 2>/dev/null || true) $extras " # with those of earlier runs
 extras=""
-for name in cuda13 tpu aot; do
+for name in cuda13 tpu aot gcs; do
   case "$wanted" in *" $name "*) extras="${extras:+$extras }$name" ;; esac
 done
 
@@ -75,7 +76,7 @@ fingerprint() {
   .venv/bin/python -I -c '
 import hashlib, pathlib, sys
 assert sys.version_info >= (3, 12) and sys.prefix != sys.base_prefix
-files = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "requirements.lock")]
+files = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "requirements.lock", "requirements-gcs.lock")]
 facts = [hashlib.sha256(data).hexdigest() for data in files] + [sys.version, *sys.argv[1:]]
 print(hashlib.sha256(repr(facts).encode()).hexdigest())
 ' "$root" "$extras" 2>/dev/null || true
@@ -156,7 +157,7 @@ echo "installing the packages of requirements.lock (a minute or two the first ti
 install --no-deps -r requirements.lock -e .
 if [ -n "$extras" ]; then
   echo "installing the extras: $extras"
-  install -c requirements.lock -e ".[${extras// /,}]"
+  install -c requirements.lock -c requirements-gcs.lock -e ".[${extras// /,}]"
 fi
 fingerprint >.venv/stamp.new
 mv .venv/stamp.new .venv/stamp

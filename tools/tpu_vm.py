@@ -100,11 +100,8 @@ def environment(cfg: Settings) -> tuple[str, ...]:
     if cfg.base_dir is None:
         return cfg.env
     place = cfg.base_dir
-    require(place.startswith(("gs://", "/")), f"--base-dir={place} must be gs://bucket/folder or begin with /")
-    require(
-        not place.startswith("gs://") or takes_buckets(place),
-        f"--base-dir={place}: this version of nanochat_jax keeps its files on disks only: name a folder of one",
-    )
+    valid = re.match(r"/|gs://[a-z0-9][-_.a-z0-9]*(/|$)", place) is not None
+    require(valid, f"--base-dir={place} must be gs://bucket/folder or begin with /")
     return (*cfg.env, f"NANOCHAT_BASE_DIR={place}")
 
 
@@ -118,15 +115,6 @@ def disk_place(cfg: Settings) -> str | None:
     on_it = cfg.base_dir is None or f"{cfg.base_dir}/".startswith(f"{place}/")
     require(on_it, f"--base-dir={cfg.base_dir} must lie on the disk, which is mounted at {place}")
     return place
-
-
-def takes_buckets(place: str) -> bool:
-    """Whether a gs:// base directory is more to the package than a folder of that name on the machine's own disk."""
-    command = [sys.executable, "-c", "from nanochat_jax.common import base_dir; print(base_dir())"]
-    done = subprocess.run(
-        command, env=os.environ | {"NANOCHAT_BASE_DIR": place}, cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.startswith("gs://")
 
 
 class Launcher:

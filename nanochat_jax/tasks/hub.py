@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.common import base_dir, print0, write_atomically
+from nanochat_jax import storage
+from nanochat_jax.common import base_dir, kept_dir, print0, write_atomically
 from nanochat_jax.download import (
     HUB,
     DownloadError,
@@ -49,9 +50,9 @@ def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None 
     FileNotFoundError: in no mirror, and it cannot be downloaded; ValueError: a damaged manifest.
     """
     folders = []
-    for root in (*_roots(data_dir), base_dir() / "task_data"):
+    for root in (*_roots(data_dir), kept_dir() / "task_data"):
         for parent in (root, root / "hub"):
-            folder = parent / repo.replace("/", "--") / subset / split
+            folder = storage.fetch(parent / repo.replace("/", "--") / subset / split)
             if (folder / "manifest.json").exists():
                 return _read_manifest(folder)
             folders.append(folder)
@@ -131,7 +132,8 @@ def find_file(name: str, data_dir: Path | str | None = None) -> Path:
     The word list is downloaded to the base directory where no place has it. FileNotFoundError: it cannot be had.
     """
     around = [folder for root in _roots(data_dir) for folder in (root, root.parent)]
-    places = [place for folder in (*around, base_dir()) for place in (folder / name, folder / "words" / name)]
+    folders = (*around, kept_dir())
+    places = [storage.fetch(place) for folder in folders for place in (folder / name, folder / "words" / name)]
     if found := next((place for place in places if place.is_file()), None):
         return found
     why = ""

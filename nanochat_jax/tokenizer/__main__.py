@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from nanochat_jax import config
-from nanochat_jax.common import base_dir
+from nanochat_jax import config, storage
+from nanochat_jax.common import base_dir, kept_dir
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.documents import FOLDERS
 from nanochat_jax.download import fetch_shards
@@ -77,7 +77,8 @@ class Eval:
 def train(cfg: Train) -> int:
     check_vocab_size(cfg.vocab_size)
     require_at_least(1, cfg, "max_chars", "doc_cap")
-    folder = cfg.output or base_dir() / "tokenizer"
+    kept = storage.place(cfg.output) if cfg.output else kept_dir() / "tokenizer"
+    folder = storage.fetch(kept, exact=True)
     refuse_to_replace(folder, cfg.overwrite)
     require_at_least(0, cfg, "download")
     require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
@@ -94,9 +95,11 @@ def train(cfg: Train) -> int:
             tokenizer.save_for_nanochat(made)
             for name in FILES:
                 os.replace(made / name, folder / name)
+        for name in FILES:
+            storage.send(folder / name, kept / name)
         seconds = time.monotonic() - begin
     say(console, f"read {chars:,} characters in {documents:,} documents")
-    say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {folder}")
+    say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {kept}")
     console.print(compression_table(tokenizer.encode, {"the text it learned from": sample}))
     return 0
 

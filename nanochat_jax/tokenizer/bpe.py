@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from nanochat_jax import storage
 from nanochat_jax.common import write_atomically
 from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, messages_of, role_of, split_conversation
 from nanochat_jax.torch_save import write_pt
@@ -80,7 +81,7 @@ class Tokenizer:
 
         FileNotFoundError: neither exists. ValueError: damaged, or both exist and give different ids.
         """
-        folder = Path(folder)
+        folder = storage.fetch(storage.place(folder))
         ours, theirs = folder / "tokenizer.json", folder / "tokenizer.pkl"
         found = []
         if ours.exists():
@@ -130,7 +131,7 @@ class Tokenizer:
             "ranks": [base64.b64encode(token).decode() for token in self._bytes[: len(self.mergeable_ranks)]],
             "special_tokens": self.special_tokens,
         }
-        write_atomically(Path(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
+        write_atomically(storage.place(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
 
     def save_for_nanochat(self, folder: Path | str) -> None:
         """Write FOLDER/tokenizer.pkl and FOLDER/token_bytes.pt, which nanochat loads. `save` does not, as a folder
