@@ -119,13 +119,15 @@ def linear(x: jax.Array, w: nnx.Param, path: str) -> jax.Array:
     return _linear(path, x, w[...])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(path, x, w):
+def _product(path, x, w):
     return jnp.einsum("...i,oi->...o", x, gathered(w.astype(x.dtype), path))
 
 
+_linear = jax.custom_vjp(_product, nondiff_argnums=(0,))
+
+
 def _linear_fwd(path, x, w):
-    return _linear(path, x, w), (x, w)
+    return _product(path, x, w), (x, w)  # by its own name `rematerialised` would not see a product to keep
 
 
 def _linear_bwd(path, kept, dy):

@@ -23,7 +23,7 @@ from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.memory import choose_remat, is_out_of_memory
 from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss
 from nanochat_jax.runs import Batches, Run
-from nanochat_jax.sharding import row_part, table, to_global
+from nanochat_jax.sharding import row_part, table, to_global, whole_copies
 from nanochat_jax.train import TrainState, abstract_state, make_train_step
 
 COMPILED = collections.Counter()  # JAX's events of this process, by name
@@ -162,7 +162,7 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
 
     rows: of T tokens, of a device in one pass."""
     cfg = run.cfg
-    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    with jax.set_mesh(mesh), whole_copies(cfg.replicate), contextlib.ExitStack() as stack:
         tx = optim.make_optimizer(run.groups, dtype)
         abstract = abstract_state(run.model_config, tx, mesh, cfg.replicate)
         lines, notes = table(abstract.params, mesh, cfg.replicate)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.sharding import data_shards, platform, spec_in_force
+from nanochat_jax.sharding import data_shards, platform, scattered, spec_in_force
 
 # Float32 logits in memory at a time, per device: what stays in a CPU's cache (four times more takes 1.4 times as long),
 # and 256 MiB elsewhere, where a chunk must fill the matrix units.
@@ -104,8 +104,7 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
         loss = jax.lax.psum(loss, "data")
         if with_gradient:
             dx, dhead = gradients
-            scatter = partial(jax.lax.psum_scatter, scatter_dimension=side, tiled=True)
-            gradients = dx, (jax.lax.psum if side is None else scatter)(dhead, "data")
+            gradients = dx, jax.lax.psum(dhead, "data") if side is None else scattered(dhead, side)
         return (loss, logp), gradients
 
     rows, split = P("data"), {None: P(), 0: P("data"), 1: P(None, "data")}[side]

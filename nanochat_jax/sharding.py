@@ -3,6 +3,8 @@
 Mesh axes: `data` (batch rows, and FSDP shards of parameters and optimizer state) and `model` (tensor parallel).
 """
 
+import contextlib
+import contextvars
 import math
 import re
 from typing import Any
@@ -83,9 +85,9 @@ def nearest(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSha
     axes = [*fit(spec, shape, mesh).spec, *[None] * len(shape)][: len(shape)]
     for axis in spec:
         if axis and axis not in axes:
-            free = [i for i, n in enumerate(shape) if axes[i] is None and n % mesh.shape[axis] == 0 and n > 1]
-            if free:
-                axes[free[0]] = axis
+            whole = [i for i, other in enumerate(axes) if not other or mesh.shape[other] == 1]
+            for i in [i for i in whole if shape[i] % mesh.shape[axis] == 0][:1]:
+                axes[i] = axis
     return NamedSharding(mesh, P(*axes))
 
 
@@ -187,12 +189,26 @@ def data_shards() -> int:
     return jax.sharding.get_abstract_mesh().shape.get("data", 1)
 
 
+_whole = contextvars.ContextVar("whole copies over the data axis", default=False)
+
+
+@contextlib.contextmanager
+def whole_copies(replicate: bool = True):
+    """While it is entered, `spec_in_force` and what reads it take parameters as --replicate keeps them."""
+    token = _whole.set(replicate)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
 def spec_in_force(path: str, shape: tuple[int, ...]) -> PartitionSpec:
     """How PARAM_SPECS splits a parameter on the mesh in force; an axis of size 1 splits nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return P()
-    return P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in nearest(param_spec(path), shape, mesh).spec))
+    spec = without_data(param_spec(path)) if _whole.get() else param_spec(path)
+    return P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in nearest(spec, shape, mesh).spec))
 
 
 def without_data(spec: PartitionSpec) -> PartitionSpec:
@@ -224,10 +240,18 @@ def summed_products(dy: jax.Array, x: jax.Array, path: str) -> jax.Array:
         return products(dy, x)
 
     def local(dy, x):
-        return jax.lax.psum_scatter(products(dy, x), "data", scatter_dimension=spec.index("data"), tiled=True)
+        return scattered(products(dy, x), spec.index("data"))
 
     sides = [P("data", *[None] * (x.ndim - 2), side) for side in without_data(spec)]
     return jax.shard_map(local, in_specs=tuple(sides), out_specs=spec, check_vma=False)(dy, x)
+
+
+def scattered(x: jax.Array, side: int) -> jax.Array:
+    """The sum of the devices' x over the data axis, in a shard_map: of each device its part along `side`.
+
+    Parts are the leading axis, where XLA for TPU neither pads them to its tiles nor sums the whole first."""
+    parts = jnp.stack(jnp.split(x, data_shards(), side))
+    return jax.lax.psum_scatter(parts, "data")
 
 
 def embedded(table: jax.Array, ids: jax.Array, dtype: Any, path: str) -> jax.Array:

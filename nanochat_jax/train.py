@@ -12,7 +12,15 @@ from jax.sharding import Mesh
 
 from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.loss import summed_token_loss, weighted_nll
-from nanochat_jax.sharding import batch_sharding, data_shards, fit, param_shardings, path_name, replicated
+from nanochat_jax.sharding import (
+    batch_sharding,
+    data_shards,
+    fit,
+    param_shardings,
+    path_name,
+    replicated,
+    whole_copies,
+)
 
 
 class TrainState(NamedTuple):
@@ -118,7 +126,9 @@ def make_train_step(
         return summed_token_loss(token_loss, x, params["lm_head"], targets, aux, **head)
 
     loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
+    replicate = not any("data" in leaf.sharding.spec for leaf in jax.tree.leaves(state.params))
 
+    @whole_copies(replicate)
     def train_step(state: TrainState, batch, *scalars):
         if data_shards() != mesh.shape["data"]:
             raise ValueError("the train step must be called under jax.set_mesh with the mesh it was made for")

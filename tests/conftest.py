@@ -6,6 +6,7 @@ What one test has compiled, in a process of its own or not, the others read from
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -22,11 +23,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; it start
 
 import jax
 
+gc.set_threshold(20_000, 20, 20)  # tracing makes many objects and little garbage
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONGEST = {
-    f"test_{name}" for name in ("processes", "engine", "rl", "tpu_aot", "resume", "tpu_vm", "rl_resume", "meshes")
+    f"test_{name}"
+    for name in ("processes", "engine", "rl", "tpu_aot", "resume", "tpu_vm", "rl_resume", "meshes", "storage")
 }
 
 

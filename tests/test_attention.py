@@ -42,19 +42,26 @@ def test_chunked_equals_the_definition_in_values_and_gradients(T, window, docume
     assert_equal_to_the_definition(partial(attention, impl="chunked"), *arrays, window)
 
 
+REFERENCE = partial(attention, impl="reference")  # one for all windows, which k_start has: it is compiled once a shape
+
+
+@partial(jax.jit, static_argnums=0)
+def values_and_gradients(attend, q, k, v, k_start, weight):
+    """-> (gradients of the sum of attend(q, k, v, k_start) * weight, attend's value)."""
+
+    def loss(q, k, v):
+        y = attend(q, k, v, k_start)
+        return jnp.sum(y * weight), y
+
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+
 def assert_equal_to_the_definition(attend, q, k, v, k_start, window, tolerance=1e-5):
     """Values and gradients of attend(q, k, v, k_start, window=window), in parts of the largest entry."""
     k_start = with_window(k_start, window)
     weight = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
-
-    def run(attend):
-        def loss(q, k, v):
-            y = attend(q, k, v, k_start, window=window)
-            return jnp.sum(y * weight), y
-
-        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-
-    (grads, y), (expected_grads, expected) = run(attend), run(partial(attention, impl="reference"))
+    grads, y = values_and_gradients(partial(attend, window=window), q, k, v, k_start, weight)
+    expected_grads, expected = values_and_gradients(REFERENCE, q, k, v, k_start, weight)
     assert y.dtype == q.dtype
     for got, want in zip((y, *grads), (expected, *expected_grads)):
         got, want = (np.asarray(x, np.float32) for x in (got, want))

@@ -84,6 +84,18 @@ CONFIG = GPTConfig(
 )
 
 
+def compiled_step(mesh, replicate=False):
+    """The text of the compiled train step on this mesh."""
+    with jax.set_mesh(mesh):
+        tx, like = abstract(mesh, replicate=replicate)
+        step = train.make_train_step(CONFIG, tx, like, mesh)
+        leaves = dict.fromkeys(("inputs", "targets", "document_start"), jnp.int32) | {"weights": jnp.float32}
+        rows = sharding.batch_sharding(mesh)
+        batch = {name: jax.ShapeDtypeStruct((1, 8, 64), kind, sharding=rows) for name, kind in leaves.items()}
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        return step.lower(like, batch, scalar, scalar).compile().as_text()
+
+
 def abstract(mesh, model=CONFIG, replicate=False):
     rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
     tx = optim.make_optimizer(optim.default_groups(model.n_embd, **rates))
@@ -107,14 +119,7 @@ def collectives(text):
 @pytest.mark.parametrize("mesh", ["data=8", "data=4,model=2"])
 def test_the_compiled_step_gathers_weights_scatters_their_gradients_and_never_holds_a_whole_one(mesh, capfd):
     mesh = sharding.make_mesh(mesh)
-    with jax.set_mesh(mesh):
-        tx, like = abstract(mesh)
-        step = train.make_train_step(CONFIG, tx, like, mesh)
-        leaves = dict.fromkeys(("inputs", "targets", "document_start"), jnp.int32) | {"weights": jnp.float32}
-        rows = sharding.batch_sharding(mesh)
-        batch = {name: jax.ShapeDtypeStruct((1, 8, 64), kind, sharding=rows) for name, kind in leaves.items()}
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        found = collectives(step.lower(like, batch, scalar, scalar).compile().as_text())
+    found = collectives(compiled_step(mesh))
     model = mesh.shape["model"]
     matrix = 64 * 64 // model  # the smallest in a block, as the model axis leaves it
     scattered = [size for _, size, name in found if "transpose" in name and "shard_map/reduce_scatter" in name]
@@ -129,6 +134,13 @@ def test_the_compiled_step_gathers_weights_scatters_their_gradients_and_never_ho
     sent = [size for kind, size, _ in found if kind == "all-to-all"]
     assert max(sent) <= 8 * matrix, "of the matrices that Muon works on, a device has its share"
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+
+
+def test_whole_copies_are_neither_cut_up_nor_gathered():
+    found = collectives(compiled_step(sharding.make_mesh("data=8"), replicate=True))
+    large = {(kind, name) for kind, size, name in found if size >= 64 * 64}
+    assert not any("gathered" in name or kind == "reduce-scatter" for kind, name in large), large
+    assert any(kind == "all-reduce" for kind, _ in large), "gradients are summed"
 
 
 ODD = GPTConfig(**{**vars(CONFIG), "n_layer": 2, "windows": (16, 64), "n_embd": 60, "n_head": 3, "n_kv_head": 3})
@@ -166,8 +178,9 @@ def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
     mesh = sharding.make_mesh("data=8")
     lines, notes = sharding.table(abstract(mesh, odd)[1].params, mesh)
     said = "60 is no multiple of the mesh's data=8, so"
-    assert [note.split(": ")[0] for note in notes] == [f"{said} split along the other side", f"{said} not split"]
-    moved, whole = (note.split(": ")[1].split(", ") for note in notes)
+    named = {how: names.split(", ") for how, names in (note.split(": ") for note in notes)}
+    moved, whole = named.pop(f"{said} split along the other side"), named.pop(f"{said} not split")
+    assert not named
     assert "wte" in moved and "blocks/*/mlp/c_fc" in moved
     assert "blocks/*/attn/c_q" in whole and not any("lambda" in name for name in moved + whole)
     assert sharding.table(abstract(mesh, odd, True)[1].params, mesh, True)[1] == []  # whole copies were wanted

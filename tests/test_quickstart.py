@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_quickstart.py
 """
 
+import contextlib
+import io
 import re
 import shlex
 import sys
@@ -18,29 +20,41 @@ from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, m
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
 
 
-@pytest.fixture
-def short(monkeypatch, tmp_path):
+def shorten(patch, folder):
     """Two steps a stage and eight problems, with the working directory in a temporary folder."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")  # main sets it; this puts it back afterwards
-    monkeypatch.chdir(tmp_path)
+    patch.setenv("NANOCHAT_BASE_DIR", "")  # main sets it; this puts it back afterwards
+    patch.chdir(folder)
     for name, value in {"STORIES": 400, "SPELLINGS": 120, "HELD_OUT": 60, "PROBLEMS": 8, "ANSWER_TOKENS": 8}.items():
-        monkeypatch.setattr(quickstart, name, value)
+        patch.setattr(quickstart, name, value)
     for name in ("BASE", "SFT"):
         flags = [flag for flag in getattr(quickstart, name) if not flag.startswith("--num-iterations")]
-        monkeypatch.setattr(quickstart, name, (*flags, "--num-iterations=2", "--mesh=data=1"))
+        patch.setattr(quickstart, name, (*flags, "--num-iterations=2", "--mesh=data=1"))
     few = ("--num-steps=2", "--max-new-tokens=8", "--examples-per-step=2", "--num-samples=2", "--mesh=data=1")
     flags = [flag for flag in quickstart.RL if flag.split("=")[0] not in ("--num-steps", "--max-new-tokens")]
-    monkeypatch.setattr(quickstart, "RL", (*flags, *few))
+    patch.setattr(quickstart, "RL", (*flags, *few))
 
 
-def test_every_stage_runs_and_the_table_ends_it(short, capsys, tmp_path):
-    assert main(QuickstartConfig()) == 0
-    out = capsys.readouterr().out
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    shorten(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def toured(tmp_path_factory):
+    """(folder, output) of a whole run without a name, with seed 3."""
+    folder, printed = tmp_path_factory.mktemp("tour"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        shorten(patch, folder)
+        assert main(QuickstartConfig(seed=3)) == 0
+    return folder / "quickstart-1", printed.getvalue()
+
+
+def test_every_stage_runs_and_the_table_ends_it(toured):
+    folder, out = toured
     titles = re.findall(r"^(\d)\. ", out, re.MULTILINE)
     assert titles == ["1", "2", "3", "4", "5"]
     assert re.findall(r"^│ ([a-zA-Z ]+?) +│ \d", out, re.MULTILINE) == ["base model", "after SFT", "after RL"]
     assert "Who are you?" in out and "/quickstart-1" in out
-    folder = tmp_path / "quickstart-1"
     assert checkpoint.sealed_steps(folder / "base_checkpoints/d2") == [2]
     assert checkpoint.sealed_steps(folder / "chatsft_checkpoints/d2") == [2]
     assert checkpoint.sealed_steps(folder / "chatrl_checkpoints/d2") == [2]
@@ -49,16 +63,16 @@ def test_every_stage_runs_and_the_table_ends_it(short, capsys, tmp_path):
     typed = [shlex.split(command) for command in commands]
     begin = [f"NANOCHAT_BASE_DIR={folder}", sys.executable, "-m"]
     assert [words[:4] for words in typed] == [[*begin, f"nanochat_jax.{stage}"] for stage in ("base", "sft", "rl")]
+    assert all(words[-1] == "--seed=3" for words in typed)
     assert all(command in out for command in commands)  # on one line each, to be typed again
     assert "step 00002/00002" in log and "step 00002/00002" not in out
     assert (folder / "report.html").read_text().count("<svg") > 10 and "quickstart-1/report.html" in out
 
 
-def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(short, tmp_path, capsys):
-    for name in ("run-1", "run-2"):
-        assert main(QuickstartConfig(seed=3, out=Path(name))) == 0
+def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(toured, short, tmp_path, capsys):
+    assert main(QuickstartConfig(seed=3, out=Path("again"))) == 0
     first, again = (
-        checkpoint.load_params(checkpoint.find_model("rl", base=tmp_path / name))[1] for name in ("run-1", "run-2")
+        checkpoint.load_params(checkpoint.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again")
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert documents(3) == documents(3) != documents(4)

@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.objective import Objective, advantages, make_score
-from nanochat_jax.optim import default_groups, make_optimizer
 from nanochat_jax.packing import plan_epoch
 from nanochat_jax.rollouts import most_rows, nanochat_rows, packed_rows, step_statistics
 from nanochat_jax.sharding import make_mesh, to_global
 from nanochat_jax.train import abstract_state, init_state, make_train_step, place
-from tests.models import random_params, tiny_config
+from tests.models import DESCENT, random_params, tiny_config
 
 BOS, END = 0, 1
 
@@ -175,20 +174,17 @@ T = 40
 
 @functools.cache
 def build(spec):
-    tx, mesh = (
-        make_optimizer(default_groups(64, embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02)),
-        make_mesh(spec),
-    )
+    mesh = make_mesh(spec)
     with jax.set_mesh(mesh):
-        like = abstract_state(CONFIG, tx, mesh)
-        return tx, mesh, like, make_train_step(CONFIG, tx, like, mesh, token_loss=Objective().token_loss)
+        like = abstract_state(CONFIG, DESCENT, mesh)
+        return mesh, like, make_train_step(CONFIG, DESCENT, like, mesh, token_loss=Objective().token_loss)
 
 
 def train(batch, spec="data=1"):
     """(loss, gradient norm) of one step."""
-    tx, mesh, like, step = build(spec)
+    mesh, like, step = build(spec)
     with jax.set_mesh(mesh):
-        state = place(init_state(random_params(CONFIG), tx), like)
+        state = place(init_state(random_params(CONFIG), DESCENT), like)
         _, metrics = step(state, to_global(batch, mesh), np.float32(1), np.float32(0.95))
     return float(metrics["loss"]), float(metrics["grad_norm"])
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from nanochat_jax.optim import default_groups, make_optimizer
 from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, to_global
 from nanochat_jax.train import abstract_state, init_state, make_train_step, place, random_state
-from tests.models import random_batch, random_params, tiny_config
+from tests.models import DESCENT, random_batch, random_params, tiny_config
 
 # Without backout, which with two layers has no gradient but rounding, and Adam would follow that.
 CONFIG = tiny_config(n_layer=2, windows=(7, -1), backout=False)
@@ -19,8 +19,8 @@ GROUPS = default_groups(64, embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.
 
 
 @functools.cache  # compiling takes seconds: tests share their steps
-def build(spec, replicate, **options):
-    tx, mesh = make_optimizer(GROUPS), make_mesh(spec)
+def build(spec, replicate, tx=None, **options):
+    tx, mesh = tx or make_optimizer(GROUPS), make_mesh(spec)
     with jax.set_mesh(mesh):
         like = abstract_state(CONFIG, tx, mesh, replicate)
         return tx, mesh, like, make_train_step(CONFIG, tx, like, mesh, **options)
@@ -52,6 +52,11 @@ def test_the_loss_falls_on_a_repeated_batch():
     assert losses[-1] < 0.7 * losses[0] and state.step == 8
 
 
+@functools.cache
+def one_device():
+    return run(batches(A=2, count=10))
+
+
 @pytest.mark.parametrize(
     ("spec", "replicate"),
     [
@@ -62,7 +67,7 @@ def test_the_loss_falls_on_a_repeated_batch():
     ],
 )
 def test_eight_devices_train_like_one(spec, replicate):
-    alone = run(batches(A=2, count=10))
+    alone = one_device()
     together = run(batches(A=2, count=10), spec, replicate)
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(together[1]["grad_norm"], alone[1]["grad_norm"], rtol=1e-4)
@@ -77,7 +82,7 @@ def test_accumulation_does_not_change_the_numbers():
 def test_the_mean_per_micro_batch_weighs_micro_batches_alike():
     batch = batches(A=2, count=1)
     batch[0]["weights"][0, 1:] = 0  # few trained tokens in the first
-    (loss,), metrics, _ = run(batch, per_micro_batch=True)
+    (loss,), metrics, _ = run(batch, tx=DESCENT, per_micro_batch=True)
     alone = [run([{k: v[i : i + 1] for k, v in batch[0].items()}])[0][0] for i in range(2)]
     np.testing.assert_allclose(metrics["micro_losses"], alone, rtol=1e-5)
     np.testing.assert_allclose(loss, np.mean(alone), rtol=1e-5)
@@ -94,8 +99,8 @@ def test_a_batch_without_a_trained_token_costs_nothing():
 def test_padding_at_the_end_changes_no_number_and_log_probabilities_are_those_before_the_update():
     (full,) = batches(A=2, count=1)
     padded = {name: np.concatenate([leaf, np.zeros_like(leaf)]) for name, leaf in full.items()}
-    losses, metrics, state = run([full], logprobs=True)
-    others, more, other = run([padded], logprobs=True)
+    losses, metrics, state = run([full], tx=DESCENT, logprobs=True)
+    others, more, other = run([padded], tx=DESCENT, logprobs=True)
     assert others == losses and more["tokens"] == metrics["tokens"]
     logp, weights = np.asarray(metrics["logprobs"]), full["weights"]
     np.testing.assert_array_equal(np.asarray(more["logprobs"]), np.concatenate([logp, np.zeros_like(logp)]))
@@ -165,7 +170,7 @@ def test_an_array_of_another_shape_is_named():
 
 
 def test_bfloat16_compute_trains_float32_weights():
-    losses, _, state = run(batches(count=1) * 6, dtype=jnp.bfloat16)
+    losses, _, state = run(batches(count=1) * 6, tx=DESCENT, dtype=jnp.bfloat16)
     assert losses[-1] < 0.8 * losses[0]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
 

@@ -38,7 +38,8 @@ from bench_device import (
 from nanochat_jax.common import peak_flops
 from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.memory import choose_remat
-from nanochat_jax.optim import POLAR_EXPRESS, default_groups, group_labels, make_optimizer
+from nanochat_jax.muon import POLAR_EXPRESS
+from nanochat_jax.optim import default_groups, group_labels, make_optimizer
 from nanochat_jax.sharding import make_mesh, to_global
 from nanochat_jax.train import abstract_state, make_train_step, random_state
 

@@ -176,7 +176,7 @@ def test_norms_of_all_weights_are_nanochats_at_every_step(name):
         np.testing.assert_allclose(got, entry["param_norms"], rtol=1e-4, err_msg=f"step {entry['step']}")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS[-1:])  # which run it is has no bearing on attention
 def test_the_first_steps_are_nanochats_with_the_definition_of_attention_too(name):
     """In place of the backend that is in force here, of which the other tests are."""
     run, ours = recording(name), replay(name, "reference", 3)
