@@ -87,20 +87,26 @@ def kept_for_backward(config: GPTConfig, remat: str, tokens: int, dtype: Any) ->
     return KEPT[remat] * jnp.dtype(dtype).itemsize // 2 * tokens * config.n_layer * config.n_embd
 
 
+def held_anyway(state: TrainState) -> int:
+    """Bytes of a device in the train step whatever --remat says, roughly: the state (real or abstract), gradients and
+    their sum or the updates, and the loss's work."""
+    (device, *_) = state.step.sharding.device_set
+    logits = CHUNK_ELEMENTS_CPU if device.platform == "cpu" else CHUNK_ELEMENTS
+    return bytes_on_device(state) + 2 * bytes_on_device(state.params) + LOGITS * logits
+
+
 def choose_remat(wanted: str, config: GPTConfig, state: TrainState, dtype: Any, tokens: int) -> Choice:
     """The --remat in force; "auto" is the first of REMAT with which everything fits by an estimate, else the last.
 
     state: real or abstract, for its shardings. tokens: of a device in one pass."""
     if wanted != "auto":
         return Choice(wanted, "as --remat says")
-    devices = list(state.step.sharding.device_set)
-    had = device_memory(next((d for d in jax.local_devices() if d in devices), devices[0]))
+    devices = state.step.sharding.device_set
+    had = device_memory(next((d for d in jax.local_devices() if d in devices), next(iter(devices))))
     if had is None:
         return Choice(REMAT[0], "the device does not tell how much memory it has")
-    fixed = bytes_on_device(state) + 2 * bytes_on_device(state.params)  # gradients, and their sum or the updates
-    fixed += LOGITS * (CHUNK_ELEMENTS_CPU if devices[0].platform == "cpu" else CHUNK_ELEMENTS)
     for name in REMAT:
-        needed = fixed + kept_for_backward(config, name, tokens, dtype)
+        needed = held_anyway(state) + kept_for_backward(config, name, tokens, dtype)
         if needed <= ROOM * had:
             break
     return Choice(name, f"{needed / 2**30:.1f} of {had / 2**30:.1f} GiB a device, by an estimate; see --preflight")

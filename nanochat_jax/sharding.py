@@ -250,8 +250,8 @@ def scattered(x: jax.Array, side: int) -> jax.Array:
     """The sum of the devices' x over the data axis, in a shard_map: of each device its part along `side`.
 
     Parts are the leading axis, where XLA for TPU neither pads them to its tiles nor sums the whole first."""
-    parts = jnp.stack(jnp.split(x, data_shards(), side))
-    return jax.lax.psum_scatter(parts, "data")
+    parts = x.reshape(*x.shape[:side], data_shards(), -1, *x.shape[side + 1 :])
+    return jax.lax.psum_scatter(jnp.moveaxis(parts, side, 0), "data")
 
 
 def embedded(table: jax.Array, ids: jax.Array, dtype: Any, path: str) -> jax.Array:

@@ -301,7 +301,7 @@ def test_the_other_verbs_have_a_dry_run(cloud, capsys, verb):
 
 
 def test_up_survives_two_preemptions_and_ends_with_the_command(cloud, capfd):
-    """The transcript of issue 6: what a user sees."""
+    """What a user sees."""
     cloud.plays(workers=2, lives=[2, 2, None])
     assert cloud.up("--price", "spot", "--poll-seconds", "0") == 0
     said = capfd.readouterr().out

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,16 +22,16 @@ from nanochat_jax import preflight, scaling
 from nanochat_jax.common import peak_flops
 from nanochat_jax.config import require
 from nanochat_jax.gpt import REMAT, GPTConfig, window_sizes
-from nanochat_jax.loss import CHUNK_ELEMENTS
 from nanochat_jax.memory import (
-    LOGITS,
     ROOM,
     asked_and_had,
     beside_arguments,
     bytes_on_device,
+    held_anyway,
     is_out_of_memory,
     kept_for_backward,
 )
+from nanochat_jax.sharding import whole_copies
 from nanochat_jax.train import abstract_state
 
 PATTERN = "SSSL"
@@ -146,8 +147,7 @@ def make_plan(work: Workload, case: Case) -> dict[str, Any]:
     """What follows from shapes alone, at the real depth: nothing is compiled but a probe of the chip's memory."""
     compiler = compiler_of(work, case)
     mesh, memory, model = compiler.place.mesh, compiler.place.memory, compiler.model
-    fixed = compiler.state_bytes + 2 * compiler.parameter_bytes + LOGITS * CHUNK_ELEMENTS  # as in choose_remat
-    passes, rows, remat = split_rows(work, model, mesh.shape["data"], fixed, memory)
+    passes, rows, remat = split_rows(work, model, mesh.shape["data"], held_anyway(compiler.state), memory)
     compiler.batch = dataclasses.replace(compiler.batch, micro_batches=passes, rows=rows * mesh.shape["data"])
     slots = max(work.samples, work.prompts * work.samples // mesh.size)
     slots = 1 << (slots.bit_length() - 1)
@@ -184,7 +184,7 @@ def without_optimizer(compiler: preflight.Compiler, replicate: bool) -> prefligh
     return compiler
 
 
-def compile_update(compiler: preflight.Compiler):
+def compile_update(compiler: preflight.Compiler, replicate: bool = False):
     """The optimizer's part of the train step: from gradients to what is added to the parameters."""
     state = compiler.state
     params, opt_state = (jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state.params, state.opt_state))
@@ -193,7 +193,7 @@ def compile_update(compiler: preflight.Compiler):
         scalars = {"lr_multiplier": lr_multiplier, "muon_momentum": muon_momentum}
         return compiler.tx.update(grads, opt_state, params, **scalars)
 
-    with jax.set_mesh(compiler.place.mesh):
+    with jax.set_mesh(compiler.place.mesh), whole_copies(replicate):
         shardings = {"in_shardings": (params, opt_state, params, None, None), "out_shardings": (params, opt_state)}
         jitted = jax.jit(update, donate_argnums=(0, 1), **shardings)
         number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -214,7 +214,8 @@ def compile_part(work: Workload, case: Case, name: str, layers: int | None, plan
     compiler = compiler_of(work, case, layers, plan)
     if name == "gradient":
         compiler = without_optimizer(compiler, case.replicate)
-    return costs(compiler.train_step if name != "update" else lambda: compile_update(compiler), compiler, None)
+    program = compiler.train_step if name != "update" else partial(compile_update, compiler, case.replicate)
+    return costs(program, compiler, None)
 
 
 def costs(compiled: Callable, compiler: preflight.Compiler, trips: int | None) -> dict[str, Any]:
