@@ -23,7 +23,7 @@ from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.memory import choose_remat, is_out_of_memory
 from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss
 from nanochat_jax.runs import Batches, Run
-from nanochat_jax.sharding import row_part, table, to_global, whole_copies
+from nanochat_jax.sharding import heads_note, row_part, table, to_global, whole_copies
 from nanochat_jax.train import TrainState, abstract_state, make_train_step
 
 COMPILED = collections.Counter()  # JAX's events of this process, by name
@@ -166,6 +166,7 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
         tx = optim.make_optimizer(run.groups, dtype)
         abstract = abstract_state(run.model_config, tx, mesh, cfg.replicate)
         lines, notes = table(abstract.params, mesh, cfg.replicate)
+        notes += heads_note(run.model_config.n_kv_head, mesh)
         for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:
             print0(line)
         remat, why = choose_remat(cfg.remat, run.model_config, abstract, dtype, rows * T)

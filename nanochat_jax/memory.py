@@ -17,8 +17,8 @@ from nanochat_jax.train import TrainState
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Bytes that are kept for each token, layer and channel of the residual stream, for a compute type of 2 bytes: a rough
-# fit to what XLA said of depth 8 on CPU, and of depths 2 to 4 at the width of depth 20 on v5e-8.
-KEPT = {"none": 50, "elementwise": 28, "block": 10}
+# fit to what XLA said of depth 8 on CPU, and of depths 2 to 34 on v5e, v6e and v5p.
+KEPT = {"none": 40, "elementwise": 28, "block": 10}
 LOGITS = 4 * 4  # bytes of the loss's work for each logit of a chunk
 ROOM = 0.85  # of a device's memory may be filled by this estimate
 

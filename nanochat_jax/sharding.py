@@ -126,6 +126,14 @@ def table(params: Any, mesh: Mesh, replicate: bool = False) -> tuple[list[str], 
     ]
 
 
+def heads_note(n_kv_head: int, mesh: Mesh) -> list[str]:
+    """What to tell of a model axis that does not divide the kv heads (attention.sharded), if so."""
+    size = mesh.shape["model"]
+    if n_kv_head % size == 0:
+        return []
+    return [f"{n_kv_head} kv heads are no multiple of the mesh's model={size}, so attention is computed {size} times"]
+
+
 def _is_spec(x) -> bool:
     return isinstance(x, PartitionSpec)
 

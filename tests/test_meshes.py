@@ -186,6 +186,12 @@ def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
     assert sharding.table(abstract(mesh, odd, True)[1].params, mesh, True)[1] == []  # whole copies were wanted
 
 
+def test_heads_that_the_model_axis_does_not_divide_are_told_of():
+    assert sharding.heads_note(4, sharding.make_mesh("data=4,model=2")) == []
+    (note,) = sharding.heads_note(17, sharding.make_mesh("data=4,model=2"))
+    assert note == "17 kv heads are no multiple of the mesh's model=2, so attention is computed 2 times"
+
+
 def test_a_process_holds_whole_rows_of_a_batch():
     mesh = sharding.make_mesh("data=4,model=2")
     assert sharding.row_part(mesh) == (0, 1)
