@@ -35,7 +35,7 @@ def test_the_definition_is_a_softmax_over_an_interval_of_keys():
         np.testing.assert_allclose(got[b, t, n], p / p.sum() @ v[b, keys, n // 2], atol=1e-5)
 
 
-@pytest.mark.parametrize(("T", "window"), [(1, -1), (40, 7), (300, -1), (300, 200)])
+@pytest.mark.parametrize(("T", "window"), [(1, -1), (40, 7), (257, -1), (600, 200)])
 @pytest.mark.parametrize(("documents", "N", "K"), [(False, 4, 4), (True, 4, 2), (True, 3, 1)])
 def test_chunked_equals_the_definition_in_values_and_gradients(T, window, documents, N, K):
     arrays = draw(T=T, N=N, K=K, documents=documents)
@@ -151,6 +151,36 @@ def test_a_query_does_not_depend_on_keys_outside_its_interval():
     outside = jnp.ones(300, bool).at[first : t + 1].set(False)[None, :, None, None]
     changed = attention(q, jnp.where(outside, 9.0, k), jnp.where(outside, -9.0, v), k_start, window=50)
     np.testing.assert_array_equal(y[0, t], changed[0, t])
+
+
+@pytest.mark.parametrize(
+    ("window", "document", "poisoned", "clean"),
+    [
+        (-1, 0, slice(768, 1024), slice(0, 768)),  # causality
+        (200, 0, slice(0, 256), slice(512, 1024)),
+        (-1, 512, slice(0, 512), slice(512, 1024)),
+    ],
+)
+def test_chunked_does_not_even_multiply_excluded_blocks(window, document, poisoned, clean):
+    """A NaN times a masked 0 would be NaN."""
+    q, k, v, _ = draw(B=2, T=1024, documents=False)
+    t = jnp.arange(1024)
+    k_start = with_window(jnp.broadcast_to(jnp.where(t < document, 0, document), (2, 1024)), window)
+    attend = partial(attention, k_start=k_start, window=window, impl="chunked")
+    y, pull = jax.vjp(attend, q, *(x.at[:, poisoned].set(jnp.nan) for x in (k, v)))
+    dq, *_ = pull(jnp.zeros_like(y).at[:, clean].set(1.0))
+    assert jnp.isfinite(y[:, clean]).all() and jnp.isfinite(dq[:, clean]).all()
+    assert not jnp.isfinite(y[:, poisoned]).any()
+    expected = attention(q, k, v, k_start, window=window, impl="reference")
+    np.testing.assert_allclose(y[:, clean], expected[:, clean], atol=1e-5)
+
+
+def test_chunked_gives_numbers_to_a_query_that_sees_no_key():
+    q, k, v, k_start = draw(T=600, documents=False)
+    k_start = k_start.at[:, 100].set(101).at[:, 300:].set(600)  # one among others, and a whole block
+    y, pull = jax.vjp(lambda *x: attention(*x, k_start, impl="chunked"), q, k, v)
+    assert all(jnp.isfinite(x).all() for x in (y, *pull(y)))
+    np.testing.assert_allclose(y[:, 200:300], attention(q, k, v, k_start, impl="reference")[:, 200:300], atol=1e-5)
 
 
 def test_chunked_never_holds_the_score_matrix():
