@@ -118,7 +118,8 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
 def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets, aux):
     B, T = targets.shape
     head = lm_head[:vocab_size].astype(x.dtype)
-    elements = CHUNK_ELEMENTS_CPU if platform() == "cpu" else CHUNK_ELEMENTS
+    cpu = platform() == "cpu"
+    elements = CHUNK_ELEMENTS_CPU if cpu else CHUNK_ELEMENTS
     chunk = min(T, max(1, elements // (B * vocab_size)))
     count = -(-T // chunk)
     chunk = -(-T // count)
@@ -142,17 +143,20 @@ def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets
         dlogp = jnp.where(real, pullback(jnp.ones_like(losses))[0], 0.0)
         # d logp / d z = (onehot - p)(1 - tanh^2); a weight of 0 gives exact zeros
         hit = jnp.arange(vocab_size)[None, None] == targets[..., None]
-        dz = dlogp[..., None] * (hit - jnp.exp(logits - normaliser[..., None])) * (1 - t * t)
-        dz = dz.astype(x.dtype)
+        p = jnp.exp(logits) * jnp.exp(-normaliser)[..., None]  # the exponentials that the normaliser has added up
+        dz = (dlogp[..., None] * (hit - p) * (1 - t * t)).astype(x.dtype)
         dx = jnp.einsum("BCV,VD->BCD", dz, head)
-        dhead = dhead + jnp.einsum("BCV,BCD->VD", dz, x, preferred_element_type=jnp.float32)
+        if cpu:  # which multiplies a wide matrix from the right in two thirds of the time: dhead is [D,V] here
+            dhead = dhead + jnp.einsum("BCD,BCV->DV", x, dz, preferred_element_type=jnp.float32)
+        else:
+            dhead = dhead + jnp.einsum("BCV,BCD->VD", dz, x, preferred_element_type=jnp.float32)
         return (loss, dhead), (logp, dx)
 
     real = jnp.ones((B, T), bool)
-    dhead = jnp.zeros(head.shape, jnp.float32) if with_gradient else None
+    dhead = jnp.zeros(head.shape[::-1] if cpu else head.shape, jnp.float32) if with_gradient else None
     pieces = jax.tree.map(split, (x, targets, real, aux))
     (loss, dhead), (logp, dx) = jax.lax.scan(body, (jnp.float32(0), dhead), pieces)
     if not with_gradient:
         return (loss, join(logp)), None
-    dhead = jnp.pad(dhead, [(0, lm_head.shape[0] - vocab_size), (0, 0)])
+    dhead = jnp.pad(dhead.T if cpu else dhead, [(0, lm_head.shape[0] - vocab_size), (0, 0)])
     return (loss, join(logp)), (join(dx), dhead)

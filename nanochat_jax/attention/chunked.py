@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.attention.names import LSE, OUT
+from nanochat_jax.sharding import platform
 
-BLOCK = 256  # queries and keys, at most: smaller ones make poor matrix products, larger ones skip less
+BLOCK_CPU, BLOCK = 128, 256  # queries and keys, at most: small ones make poor matrix products, large ones skip less
 
 
 def chunked(q, k, v, k_start, scale, window):
@@ -24,7 +25,7 @@ def chunked(q, k, v, k_start, scale, window):
     del window
     B, T, N, H = q.shape
     K = k.shape[2]
-    blocks = -(-T // BLOCK)
+    blocks = -(-T // (BLOCK_CPU if platform() == "cpu" else BLOCK))
     more = -T % blocks  # at the end, which no query of the T sees
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
     k_start = jnp.pad(k_start, ((0, 0), (0, more)), mode="edge")
@@ -80,17 +81,18 @@ def _backward(scale, block, residuals, do):
             p = jnp.where(_visible(starts, i, j), jnp.exp(_products(qs, keys) * scale - normaliser), 0)
             ds = (p * (_products(dos, read(v, j)) - shift) * scale).astype(q.dtype)
             dq += jnp.einsum("BKGTS,BKSH->BKGTH", ds, keys, preferred_element_type=jnp.float32)
-            dks = jnp.einsum("BKGTS,BKGTH->BKSH", ds, qs, preferred_element_type=jnp.float32)
-            dvs = jnp.einsum("BKGTS,BKGTH->BKSH", p.astype(v.dtype), dos, preferred_element_type=jnp.float32)
-            return dq, written(dk, read(dk, j) + dks, j), written(dv, read(dv, j) + dvs, j)
+            dks = jnp.einsum("BKGTH,BKGTS->BKHS", qs, ds, preferred_element_type=jnp.float32)
+            dvs = jnp.einsum("BKGTH,BKGTS->BKHS", dos, p.astype(v.dtype), preferred_element_type=jnp.float32)
+            return dq, written(dk, read(dk, j, -1) + dks, j, -1), written(dv, read(dv, j, -1) + dvs, j, -1)
 
         dq, *rest = done
         dqs, *rest = _over_keys(starts, i, key_block, (jnp.zeros(qs.shape, jnp.float32), *rest))
         return written(dq, dqs.astype(q.dtype), i), *rest
 
-    empty = jnp.zeros(q.shape, q.dtype), *(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    # dk and dv are [B,K,H,S] here: a CPU then transposes a block of queries for its products, not one of scores
+    empty = jnp.zeros(q.shape, q.dtype), *(jnp.zeros((*k.shape[:2], *k.shape[:1:-1]), jnp.float32) for _ in "kv")
     dq, dk, dv = jax.lax.fori_loop(0, q.shape[-2] // block, query_block, empty)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq, *(jnp.swapaxes(x, -1, -2).astype(k.dtype) for x in (dk, dv)), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -101,8 +103,8 @@ def _read(block, x, i, axis=-2):
     return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
 
-def _written(block, x, part, i):
-    return jax.lax.dynamic_update_slice_in_dim(x, part, i * block, -2)
+def _written(block, x, part, i, axis=-2):
+    return jax.lax.dynamic_update_slice_in_dim(x, part, i * block, axis)
 
 
 def _over_keys(starts, i, key_block, so_far):
