@@ -285,7 +285,7 @@ class Tour:
 
     def show_shares(self) -> None:
         """The table that ends the tour."""
-        table = Table(title=f"right answers to {PROBLEMS} problems that no stage has seen (95 % interval)")
+        table = Table(title=f"right answers to {PROBLEMS} unseen problems (95 % interval)")
         for column in ("", "most likely answer", "drawn at temperature 1"):
             table.add_column(column)
         for name, shares in self.shares.items():

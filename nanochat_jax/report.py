@@ -101,7 +101,7 @@ def page(folders: Sequence[Path]) -> str:
     )
     parts = [f"<h1>Runs</h1><table>{overview}</table>"]
     for n, (folder, found) in enumerate(records.items()):
-        charts = "".join(_svg(chart) for panel in PANELS if (chart := draw(panel, found)))
+        charts = "".join(_inline(chart) for panel in PANELS if (chart := draw(panel, found)))
         parts.append(
             f"<h2 id='run{n}'>{_name(folder)}</h2><div class='charts'>{charts or 'nothing measured yet'}</div>"
         )
@@ -166,12 +166,17 @@ def _summary(records: Sequence[dict]) -> str:
     return html.escape(", ".join(said))
 
 
-def _svg(figure: Figure) -> str:
-    """A chart as the element of a page: text stays text, and the same numbers give the same bytes."""
+def svg(figure: Figure) -> str:
+    """A figure as an SVG file: text stays text, and the same numbers give the same bytes."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanochat_jax"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def _inline(figure: Figure) -> str:
+    """A chart as the element of a page, without the head of a file."""
+    return "<svg" + svg(figure).partition("<svg")[2]
 
 
 def _answers(path: Path) -> str:

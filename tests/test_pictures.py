@@ -47,7 +47,11 @@ def finished(folder):
         records = [{"step": k, name: 0.25 * k, f"smoothed_{name}": 0.25 * k} for k in (1, 2)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     file = io.StringIO()
-    tour = Tour(Console(file=file, force_terminal=True, width=100, highlight=False), folder, 0)
+    tour = Tour(
+        Console(file=file, force_terminal=True, width=100, highlight=False, no_color=False, color_system="standard"),
+        folder,
+        0,
+    )
     tour.say("making .venv")
     for number, name in enumerate(("base model", "after SFT", "after RL"), start=2):
         tour.shares[name] = [Share(0.5, 0.4, 0.6), Share(number / 5, number / 5 - 0.1, number / 5 + 0.1)]

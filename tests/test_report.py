@@ -116,7 +116,7 @@ def test_an_axis_is_logarithmic_only_where_all_values_are_above_zero(lowest, sca
 
 def test_charts_are_well_formed_and_the_same_numbers_give_the_same_page(tmp_path):
     folder = write(tmp_path / "a/b", RL)
-    ET.fromstring(report._svg(draw(PANELS[2], RL)))
+    ET.fromstring(report.svg(draw(PANELS[2], RL)))
     assert page([folder]) == page([folder])
 
 

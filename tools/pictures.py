@@ -34,7 +34,7 @@ from rich.text import Text
 from nanochat_jax.common import write_atomically
 from nanochat_jax.config import Maybe, parse, require, run_stage
 from nanochat_jax.metrics import read_metrics
-from nanochat_jax.report import values
+from nanochat_jax.report import svg, values
 
 ROOT = Path(__file__).parents[1]
 NEW_RUN = Path("quickstart-pictures")  # git ignores it
@@ -58,8 +58,6 @@ LOOK = {
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.monospace": ["DejaVu Sans Mono", "Menlo", "Consolas"],
     "axes.titlesize": 11,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nanochat_jax",
 }
 # rich's own frame of a terminal would fetch its font from a server.
 TERMINAL = """\
@@ -206,13 +204,6 @@ def draw_shares(axes: Axes, shares: dict[str, list]) -> None:
     axes.set_axisbelow(True)
 
 
-def svg(figure: Figure) -> str:
-    """A figure as a file: text stays text, and the same numbers give the same bytes."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
-
-
 # -------------------------------------------------------------------------------------------------------- the terminals
 def shortened(screen: str) -> Text:
     """What of the quickstart's screen is shown. ValueError: it is not its screen."""
@@ -235,7 +226,8 @@ def shortened(screen: str) -> Text:
 
 def terminal(name: str, command: Sequence[str], said: Text) -> str:
     """A command and what it said, as an SVG of a terminal."""
-    console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False, color_system="truecolor")
+    seen = {"width": WIDTH, "highlight": False, "color_system": "truecolor", "no_color": False}
+    console = Console(record=True, file=io.StringIO(), **seen)
     console.print(Text.assemble(("$ ", FAINT), (" ".join(command), f"bold {BLUE}")))
     console.print(said)
     return console.export_svg(title="", theme=THEME, code_format=TERMINAL, unique_id=name)

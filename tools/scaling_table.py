@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+
+from nanochat_jax.common import write_atomically
+from nanochat_jax.report import svg
 
 KINDS = {"all-gather": "gather", "reduce-scatter": "scatter", "all-reduce": "reduce", "all-to-all": "to all"}
 BETTER = 0.9  # of the other's time, and an alternative mesh is named
@@ -120,8 +122,7 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
         panels[-1].legend(loc="lower left", fontsize="small")
     figure.suptitle("Predicted, not measured: sending wholly hidden (solid), not at all (dotted)", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanochat_jax"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    write_atomically(path, svg(figure).encode())
 
 
 def render(lines: Sequence[dict[str, Any]], plot: Path | None) -> str:
