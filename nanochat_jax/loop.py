@@ -169,7 +169,7 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
         notes += heads_note(run.model_config.n_kv_head, mesh)
         for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:
             print0(line)
-        remat, why = choose_remat(cfg.remat, run.model_config, abstract, dtype, rows * T)
+        remat, why = choose_remat(cfg.remat, run.model_config, abstract, dtype, rows, T)
         remat, why = processes.exchange("rematerialisation", [remat, why])[0]  # it depends on a machine's memory
         print0(f"Rematerialisation: {remat} ({why})")
         run.cfg = cfg = dataclasses.replace(cfg, remat=remat)

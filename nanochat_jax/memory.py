@@ -95,18 +95,24 @@ def held_anyway(state: TrainState) -> int:
     return bytes_on_device(state) + 2 * bytes_on_device(state.params) + LOGITS * logits
 
 
-def choose_remat(wanted: str, config: GPTConfig, state: TrainState, dtype: Any, tokens: int) -> Choice:
+def choose_remat(wanted: str, config: GPTConfig, state: TrainState, dtype: Any, rows: int, T: int) -> Choice:
     """The --remat in force; "auto" is the first of REMAT with which everything fits by an estimate, else the last.
 
-    state: real or abstract, for its shardings. tokens: of a device in one pass."""
+    state: real or abstract, for its shardings. rows: of T tokens, of a device in one pass. Where half or a quarter of
+    them would need nothing computed again, the reason says so: more passes are the cheaper way, as compiled for TPU."""
     if wanted != "auto":
         return Choice(wanted, "as --remat says")
     devices = state.step.sharding.device_set
     had = device_memory(next((d for d in jax.local_devices() if d in devices), next(iter(devices))))
     if had is None:
         return Choice(REMAT[0], "the device does not tell how much memory it has")
-    for name in REMAT:
-        needed = held_anyway(state) + kept_for_backward(config, name, tokens, dtype)
-        if needed <= ROOM * had:
-            break
-    return Choice(name, f"{needed / 2**30:.1f} of {had / 2**30:.1f} GiB a device, by an estimate; see --preflight")
+
+    def needed(name, rows):
+        return held_anyway(state) + kept_for_backward(config, name, rows * T, dtype)
+
+    name = next((name for name in REMAT if needed(name, rows) <= ROOM * had), REMAT[-1])
+    why = f"{needed(name, rows) / 2**30:.1f} of {had / 2**30:.1f} GiB a device, by an estimate; see --preflight"
+    fewer = next((n for n in (rows // 2, rows // 4) if n and needed(REMAT[0], n) <= ROOM * had), None)
+    if name != REMAT[0] and fewer:
+        why += f"; with --device-batch-size={fewer} nothing would be computed again"
+    return Choice(name, why)

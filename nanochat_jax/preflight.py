@@ -165,8 +165,8 @@ class Compiler:
         self.state = abstract_state(model, self.tx, mesh, cfg.replicate)
         self.parameter_bytes, self.state_bytes = bytes_on_device(self.state.params), bytes_on_device(self.state)
         self.attention = choose_attention(cfg.attention, model, batch.T, mesh=mesh, dtype=dtype, packed=packed)
-        tokens = batch.rows // mesh.shape["data"] * batch.T
-        self.remat, why = choose_remat(cfg.remat, model, self.state, dtype, tokens)
+        rows = batch.rows // mesh.shape["data"]
+        self.remat, why = choose_remat(cfg.remat, model, self.state, dtype, rows, batch.T)
         print0(f"Rematerialisation: {self.remat} ({why})")
 
     def arrays(self) -> dict[str, Any]:

@@ -99,9 +99,19 @@ def test_auto_keeps_what_fits_and_computes_again_what_does_not():
     config = tiny_config()
     tx = make_optimizer(default_groups(64, embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02))
     state = abstract_state(config, tx, mesh)
-    assert choose_remat("auto", config, state, jnp.float32, tokens=1024).name == "none"
-    assert choose_remat("auto", config, state, jnp.float32, tokens=1 << 40).name == "block"
-    assert choose_remat("elementwise", config, state, jnp.float32, tokens=1 << 40).name == "elementwise"
+
+    def chosen(wanted, rows):
+        return choose_remat(wanted, config, state, jnp.float32, rows, T=1024)
+
+    assert chosen("auto", 1).name == "none" and "--device-batch-size" not in chosen("auto", 1).why
+    assert chosen("auto", 1 << 30).name == "block" and "--device-batch-size" not in chosen("auto", 1 << 30).why
+    assert chosen("elementwise", 1 << 30).name == "elementwise"
+    most = 1  # the power of two of which twice as much does not fit
+    while chosen("auto", 2 * most).name == "none":
+        most *= 2
+    for rows in (2 * most, 4 * most):
+        assert f"with --device-batch-size={most} nothing would be computed again" in chosen("auto", rows).why
+    assert "--device-batch-size" not in chosen("auto", 8 * most).why
 
 
 def test_an_unknown_name_is_refused_before_anything_is_read():

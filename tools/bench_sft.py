@@ -111,8 +111,8 @@ def main(cfg: Bench) -> None:
         groups = default_groups(cfg.width, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02)
         tx = make_optimizer(groups, dtype)
         abstract = abstract_state(config, tx, mesh)
-        tokens_at_once = cfg.batch_size // mesh.shape["data"] * cfg.seq_len
-        remat = choose_remat(cfg.remat, config, abstract, dtype, tokens_at_once).name
+        rows = cfg.batch_size // mesh.shape["data"]
+        remat = choose_remat(cfg.remat, config, abstract, dtype, rows, cfg.seq_len).name
         state = random_state(config, tx, abstract, seed=0)
         step = make_train_step(config, tx, abstract, mesh, dtype=dtype, attention=attention, remat=remat)
         batches = [to_global(random_batch(cfg, seed), mesh) for seed in range(4)]
