@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import gc
 import os
 import sys
 import tomllib
@@ -145,6 +146,7 @@ def require(condition: bool, message: str) -> None:
 
 def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
     """Exit with what main(cfg) returns; what can go wrong in a user's hands ends with a sentence, not a traceback."""
+    gc.set_threshold(20_000, 20, 20)  # tracing makes many objects and little garbage
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows \xNN
             stream.reconfigure(errors="backslashreplace")

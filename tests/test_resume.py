@@ -40,7 +40,7 @@ def alone(base):
 
     def get(devices):
         if devices not in folders:
-            process = kill_resume.start(base, f"alone{devices}", devices, flags(base))
+            process = kill_resume.start(base, f"alone{devices}", devices, flags(base, save_every=-1))
             output, _ = process.communicate()
             assert process.returncode == 0, output
             folders[devices] = base / "chatsft_checkpoints" / f"alone{devices}"
@@ -55,19 +55,18 @@ def assert_identical(one, other):
     assert found == {"arrays_that_differ": [], "steps_whose_loss_differs": []}
 
 
-@pytest.mark.parametrize(("devices", "kills"), [(1, 2), (8, 1)])
-def test_a_run_that_is_killed_at_random_moments_ends_bit_identical(base, alone, devices, kills):
-    folder = base / "chatsft_checkpoints" / f"kill{devices}"
-    rng = random.Random(devices)
-    case = kill_resume.killed_run(base, folder.name, devices, flags(base), signal.SIGKILL, kills, STEPS, rng)
-    assert -signal.SIGKILL in case["exit_codes"]
-    assert_identical(folder, alone(devices))
+def test_a_run_on_eight_devices_that_is_killed_at_a_random_moment_ends_bit_identical(base, alone):
+    folder = base / "chatsft_checkpoints" / "kill8"
+    case = kill_resume.killed_run(base, folder.name, 8, flags(base), signal.SIGKILL, 1, STEPS, random.Random(8))
+    assert case["exit_codes"] == [-signal.SIGKILL]
+    assert_identical(folder, alone(8))
 
 
 def test_pretraining_that_is_killed_ends_bit_identical_across_shards_and_epochs(tmp_path):
     steps = ["--num-iterations", str(STEPS), "--save-every", "3", "--eval-every", "-1"]
     run = {"devices": 1, "flags": [*kill_resume.tiny_base_flags(tmp_path), *steps], "stage": "base"}
-    output, _ = kill_resume.start(tmp_path, "alone", **run).communicate()
+    undisturbed = run | {"flags": [*run["flags"], "--save-every", "-1"]}
+    output, _ = kill_resume.start(tmp_path, "alone", **undisturbed).communicate()
     case = kill_resume.killed_run(
         tmp_path, "killed", **run, number=signal.SIGKILL, kills=2, total=STEPS, rng=random.Random(1)
     )
@@ -90,7 +89,7 @@ def test_sigterm_saves_the_step_it_came_in_and_exits_with_143(base, alone):
     assert_identical(folder, alone(1))
 
 
-def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it(base, alone):
+def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it_and_so_does_a_kill_after_that(base, alone):
     folder = base / "chatsft_checkpoints" / "midsave"
     for _ in range(8):  # the moment is short: look for it again where it was missed
         shutil.rmtree(folder, ignore_errors=True)
@@ -105,8 +104,13 @@ def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it(base, alon
         pytest.skip("this machine writes a checkpoint faster than one can look")
     before = checkpoint.newest_intact(folder)
     assert before == 4
-    code, output = kill_resume.run_until(kill_resume.start(base, "midsave", 1, ["--resume"]), "never", 0.0, 0)
-    assert code == 0 and f"from step {before}" in output, output
+    rng = random.Random(1)
+    process, later = kill_resume.start(base, "midsave", 1, ["--resume"]), kill_resume.at_step(rng.randint(7, 13), STEPS)
+    code, output = kill_resume.run_until(process, later, rng.uniform(0, 0.1), signal.SIGKILL)
+    assert code == -signal.SIGKILL and f"from step {before}" in output, output
+    process = kill_resume.start(base, "midsave", 1, ["--resume"])
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "from step" in output, output
     assert not list(folder.glob("*tmp*"))
     assert_identical(folder, alone(1))
 

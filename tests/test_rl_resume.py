@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 
 def test_a_run_that_is_killed_at_a_random_moment_ends_bit_identical(base):
     flags = [*kill_resume.rl_flags(), "--num-steps", str(STEPS), "--save-every", "2", "--device-batch-size", "1"]
-    alone = kill_resume.start(base, "alone", 1, flags, "rl")
+    alone = kill_resume.start(base, "alone", 1, [*flags, "--save-every", "-1"], "rl")
     output, _ = alone.communicate()
     assert alone.returncode == 0, output
     case = kill_resume.killed_run(base, "killed", 1, flags, signal.SIGKILL, 1, STEPS, random.Random(0), "rl")

@@ -18,7 +18,7 @@ def sharded(kernel: Callable) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
 
         def axis(name, size):
-            return name if mesh.shape.get(name, 1) > 1 and size % mesh.shape[name] == 0 else None
+            return name if name in mesh.shape and size % mesh.shape[name] == 0 else None
 
         if all(size == 1 for size in mesh.shape.values()):
             return kernel(q, k, v, k_start, scale, window)
