@@ -99,7 +99,7 @@ def choose_remat(wanted: str, config: GPTConfig, state: TrainState, dtype: Any, 
     """The --remat in force; "auto" is the first of REMAT with which everything fits by an estimate, else the last.
 
     state: real or abstract, for its shardings. rows: of T tokens, of a device in one pass. Where half or a quarter of
-    them would need nothing computed again, the reason says so: more passes are the cheaper way, as compiled for TPU."""
+    them would need nothing computed again, the reason says so."""
     if wanted != "auto":
         return Choice(wanted, "as --remat says")
     devices = state.step.sharding.device_set
