@@ -20,7 +20,7 @@ from nanochat_jax.checkpoint import Saver
 from nanochat_jax.common import print0
 from nanochat_jax.evals import make_bits_per_byte
 from nanochat_jax.gpt import flops_per_token, parameter_counts
-from nanochat_jax.memory import choose_remat, is_out_of_memory
+from nanochat_jax.memory import choose_remat, is_out_of_memory, pages_note
 from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss
 from nanochat_jax.runs import Batches, Run
 from nanochat_jax.sharding import heads_note, row_part, table, to_global, whole_copies
@@ -166,7 +166,7 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
         tx = optim.make_optimizer(run.groups, dtype)
         abstract = abstract_state(run.model_config, tx, mesh, cfg.replicate)
         lines, notes = table(abstract.params, mesh, cfg.replicate)
-        notes += heads_note(run.model_config.n_kv_head, mesh)
+        notes += heads_note(run.model_config.n_kv_head, mesh) + pages_note(mesh.devices.flat[0].platform)
         for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:
             print0(line)
         remat, why = choose_remat(cfg.remat, run.model_config, abstract, dtype, rows, T)

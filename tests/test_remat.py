@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanochat_jax import sft
+from nanochat_jax import memory, sft
 from nanochat_jax.gpt import REMAT, abstract_gpt
 from nanochat_jax.loss import summed_token_loss, weighted_nll
 from nanochat_jax.memory import choose_remat
@@ -112,6 +112,26 @@ def test_auto_keeps_what_fits_and_computes_again_what_does_not():
     for rows in (2 * most, 4 * most):
         assert f"with --device-batch-size={most} nothing would be computed again" in chosen("auto", rows).why
     assert "--device-batch-size" not in chosen("auto", 8 * most).why
+
+
+@pytest.mark.parametrize(
+    ("platform", "set_to", "offered", "said"),
+    [
+        ("cpu", "", "always [madvise] never", True),
+        ("cpu", "glibc.malloc.check=1", "always [madvise] never", True),
+        ("cpu", "glibc.malloc.hugetlb=1", "always [madvise] never", False),
+        ("cpu", "", "[always] madvise never", False),
+        ("cpu", "", "always madvise [never]", False),
+        ("cpu", "", None, False),
+        ("tpu", "", "always [madvise] never", False),
+    ],
+)
+def test_a_cpu_that_could_have_large_pages_is_told_of(monkeypatch, tmp_path, platform, set_to, offered, said):
+    monkeypatch.setattr(memory, "LARGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setenv("GLIBC_TUNABLES", set_to)
+    if offered:
+        memory.LARGE_PAGES.write_text(offered + "\n")
+    assert ["glibc.malloc.hugetlb=1" in note for note in memory.pages_note(platform)] == [True] * said
 
 
 def test_an_unknown_name_is_refused_before_anything_is_read():

@@ -4,6 +4,7 @@ A rate is measured in the run that reports a share of it, on random numbers (zer
 """
 
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -89,10 +90,12 @@ def document_starts(rng: np.random.Generator, shape: tuple[int, ...], mean: int)
     return np.maximum.accumulate(np.where(borders, np.arange(shape[-1]), 0), -1).astype(np.int32)
 
 
-def facts(device: jax.Device) -> dict[str, str]:
-    """What a number depends on beside the settings."""
-    name = cpu_name() if device.platform == "cpu" else device.device_kind
-    return {"device": name, "jax": jax.__version__, "python": platform.python_version()}
+def facts(device: jax.Device) -> dict[str, Any]:
+    """What a number depends on beside the settings. large_pages: whether glibc was told to ask for them."""
+    found = {"device": device.device_kind}
+    if device.platform == "cpu":
+        found = {"device": cpu_name(), "large_pages": "hugetlb" in os.environ.get("GLIBC_TUNABLES", "")}
+    return found | {"jax": jax.__version__, "python": platform.python_version()}
 
 
 def seconds_per_call(call: Callable[[], Any], *, samples: int, least: float) -> list[float]:

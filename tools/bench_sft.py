@@ -6,7 +6,8 @@ which causality and documents are not subtracted; what is computed again is not 
 peak. gflops_per_second is the same in other units; gflops_per_second_with_optimizer adds Muon's matrix products, five
 times 4 s^2 l + 2 s^3 for each matrix of sides s <= l. matmul_gflops_per_second is what large square products reach in
 this run, all devices together, in the step's type; matmul_share is gflops_per_second over it. peak_memory_bytes is the
-device's own count, or on CPU the largest resident size of the process, compiler included.
+device's own count, or on CPU the largest resident size of the process, compiler included. On a CPU with
+Linux set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 first, as the stages advise.
 
 python tools/bench_sft.py                                          # the CPU yardstick: depth 4, width 256, T 512, B 8
 python tools/bench_sft.py --preset d20                             # nanochat's d20 on one accelerator, a document a row

@@ -6,4 +6,5 @@ unset CDPATH
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 "$root/tools/setup.sh"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" WANDB_MODE=offline # models this small gain nothing from a GPU
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # large pages: fewer page faults
 exec "$root/.venv/bin/python" -m nanochat_jax.quickstart "$@"
