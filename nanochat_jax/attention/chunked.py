@@ -60,7 +60,8 @@ def _forward(scale, block, q, k, v, k_start):
         outputs, normalisers = done
         return written(outputs, (o / total).astype(q.dtype), i), written(normalisers, top + jnp.log(total), i)
 
-    empty = jnp.zeros(q.shape, q.dtype), jnp.zeros((*q.shape[:-1], 1), jnp.float32)
+    # q is written over, all of it: zeros in its place XLA would make for all layers at once, before the first
+    empty = q, jnp.zeros((*q.shape[:-1], 1), jnp.float32)
     o, lse = jax.lax.fori_loop(0, q.shape[-2] // block, query_block, empty)
     o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
     return o, (q, k, v, k_start, o, lse)
@@ -90,7 +91,7 @@ def _backward(scale, block, residuals, do):
         return written(dq, dqs.astype(q.dtype), i), *rest
 
     # dk and dv are [B,K,H,S] here: a CPU then transposes a block of queries for its products, not one of scores
-    empty = jnp.zeros(q.shape, q.dtype), *(jnp.zeros((*k.shape[:2], *k.shape[:1:-1]), jnp.float32) for _ in "kv")
+    empty = q, *(jnp.zeros((*k.shape[:2], *k.shape[:1:-1]), jnp.float32) for _ in "kv")
     dq, dk, dv = jax.lax.fori_loop(0, q.shape[-2] // block, query_block, empty)
     return dq, *(jnp.swapaxes(x, -1, -2).astype(k.dtype) for x in (dk, dv)), None
 
