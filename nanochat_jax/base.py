@@ -41,7 +41,7 @@ class BaseConfig:
     attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
     remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
     preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2 or replica=2,data=4; default: data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
     verbose: bool = False  # print how every parameter is split over the devices
     coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
@@ -136,9 +136,10 @@ def main(cfg: BaseConfig) -> int:
 
     # Model, batch and length from the depth
     run.model_config, recipe_for = model_and_recipe(cfg, tokenizer.vocab_size)
+    mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
     if run.resumed:  # the best batch is rounded to what the devices of the run's start could split
         cfg = dataclasses.replace(cfg, total_batch_size=run.record["total_batch_size"])
-    cfg = sized(cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, mesh.shape["data"])
+    cfg = sized(cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, sharding.row_shards(mesh))
     batch = plan_batches(cfg, mesh, print0)
     recipe = recipe_for(total_batch_size=cfg.total_batch_size)
     total = recipe.iterations
@@ -171,7 +172,7 @@ def main(cfg: BaseConfig) -> int:
         """What fine-tuning inherits: the sizes in force, and the last step's decay, as in nanochat's files."""
         groups = {name: dataclasses.asdict(group) for name, group in run.groups.items()}
         groups["matrix"]["weight_decay"] *= optim.base_decay_multiplier(step - 1, total)
-        per_device = batch.rows_per_pass // mesh.shape["data"]
+        per_device = batch.rows_per_pass // sharding.row_shards(mesh)
         sizes = {"device_batch_size": per_device, "total_batch_size": batch.tokens_per_step}
         return {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
 
@@ -217,19 +218,21 @@ def fits(cfg: BaseConfig) -> int:
         run = open_folder(cfg, "base", tag_of(cfg), Tokenizer.load(base_dir() / "tokenizer"), HARMLESS, print0)
         cfg = dataclasses.replace(run.cfg, total_batch_size=run.record.get("total_batch_size", cfg.total_batch_size))
     model, recipe_for = model_and_recipe(cfg, vocab_size)
-    cfg = sized(cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, place.mesh.shape["data"])
+    cfg = sized(
+        cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, sharding.row_shards(place.mesh)
+    )
     return preflight.rows_fit(cfg, place, model, plan_batches(cfg, place.mesh, print0), scalars=3)
 
 
-def sized(cfg: BaseConfig, total_batch_size: int, data_shards: int) -> BaseConfig:
+def sized(cfg: BaseConfig, total_batch_size: int, row_shards: int) -> BaseConfig:
     """The settings with the batch in force; a device gets 32 rows at a time, or as many as divide it.
 
     A batch that the user has not chosen is rounded to whole passes."""
     rows = cfg.device_batch_size
     if rows is None:
-        wanted = total_batch_size // (cfg.max_seq_len * data_shards)
+        wanted = total_batch_size // (cfg.max_seq_len * row_shards)
         rows = next(n for n in range(max(1, min(32, wanted)), 0, -1) if n == 1 or wanted % n == 0)
-    per_pass = rows * cfg.max_seq_len * data_shards
+    per_pass = rows * cfg.max_seq_len * row_shards
     if cfg.total_batch_size == -1 and per_pass > 0:
         total_batch_size = max(1, round(total_batch_size / per_pass)) * per_pass
     return dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total_batch_size)

@@ -24,7 +24,6 @@ from nanochat_jax.attention import over_parts
 from nanochat_jax.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.loss import pick_logprob
 
-ROWS = P(("data", "model"))  # of whatever has a leading axis of rows, groups or prompts
 NO_RING = 1 << 30
 
 
@@ -47,6 +46,7 @@ class Programs:
         attention: str = "chunked",
     ):
         self.config, self.mesh, self.dtype, self.chunk = config, mesh, jnp.dtype(dtype), chunk
+        self.rows = P(mesh.axis_names)  # of whatever has a leading axis of rows, groups or prompts
         self.ends, self.block = tuple(ends), block
         on_cpu = mesh.devices.flat[0].platform == "cpu"  # where bfloat16 keys and values are read at half the speed
         self.kept_dtype = jnp.dtype(jnp.float32) if on_cpu else self.dtype
@@ -101,7 +101,7 @@ class Programs:
         return [(count, c.n_kv_head, columns(window, size), c.head_dim) for window in c.windows]
 
     def _zeros(self, shapes):
-        sharding = NamedSharding(self.mesh, ROWS)
+        sharding = NamedSharding(self.mesh, self.rows)
         return tuple(tuple(jnp.zeros(shape, self.kept_dtype, device=sharding) for _ in "kv") for shape in shapes)
 
     # ----------------------------------------------------------------------------------------------------- programs
@@ -109,7 +109,7 @@ class Programs:
         """Prefill: batch = {"ids": int32 [B,T], "lengths": [B], "groups": [B]} -> prompts with these in their groups.
 
         Group numbers count from 0 on each device; a number that does not exist leaves the prompt out."""
-        return self._run("admit", self._admit, (P(), ROWS, ROWS), ROWS, (1,), params, prompts, batch)
+        return self._run("admit", self._admit, (P(), self.rows, self.rows), self.rows, (1,), params, prompts, batch)
 
     def decode(self, params, prompts, own, rows, settings):
         """Up to C tokens for each row -> ({"tokens": int32 [R,C], "logprobs" and "policy_logprobs" (of the model's own
@@ -133,8 +133,8 @@ class Programs:
         if not any(had):
             own = self.empty_own(len(filled), size)
         elif columns != had:  # by itself: XLA on CPU fuses it with the writing into a loop that is ten times slower
-            own = self._run(f"grow {columns}", partial(_grow, columns), (ROWS,), ROWS, (), own)
-        return self._run("append", self._append, (ROWS, ROWS, ROWS), ROWS, (0,), own, fresh, filled)
+            own = self._run(f"grow {columns}", partial(_grow, columns), (self.rows,), self.rows, (), own)
+        return self._run("append", self._append, (self.rows, self.rows, self.rows), self.rows, (0,), own, fresh, filled)
 
     def compile_decode(self, params, groups: int, shared: int, prompt_size: int, own_size: int):
         """The program of `decode` for `groups` of `shared` rows, prompts and own parts of up to these sizes, compiled
@@ -155,8 +155,8 @@ class Programs:
         return self._program(
             *self._decode_program(),
             abstract(jax.eval_shape(self._cast, params), P()),
-            *(abstract(part, ROWS) for part in parts),
-            abstract(empty_table(rows, self.chunk), ROWS),
+            *(abstract(part, self.rows) for part in parts),
+            abstract(empty_table(rows, self.chunk), self.rows),
             abstract(settings, P()),
         )
 
@@ -167,7 +167,7 @@ class Programs:
         return sum(2 * math.prod(shape) for shape in shapes) * self.kept_dtype.itemsize
 
     def _decode_program(self):
-        return "decode", self._decode, (P(), ROWS, ROWS, ROWS, P()), ROWS, ()
+        return "decode", self._decode, (P(), self.rows, self.rows, self.rows, P()), self.rows, ()
 
     def _run(self, name, function, in_specs, out_specs, donate, *args):
         return self._program(name, function, in_specs, out_specs, donate, *args)(*args)

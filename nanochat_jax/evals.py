@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from nanochat_jax.engine import ladder
 from nanochat_jax.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.loss import token_logprobs
-from nanochat_jax.sharding import to_global
+from nanochat_jax.sharding import row_shards, to_global
 
 # Of questions in one pass, per device: on CPU as many as its cache likes (four times more takes 1.4 times as long).
 PASS_TOKENS_CPU, PASS_TOKENS = 2048, 16384
@@ -62,7 +62,7 @@ def make_letter_logits(
     FloatingPointError: a logit is not finite.
     """
     graphdef, _ = abstract_gpt(config, dtype, attention)
-    devices = mesh.shape["data"]
+    devices = row_shards(mesh)
     tokens = PASS_TOKENS_CPU if jax.default_backend() == "cpu" else PASS_TOKENS
 
     @jax.jit

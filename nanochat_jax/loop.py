@@ -23,7 +23,7 @@ from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.memory import choose_remat, is_out_of_memory, pages_note
 from nanochat_jax.metrics import MetricsLog, Reporter, SmoothedLoss
 from nanochat_jax.runs import Batches, Run
-from nanochat_jax.sharding import heads_note, row_part, table, to_global, whole_copies
+from nanochat_jax.sharding import heads_note, replicas_note, row_part, row_shards, table, to_global, whole_copies
 from nanochat_jax.train import TrainState, abstract_state, make_train_step
 
 COMPILED = collections.Counter()  # JAX's events of this process, by name
@@ -65,7 +65,7 @@ def train_on(
     counted from 0. meta: step -> what its checkpoint records beside what every run's does.
     """
     cfg = run.cfg
-    rows_per_device = batch.rows_per_pass // mesh.shape["data"]
+    rows_per_device = batch.rows_per_pass // row_shards(mesh)
     sizes = {"device_batch_size": rows_per_device, "max_seq_len": rows.T, "total_batch_size": batch.tokens_per_step}
 
     def rows_before(step):
@@ -166,7 +166,8 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
         tx = optim.make_optimizer(run.groups, dtype)
         abstract = abstract_state(run.model_config, tx, mesh, cfg.replicate)
         lines, notes = table(abstract.params, mesh, cfg.replicate)
-        notes += heads_note(run.model_config.n_kv_head, mesh) + pages_note(mesh.devices.flat[0].platform)
+        notes += replicas_note(run.model_config.n_embd, mesh) + heads_note(run.model_config.n_kv_head, mesh)
+        notes += pages_note(mesh.devices.flat[0].platform)
         for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:
             print0(line)
         remat, why = choose_remat(cfg.remat, run.model_config, abstract, dtype, rows, T)

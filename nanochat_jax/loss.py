@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.sharding import data_shards, platform, scattered, spec_in_force
+from nanochat_jax.sharding import platform, row_axes, row_shards, scattered, spec_in_force
 
 # Float32 logits in memory at a time, per device: what stays in a CPU's cache (four times more takes 1.4 times as long),
 # and 256 MiB elsewhere, where a chunk must fill the matrix units.
@@ -93,24 +93,29 @@ _summed.defvjp(_summed_fwd, _summed_bwd)
 def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradient):
     """Scan the chunks of this device's rows; gradients of the head are added up over devices once, not per chunk."""
     scan = partial(_scan_chunks, token_loss, cap, vocab_size, with_gradient)
-    if data_shards() == 1 or x.shape[0] % data_shards():
+    if row_shards() == 1 or x.shape[0] % row_shards():
         return scan(x, lm_head, targets, aux)
 
     spec = spec_in_force("lm_head", lm_head.shape)
+    axes = row_axes()
     side = spec.index("data") if "data" in spec else None  # of the head: its gradient is scattered as it is split
 
     def local(x, lm_head, targets, aux):
         (loss, logp), gradients = scan(x, lm_head, targets, aux)
-        loss = jax.lax.psum(loss, "data")
+        loss = jax.lax.psum(loss, axes)
         if with_gradient:
             dx, dhead = gradients
-            gradients = dx, jax.lax.psum(dhead, "data") if side is None else scattered(dhead, side)
+            gradients = dx, jax.lax.psum(dhead, axes) if side is None else scattered(dhead, side)
         return (loss, logp), gradients
 
-    rows, split = P("data"), {None: P(), 0: P("data"), 1: P(None, "data")}[side]
+    rows, split = P(axes), {None: P(), 0: P("data"), 1: P(None, "data")}[side]
     out_specs = ((P(), rows), (rows, split) if with_gradient else None)
     sharded = jax.shard_map(
-        local, in_specs=(rows, P(), rows, rows), out_specs=out_specs, axis_names={"data"}, check_vma=False
+        local,
+        in_specs=(rows, P(), rows, rows),
+        out_specs=out_specs,
+        axis_names={axes} if isinstance(axes, str) else set(axes),
+        check_vma=False,
     )
     return sharded(x, lm_head, targets, aux)
 

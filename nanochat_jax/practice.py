@@ -20,7 +20,7 @@ from nanochat_jax.loop import Interrupted, Signals
 from nanochat_jax.metrics import Reporter, SmoothedLoss
 from nanochat_jax.objective import MAX_REWARD, Objective, advantages
 from nanochat_jax.rollouts import RolloutLog, most_rows, nanochat_rows, packed_rows, step_statistics
-from nanochat_jax.sharding import batch_sharding, replicated, row_part, to_global
+from nanochat_jax.sharding import batch_sharding, replicated, row_part, row_shards, to_global
 from nanochat_jax.tasks import Task
 from nanochat_jax.tokenizer import MAX_TOKENS
 from nanochat_jax.train import TrainState
@@ -87,13 +87,13 @@ class Shape:
 
     def rows_per_device(self, mesh: Mesh) -> int:
         """Of a micro-batch."""
-        return self.rows // mesh.shape["data"]
+        return self.rows // row_shards(mesh)
 
 
 def plan_shape(cfg: Any, mesh: Mesh, longest: int, sequence_len: int) -> Shape:
     """longest: tokens of the longest prompt with an answer. ValueError: the sizes do not fit together."""
     T = cfg.max_seq_len or max(sequence_len, longest - 1)
-    samples, shards = cfg.examples_per_step * cfg.num_samples, mesh.shape["data"]
+    samples, shards = cfg.examples_per_step * cfg.num_samples, row_shards(mesh)
     if cfg.objective == "nanochat":
         if cfg.num_samples % cfg.device_batch_size or cfg.device_batch_size % shards:
             raise ValueError(

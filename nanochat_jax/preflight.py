@@ -27,7 +27,7 @@ from nanochat_jax.memory import (
     is_out_of_memory,
 )
 from nanochat_jax.runs import Batches, Run, choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.sharding import batch_sharding, make_mesh
+from nanochat_jax.sharding import batch_sharding, make_mesh, row_axes, row_shards
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import abstract_state, make_train_step
 
@@ -157,15 +157,15 @@ class Compiler:
     """The programs of a run with this network at this place."""
 
     def __init__(self, cfg: Any, place: Place, model: GPTConfig, batch: Batch, *, packed: bool):
-        self.place, self.model, self.batch = place, model, batch
-        mesh, dtype = place.mesh, place.dtype
+        mesh, dtype = make_mesh(cfg.mesh or "", list(place.mesh.devices.flat), model.n_embd), place.dtype
+        self.place, self.model, self.batch = place._replace(mesh=mesh), model, batch
         rates = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02}  # any: sizes do not depend on them
         groups = optim.groups_in_use(optim.default_groups(model.n_embd, **rates), abstract_gpt(model)[1])
         self.tx = optim.make_optimizer(groups, dtype)
         self.state = abstract_state(model, self.tx, mesh, cfg.replicate)
         self.parameter_bytes, self.state_bytes = bytes_on_device(self.state.params), bytes_on_device(self.state)
         self.attention = choose_attention(cfg.attention, model, batch.T, mesh=mesh, dtype=dtype, packed=packed)
-        rows = batch.rows // mesh.shape["data"]
+        rows = batch.rows // row_shards(mesh)
         self.remat, why = choose_remat(cfg.remat, model, self.state, dtype, rows, batch.T)
         print0(f"Rematerialisation: {self.remat} ({why})")
 
@@ -192,7 +192,7 @@ class Compiler:
         batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in self.arrays().items()}
         shape = (self.batch.rows, self.batch.T, model.n_embd)
         x = jax.ShapeDtypeStruct(shape, self.place.dtype)
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(row_axes(mesh)))
         head = self.state.params["lm_head"]
 
         def loss(x, head, batch):
@@ -249,7 +249,7 @@ def rows_fit(cfg: Any, place: Place, model: GPTConfig, batches: Batches, scalars
     """What --preflight of SFT and pretraining prints -> the exit code: 0 where it fits, else 1."""
     batch = Batch(batches.micro_batches, batches.rows_per_pass, cfg.max_seq_len)
     compiler = Compiler(cfg, place, model, batch, packed=cfg.document_mask)
-    return report(place, model, [update_phase(compiler, {}, scalars=scalars)])
+    return report(compiler.place, model, [update_phase(compiler, {}, scalars=scalars)])
 
 
 def update_phase(compiler: Compiler, extra: Mapping[str, int], **how: Any) -> Phase:
@@ -265,7 +265,7 @@ def update_phase(compiler: Compiler, extra: Mapping[str, int], **how: Any) -> Ph
     loss = min(work, temporaries(compiler.loss, 0))
     gradients = min(work - loss, compiler.parameter_bytes)
     parts |= {"gradients": gradients, "loss": loss, "activations and the rest": work - gradients - loss}
-    rows = compiler.batch.rows // compiler.place.mesh.shape["data"]
+    rows = compiler.batch.rows // row_shards(compiler.place.mesh)
     turns = [f"--device-batch-size (now {rows})"] * (rows > 1) + ["--max-seq-len"]
     turns += ["--remat block"] * (compiler.remat != "block")
     return Phase("training", parts, f"lower {turns[0]}" + "".join(f", or try {turn}" for turn in turns[1:]))

@@ -51,7 +51,7 @@ class RLConfig:
     attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
     remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
     preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2 or replica=2,data=4; default: data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
     verbose: bool = False  # print how every parameter is split over the devices
     coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
@@ -181,6 +181,7 @@ def main(cfg: RLConfig) -> int:
     with processes.zero_first("the held-out problems"):
         paper = held_out(cfg, tokenizer)
     run.load(print0)
+    mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
     longest = max([exercises.longest, *(len(prompt) for prompt in paper.prompts)] if paper else [exercises.longest])
     check_context(longest, cfg.max_new_tokens, run.model_config.sequence_len)
     shape = plan_shape(cfg, mesh, longest + cfg.max_new_tokens, run.model_config.sequence_len)
@@ -266,7 +267,7 @@ def fits(cfg: RLConfig) -> int:
         preflight.rollout_phase(compiler, rollouts, extra),
         preflight.update_phase(compiler, extra, logprobs=True, **how),
     )
-    return preflight.report(place, model, phases)
+    return preflight.report(compiler.place, model, phases)
 
 
 def open_rl_run(cfg: RLConfig, tokenizer: Tokenizer) -> Run:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from nanochat_jax import attention, checkpoint, config, optim, processes, storage, train
 from nanochat_jax.common import base_dir, cpu_name, kept_dir, peak_flops, print0, process_index
 from nanochat_jax.gpt import REMAT, GPTConfig
+from nanochat_jax.sharding import row_shards
 
 SEEN_SECONDS = 60  # that a network's file system may take to show a new file to another machine
 PLATFORMS = {"auto": None, "": None, "cuda": "cuda", "gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}
@@ -111,13 +112,13 @@ def plan_batches(cfg: Any, mesh: Mesh, log: Callable) -> Batches:
     for name in ("max_seq_len", "device_batch_size", "total_batch_size"):
         size = getattr(cfg, name)
         config.require(0 < size < 2**31, f"--{name.replace('_', '-')} must be from 1 to 2147483647, got {size}")
-    rows, T, total = cfg.device_batch_size * mesh.shape["data"], cfg.max_seq_len, cfg.total_batch_size
+    rows, T, total = cfg.device_batch_size * row_shards(mesh), cfg.max_seq_len, cfg.total_batch_size
     per_pass = rows * T
     if total % per_pass:
         nearest = max(1, round(total / per_pass)) * per_pass
         raise ValueError(
             f"--total-batch-size={total} must be a multiple of {per_pass:,} tokens (--device-batch-size="
-            f"{cfg.device_batch_size} x --max-seq-len={T} x {mesh.shape['data']} devices on the data axis); "
+            f"{cfg.device_batch_size} x --max-seq-len={T} x {row_shards(mesh)} parts of the mesh's rows); "
             f"nearest: {nearest}"
         )
     log(f"Tokens per micro-batch: {rows} x {T} = {per_pass:,}")

@@ -49,7 +49,7 @@ class SFTConfig:
     attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
     remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
     preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2 or replica=2,data=4; default: data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
     verbose: bool = False  # print how every parameter is split over the devices
     coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
@@ -196,6 +196,7 @@ def main(cfg: SFTConfig) -> int:
 
     # Model, schedule and loop
     run.load(print0)
+    mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
     ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
     schedule = {
         "lr_multiplier": lambda step: optim.sft_lr_multiplier(step / total, **ratios),

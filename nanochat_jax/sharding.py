@@ -1,6 +1,7 @@
 """Devices: the mesh, the table from parameter path to PartitionSpec, and host batches as global arrays.
 
-Mesh axes: `data` (batch rows, and FSDP shards of parameters and optimizer state) and `model` (tensor parallel).
+Mesh axes: `data` (batch rows, and FSDP shards of parameters and optimizer state) and `model` (tensor parallel). A mesh
+may have a third one before them, `replica`: rows are split over it too, and each of its groups holds all parameters.
 """
 
 import contextlib
@@ -50,27 +51,51 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def make_mesh(spec: str = "", devices=None) -> Mesh:
-    """A mesh with axes data and model. spec: "" (all devices on data), "data=8", "data=4,model=2".
+def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
+    """A mesh with axes data and model, and before them replica where that is not 1. spec: "" (all devices on data),
+    "data=8", "data=4,model=2", "replica=2,data=4".
 
-    What is not given is 1 for model and all that is left for data. The devices of a process are neighbours, so that it
-    holds whole rows of a batch. ValueError: the flag's form, too few devices, or a model axis that tears processes."""
+    What is not given is 1 for replica and model, and all that is left for data. With a width n_embd, where neither
+    replica nor data are given, data is the largest part of that which divides the width, since what does not divide
+    cannot be split (2,176 channels on 256 devices: replica=2,data=128). The devices of a process are neighbours, so
+    that it holds whole rows of a batch. ValueError: the flag's form, too few devices, or a model axis that tears
+    processes."""
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices
-    sizes = {"data": None, "model": None}
+    sizes = {"replica": None, "data": None, "model": None}
     for part in filter(None, spec.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in sizes or sizes[name] or not size.isdigit() or int(size) < 1:
             raise ValueError(f"--mesh must look like data=4,model=2, got {spec!r}")
         sizes[name] = int(size)
     model = sizes["model"] or 1
-    data = sizes["data"] or max(1, len(devices) // model)
+    replica = sizes["replica"] or 1
+    data = sizes["data"] or max(1, len(devices) // (model * replica))
+    if n_embd and not sizes["data"] and not sizes["replica"]:
+        replica, data = data // math.gcd(data, n_embd), math.gcd(data, n_embd)
+    size = replica * data * model
     local = sum(device.process_index == jax.process_index() for device in devices)
-    if data * model > len(devices) or (local < len(devices) and data * model != len(devices)):
-        raise ValueError(f"--mesh={spec or 'default'} needs {data} x {model} devices, got {len(devices)}")
+    if size > len(devices) or (local < len(devices) and size != len(devices)):
+        shape = " x ".join(map(str, [replica, data, model][sizes["replica"] is None :]))
+        raise ValueError(f"--mesh={spec or 'default'} needs {shape} devices, got {len(devices)}")
     if local < len(devices) and local % model and model % local:
         raise ValueError(f"--mesh={spec}: model={model} must divide the {local} devices of a process, or be a multiple")
-    grid = np.asarray(devices[: data * model]).reshape(data, model)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    shape = {"replica": replica, "data": data, "model": model}
+    if replica == 1:
+        del shape["replica"]
+    grid = np.asarray(devices[:size]).reshape(*shape.values())
+    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def row_axes(mesh: Any = None) -> tuple[str, ...]:
+    """The axes that rows of a batch are split over, of this mesh or of the one in force."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return ("replica", "data") if "replica" in mesh.shape else ("data",)
+
+
+def row_shards(mesh: Any = None) -> int:
+    """Into how many parts the rows of a batch are split; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return mesh.shape.get("replica", 1) * mesh.shape.get("data", 1)
 
 
 def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -134,6 +159,17 @@ def heads_note(n_kv_head: int, mesh: Mesh) -> list[str]:
     return [f"{n_kv_head} kv heads are no multiple of the mesh's model={size}, so attention is computed {size} times"]
 
 
+def replicas_note(n_embd: int, mesh: Mesh) -> list[str]:
+    """What to tell of a mesh that has replicas because the width is no multiple of its devices, if so."""
+    if "replica" not in mesh.shape or n_embd % row_shards(mesh) == 0:
+        return []
+    replica, data = mesh.shape["replica"], mesh.shape["data"]
+    return [
+        f"{n_embd} channels are no multiple of {replica * data} devices, so parameters are split over {data} and kept "
+        f"{replica} times (the mesh is replica={replica},data={data})"
+    ]
+
+
 def _is_spec(x) -> bool:
     return isinstance(x, PartitionSpec)
 
@@ -144,15 +180,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a training batch: leaves [A,B,T], rows over the data axis."""
-    return NamedSharding(mesh, P(None, "data"))
+    """Of a training batch: leaves [A,B,T], rows over `row_axes`."""
+    return NamedSharding(mesh, P(None, row_axes(mesh)))
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's share of the rows as global arrays: leaves [A,B_local,T] -> [A,B,T], [B_local,T] -> [B,T]."""
 
     def put(array):
-        spec = P(*[None] * (array.ndim - 2), "data")
+        spec = P(*[None] * (array.ndim - 2), row_axes(mesh))
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
 
     return {name: put(array) for name, array in batch.items()}
@@ -179,7 +215,7 @@ def own_copy(params: Any, mesh: Mesh) -> Any:
         return params
     own = own_devices(mesh)
     names = ("process", *own.axis_names)
-    groups = Mesh(mesh.devices.reshape(-1, *own.devices.shape), names, axis_types=(AxisType.Auto,) * 3)
+    groups = Mesh(mesh.devices.reshape(-1, *own.devices.shape), names, axis_types=(AxisType.Auto,) * len(names))
     shardings = param_shardings(params, own)
     spread = jax.tree.map(lambda sharding: NamedSharding(groups, sharding.spec), shardings)
     with jax.set_mesh(groups):
@@ -190,11 +226,6 @@ def own_copy(params: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_single_device_arrays(copy.shape, sharding, [parts[d] for d in own.devices.flat])
 
     return jax.tree.map(local, copies, shardings)
-
-
-def data_shards() -> int:
-    """Size of the data axis of the mesh in force (jax.set_mesh); 1 without one."""
-    return jax.sharding.get_abstract_mesh().shape.get("data", 1)
 
 
 _whole = contextvars.ContextVar("whole copies over the data axis", default=False)
@@ -244,31 +275,33 @@ def summed_products(dy: jax.Array, x: jax.Array, path: str) -> jax.Array:
         return jnp.einsum("...o,...i->oi", dy, x, preferred_element_type=jnp.float32)
 
     spec = spec_in_force(path, (dy.shape[-1], x.shape[-1]))
-    if "data" not in spec or x.shape[0] % data_shards():
+    if "data" not in spec or x.shape[0] % row_shards():
         return products(dy, x)
 
     def local(dy, x):
         return scattered(products(dy, x), spec.index("data"))
 
-    sides = [P("data", *[None] * (x.ndim - 2), side) for side in without_data(spec)]
+    sides = [P(row_axes(), *[None] * (x.ndim - 2), side) for side in without_data(spec)]
     return jax.shard_map(local, in_specs=tuple(sides), out_specs=spec, check_vma=False)(dy, x)
 
 
 def scattered(x: jax.Array, side: int) -> jax.Array:
-    """The sum of the devices' x over the data axis, in a shard_map: of each device its part along `side`.
+    """The sum of the devices' x over all rows, in a shard_map: of each device its part of the data axis along `side`.
 
     Parts are the leading axis, where XLA for TPU neither pads them to its tiles nor sums the whole first."""
-    parts = x.reshape(*x.shape[:side], data_shards(), -1, *x.shape[side + 1 :])
-    return jax.lax.psum_scatter(jnp.moveaxis(parts, side, 0), "data")
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = x.reshape(*x.shape[:side], mesh.shape["data"], -1, *x.shape[side + 1 :])
+    part = jax.lax.psum_scatter(jnp.moveaxis(parts, side, 0), "data")
+    return jax.lax.psum(part, "replica") if "replica" in mesh.shape else part
 
 
 def embedded(table: jax.Array, ids: jax.Array, dtype: Any, path: str) -> jax.Array:
-    """Rows of a table [V,D] at ids int32 [B,...] -> [B,...,D] in dtype, B split over the data axis.
+    """Rows of a table [V,D] at ids int32 [B,...] -> [B,...,D] in dtype, B split over `row_axes`.
 
-    Each device looks up its columns for all rows of the batch, and they exchange what they found: the table stays where
-    it is, and so does its gradient. A table whose rows the data axis splits (see `nearest`) is gathered."""
+    Each device looks up its columns for all rows of its replica, and they exchange what they found: the table stays
+    where it is, and so does its gradient. A table whose rows the data axis splits (see `nearest`) is gathered."""
     spec = spec_in_force(path, table.shape)
-    if not any(spec) or spec[-1] == "model" or len(ids) % data_shards():
+    if not any(spec) or spec[-1] == "model" or len(ids) % row_shards():
         return constrain_batch(table[ids]).astype(dtype)
 
     def local(table, ids):
@@ -285,7 +318,7 @@ def embedded(table: jax.Array, ids: jax.Array, dtype: Any, path: str) -> jax.Arr
             x = jax.lax.psum(jnp.where(mine, x, 0), "model")
         return jax.lax.all_to_all(x, "data", 0, x.ndim - 1, tiled=True) if columns else x
 
-    rows = P("data")
+    rows = P(row_axes())
     return jax.shard_map(local, in_specs=(spec, rows), out_specs=rows)(table, ids)
 
 
@@ -296,10 +329,10 @@ def platform() -> str:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep activations [B,...] split over the data axis; without it the partitioner may gather whole batches.
+    """Keep activations [B,...] split over `row_axes`; without it the partitioner may gather whole batches.
 
     Nothing happens without a mesh in force or where the batch does not divide (a single prompt)."""
-    shards = data_shards()
+    shards = row_shards()
     if shards == 1 or x.shape[0] % shards:
         return x
-    return jax.lax.with_sharding_constraint(x, P("data", *[None] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, P(row_axes(), *[None] * (x.ndim - 1)))

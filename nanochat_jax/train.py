@@ -14,11 +14,11 @@ from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.loss import summed_token_loss, weighted_nll
 from nanochat_jax.sharding import (
     batch_sharding,
-    data_shards,
     fit,
     param_shardings,
     path_name,
     replicated,
+    row_shards,
     whole_copies,
 )
 
@@ -130,7 +130,7 @@ def make_train_step(
 
     @whole_copies(replicate)
     def train_step(state: TrainState, batch, *scalars):
-        if data_shards() != mesh.shape["data"]:
+        if row_shards() != row_shards(mesh):
             raise ValueError("the train step must be called under jax.set_mesh with the mesh it was made for")
         A = batch["inputs"].shape[0]
         size = jnp.sum(batch["weights"], (1, 2))  # [A]

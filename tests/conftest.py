@@ -50,6 +50,7 @@ TURNS = [  # long tests of which a run does one of each row, by chance; NANOCHAT
     (
         "test_meshes.py::test_rl_draws_the_same_answers_and_learns_the_same_on_every_mesh[data]",
         "test_meshes.py::test_rl_draws_the_same_answers_and_learns_the_same_on_every_mesh[fsdp]",
+        "test_meshes.py::test_rl_draws_the_same_answers_and_learns_the_same_on_every_mesh[replicas]",
     ),
 ]
 

@@ -26,6 +26,7 @@ MESHES = {
     "data": ["data=8", "--replicate"],
     "fsdp": ["data=8"],
     "fsdp x tensor": ["data=4,model=2"],
+    "replicas": ["replica=2,data=4"],
 }
 STEPS = 10
 
@@ -137,6 +138,17 @@ def test_the_compiled_step_gathers_weights_scatters_their_gradients_and_never_ho
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+def test_between_replicas_only_parts_of_gradients_are_summed():
+    found = collectives(compiled_step(sharding.make_mesh("replica=2,data=4")))
+    part = 4 * 64 * 64 // 4  # of the largest matrix of a block, what a device holds
+    reduced = [size for kind, size, name in found if kind == "all-reduce" and "lm_head" not in name]
+    assert part in reduced and max(reduced) <= part, reduced
+    scattered = [size for _, size, name in found if "transpose" in name and "shard_map/reduce_scatter" in name]
+    assert sorted(scattered) == sorted([64 * 64 // 4] * 4 * 2 + [part] * 2 * 2)
+    weights = [name for kind, _, name in found if kind == "all-gather" and "gathered" in name]
+    assert len(weights) == 2 * len(scattered)
+
+
 def test_whole_copies_are_neither_cut_up_nor_gathered():
     found = collectives(compiled_step(sharding.make_mesh("data=8"), replicate=True))
     large = {(kind, name) for kind, size, name in found if size >= 64 * 64}
@@ -149,7 +161,7 @@ ODD = GPTConfig(**{**vars(CONFIG), "n_embd": 60, "n_head": 3, "n_kv_head": 3})
 
 @functools.cache
 def losses_of_odd(mesh):
-    mesh = sharding.make_mesh(mesh)
+    mesh = sharding.make_mesh(mesh, n_embd=ODD.n_embd)
     with jax.set_mesh(mesh):
         tx, like = abstract(mesh, ODD)
         step = train.make_train_step(ODD, tx, like, mesh)
@@ -162,7 +174,7 @@ def losses_of_odd(mesh):
     return found
 
 
-@pytest.mark.parametrize("spec", ["data=8", "data=4,model=2"])
+@pytest.mark.parametrize("spec", ["data=8", "data=4,model=2", ""])
 def test_a_width_that_no_axis_divides_trains_as_on_one_device(spec):
     np.testing.assert_allclose(losses_of_odd(spec), losses_of_odd("data=1"), rtol=1e-5)
 
@@ -193,6 +205,13 @@ def test_heads_that_the_model_axis_does_not_divide_are_told_of():
     assert sharding.heads_note(4, sharding.make_mesh("data=4,model=2")) == []
     (note,) = sharding.heads_note(17, sharding.make_mesh("data=4,model=2"))
     assert note == "17 kv heads are no multiple of the mesh's model=2, so attention is computed 2 times"
+
+
+def test_replicas_that_nobody_asked_for_are_told_of():
+    (note,) = sharding.replicas_note(60, sharding.make_mesh("", n_embd=60))
+    assert note.startswith("60 channels are no multiple of 8 devices, so parameters are split over 4 and kept 2 times")
+    assert sharding.replicas_note(64, sharding.make_mesh("replica=2")) == []
+    assert sharding.replicas_note(60, sharding.make_mesh("data=8")) == []
 
 
 def test_a_process_holds_whole_rows_of_a_batch():

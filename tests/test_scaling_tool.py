@@ -185,6 +185,14 @@ def test_seconds_of_collectives_are_bytes_over_links_and_a_microsecond_a_hop():
     assert seconds("collective-permute", 2, 1) == pytest.approx(8 + 1e-6)  # over one link, whatever the axis
 
 
+def test_a_group_is_told_by_its_size_and_by_how_far_apart_its_devices_are():
+    mesh = {"replica": 2, "data": 4, "model": 2}
+    found = [roofline.axis_of(size, distance, mesh) for size, distance in ((16, 1), (2, 8), (4, 2), (2, 1))]
+    assert found == ["all", "replica", "data", "model"]
+    assert roofline.axis_of(4, 1, {"replica": 4, "data": 4, "model": 1}) == "data"
+    assert roofline.axis_of(4, 4, {"replica": 4, "data": 4, "model": 1}) == "replica"
+
+
 # ----------------------------------------------------------------------------------------------------- the prediction
 def predict(case="d12:v5e-8", plan=PLAN, work=scaling_programs.Workload(), **found):  # noqa: B008
     return scaling.predict(scaling_programs.parse(case), work, plan, parts(**found), (4, 8))

@@ -64,6 +64,7 @@ def one_device():
         ("data=8", True),
         ("data=4,model=2", False),
         ("data=1,model=8", False),
+        ("replica=2,data=2,model=2", False),
     ],
 )
 def test_eight_devices_train_like_one(spec, replicate):
@@ -154,10 +155,24 @@ def test_every_parameter_has_a_rule_and_an_unknown_one_is_named():
 
 
 def test_a_mesh_that_cannot_be_built_is_refused():
-    for spec in ("data=3,model=4", "rows=2", "data=x", "data=0", "data=1,data=2"):
+    for spec in ("data=3,model=4", "rows=2", "data=x", "data=0", "data=1,data=2", "replica=0", "replica=3,data=4"):
         with pytest.raises(ValueError, match="--mesh"):
             make_mesh(spec)
     assert dict(make_mesh("model=2").shape) == {"data": 4, "model": 2}
+    assert dict(make_mesh("replica=2").shape) == {"replica": 2, "data": 4, "model": 1}
+
+
+def test_a_width_that_the_devices_do_not_divide_is_split_over_as_many_as_divide_it():
+    def shape(n_embd, spec=""):
+        return dict(make_mesh(spec, n_embd=n_embd).shape)
+
+    assert shape(64) == shape(None) == {"data": 8, "model": 1}
+    assert shape(60) == {"replica": 2, "data": 4, "model": 1}
+    assert shape(60, "model=2") == {"data": 4, "model": 2}
+    assert shape(62, "model=2") == {"replica": 2, "data": 2, "model": 2}
+    assert shape(63) == {"replica": 8, "data": 1, "model": 1}
+    assert shape(60, "data=8") == {"data": 8, "model": 1}, "what is asked for is not changed"
+    assert shape(60, "replica=4") == {"replica": 4, "data": 2, "model": 1}
 
 
 def test_an_array_of_another_shape_is_named():

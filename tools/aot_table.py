@@ -24,6 +24,7 @@ from nanochat_jax import preflight, scaling
 from nanochat_jax.common import peak_flops
 from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.memory import asked_and_had, beside_arguments, is_out_of_memory
+from nanochat_jax.sharding import row_shards
 
 CASES = ("d20:v5e-8", "d20:v6e-8", "d34:v5p-8", "d34:v5e-256:data=128,model=2")
 
@@ -64,7 +65,7 @@ def compiler_of(table: Table, case: str) -> preflight.Compiler:
     place = preflight.start(settings)
     dials = {"aspect_ratio": 64, "head_dim": 128, "window_pattern": "SSSL", "max_seq_len": table.max_seq_len}
     model = scaling.config_of_depth(int(depth.removeprefix("d")), **dials, vocab_size=table.vocab_size)
-    shards = place.mesh.shape["data"]
+    shards = row_shards(place.mesh)
     rows = min(table.device_batch_size, max(1, table.total_batch_size // (table.max_seq_len * shards)))
     passes = max(1, table.total_batch_size // (table.max_seq_len * shards * rows))
     batch = preflight.Batch(passes, rows * shards, table.max_seq_len)
@@ -115,7 +116,7 @@ def measure(table: Table, case: str, program: str) -> dict[str, Any]:
     kernels, mesh = 0.0, dict(place.mesh.shape)
     if found.kernels:
         backward = 7 if program == "sft" else 0
-        rows = batch.rows // mesh["data"] * batch.micro_batches
+        rows = batch.rows // row_shards(place.mesh) * batch.micro_batches
         kernels = attention_flops(model, batch.T, rows, 2 + backward) / head_split(model, mesh)
     seconds = bounds(found.seconds, kernels / peak, sending(found.groups, mesh, spans(place.mesh), link_rate))
     tokens = batch.rows * batch.T * batch.micro_batches if program == "sft" else table.slots * rollouts.chunk

@@ -41,7 +41,7 @@ from nanochat_jax.gpt import flops_per_token, parameter_counts
 from nanochat_jax.memory import choose_remat
 from nanochat_jax.muon import POLAR_EXPRESS
 from nanochat_jax.optim import default_groups, group_labels, make_optimizer
-from nanochat_jax.sharding import make_mesh, to_global
+from nanochat_jax.sharding import make_mesh, row_shards, to_global
 from nanochat_jax.train import abstract_state, make_train_step, random_state
 
 ROWS = {"d12": (16, 2), "d20": (8, 4), "d26": (4, 8)}  # 65,536 tokens a step: a device's share of nanochat's, of eight
@@ -100,8 +100,8 @@ def main(cfg: Bench) -> None:
     mesh = make_mesh(cfg.mesh)
     if min(cfg.batch_size, cfg.accumulation, cfg.steps) < 1 or cfg.document_tokens < 0:
         raise ValueError("sizes must be above 0")
-    if cfg.batch_size % mesh.shape["data"]:
-        raise ValueError(f"--batch-size={cfg.batch_size} must be a multiple of {mesh.shape['data']} devices")
+    if cfg.batch_size % row_shards(mesh):
+        raise ValueError(f"--batch-size={cfg.batch_size} must be a multiple of {row_shards(mesh)} devices")
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration") else None
@@ -112,7 +112,7 @@ def main(cfg: Bench) -> None:
         groups = default_groups(cfg.width, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02)
         tx = make_optimizer(groups, dtype)
         abstract = abstract_state(config, tx, mesh)
-        rows = cfg.batch_size // mesh.shape["data"]
+        rows = cfg.batch_size // row_shards(mesh)
         remat = choose_remat(cfg.remat, config, abstract, dtype, rows, cfg.seq_len).name
         state = random_state(config, tx, abstract, seed=0)
         step = make_train_step(config, tx, abstract, mesh, dtype=dtype, attention=attention, remat=remat)

@@ -12,6 +12,7 @@ longer than `at_most`.
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -67,19 +68,27 @@ def span(kind: str, group: np.ndarray, shape: Sequence[int]) -> Span:
 
 
 def spans(mesh: Any) -> dict[str, Span]:
-    """Of the groups along each axis of a mesh of TPU devices, and along both ("all")."""
+    """Of the groups along each axis of a mesh of TPU devices, and along all of them ("all")."""
     devices = mesh.devices
-    coords = np.array([device.coords for device in devices.flat]).reshape(*devices.shape, -1)
-    kind, shape = devices.flat[0].device_kind, coords.max((0, 1)) + 1
-    groups = {"data": coords[:, 0], "model": coords[0], "all": coords.reshape(-1, coords.shape[-1])}
+    coords = np.array([device.coords for device in devices.flat])
+    kind, shape = devices.flat[0].device_kind, coords.max(0) + 1
+    groups, grid = {"all": coords}, coords.reshape(*devices.shape, -1)
+    for axis, name in enumerate(mesh.axis_names):
+        others = [0 if other != axis else slice(None) for other in range(devices.ndim)]
+        groups[name] = grid[tuple(others)]
     return {name: span(kind, group, shape) for name, group in groups.items()}
 
 
 def axis_of(size: int, distance: int, mesh: Mapping[str, int]) -> str:
     """Which axis of a mesh {"data": n, "model": m} a group of `size` devices at this distance lies along."""
-    if size == mesh["data"] * mesh["model"]:
+    if size == math.prod(mesh.values()):
         return "all"
-    return "model" if size == mesh["model"] and distance == 1 else "data"
+    between = 1  # neighbours along an axis
+    for name, n in reversed(mesh.items()):
+        if n == size and between == distance:
+            return name
+        between *= n
+    return "data"
 
 
 def sending(groups: Mapping[tuple[str, int, int], Sequence[float]], mesh: Mapping[str, int], spans, rate: float):

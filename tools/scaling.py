@@ -87,6 +87,11 @@ def extended(a: Any, b: Any, layers: tuple[int, int], depth: int) -> Any:
     return max(0.0, a + (b - a) * (depth - layers[0]) / (layers[1] - layers[0]))
 
 
+def row_parts(mesh: dict[str, int]) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.get("replica", 1) * mesh["data"]
+
+
 def of_passes(part: dict[str, Any], passes: int) -> dict[str, Any]:
     """Costs of a program with so many passes. One that was compiled for a single pass has no loop: all of it again."""
     if not part["unknown_loops"]:
@@ -166,7 +171,7 @@ def predict(case: Case, work: Workload, plan: dict[str, Any], parts: dict[str, d
         return cost, flops, chip.bounds(cost, flops)
 
     cost, kernels, seconds = step(plan["passes"])
-    tokens = plan["passes"] * plan["rows"] * plan["mesh"]["data"] * work.max_seq_len
+    tokens = plan["passes"] * plan["rows"] * row_parts(plan["mesh"]) * work.max_seq_len
     useful = tokens * flops_per_token(model, work.max_seq_len) / (chip.peak * plan["chips"])
     line |= {"flops": cost["flops"] + kernels, "memory_traffic": cost["bytes"], "collectives": by_kind(cost["groups"])}
     line |= {"groups": cost["groups"], "seconds": seconds} | rates(tokens, useful, seconds)
@@ -180,7 +185,7 @@ def rl_step(case: Case, work: Workload, plan: dict[str, Any], decode: dict[str, 
         return {"fits": False}
     length = work.prompt_tokens + work.new_tokens
     packed = max(1, work.max_seq_len // length)
-    passes = math.ceil(samples / packed / (plan["rows"] * plan["mesh"]["data"]))
+    passes = math.ceil(samples / packed / (plan["rows"] * row_parts(plan["mesh"])))
     update = step(passes)[2]
     waves = math.ceil(samples / (plan["slots"] * chips))
     chunk = decode["once"]

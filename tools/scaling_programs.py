@@ -31,7 +31,7 @@ from nanochat_jax.memory import (
     is_out_of_memory,
     kept_for_backward,
 )
-from nanochat_jax.sharding import whole_copies
+from nanochat_jax.sharding import row_shards, whole_copies
 from nanochat_jax.train import abstract_state
 
 PATTERN = "SSSL"
@@ -133,7 +133,7 @@ def compiler_of(work: Workload, case: Case, layers: int | None = None, plan: dic
     settings = Settings(case.slice, case.mesh, replicate=case.replicate, **known)
     place = preflight.start(settings)
     passes, rows = (plan["passes"], plan["rows"]) if plan else (1, 1)
-    batch = preflight.Batch(passes, rows * place.mesh.shape["data"], work.max_seq_len)
+    batch = preflight.Batch(passes, rows * row_shards(place.mesh), work.max_seq_len)
     return preflight.Compiler(settings, place, model_of(work, case.depth, layers), batch, packed=True)
 
 
@@ -147,8 +147,8 @@ def make_plan(work: Workload, case: Case) -> dict[str, Any]:
     """What follows from shapes alone, at the real depth: nothing is compiled but a probe of the chip's memory."""
     compiler = compiler_of(work, case)
     mesh, memory, model = compiler.place.mesh, compiler.place.memory, compiler.model
-    passes, rows, remat = split_rows(work, model, mesh.shape["data"], held_anyway(compiler.state), memory)
-    compiler.batch = dataclasses.replace(compiler.batch, micro_batches=passes, rows=rows * mesh.shape["data"])
+    passes, rows, remat = split_rows(work, model, row_shards(mesh), held_anyway(compiler.state), memory)
+    compiler.batch = dataclasses.replace(compiler.batch, micro_batches=passes, rows=rows * row_shards(mesh))
     slots = max(work.samples, work.prompts * work.samples // mesh.size)
     slots = 1 << (slots.bit_length() - 1)
 

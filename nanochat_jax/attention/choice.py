@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from nanochat_jax.attention.chunked import chunked
 from nanochat_jax.attention.reference import reference
 from nanochat_jax.attention.sharded import sharded
+from nanochat_jax.sharding import row_axes, row_shards
 
 NAMES = ("reference", "chunked", "mosaic_gpu", "splash", "cudnn")
 KERNELS = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("splash",)}  # by platform, the best first
@@ -142,7 +143,7 @@ def shape_refuses(name: str, mesh: Mesh, dtype, shapes: Shapes) -> str | None:
 def trial(name: str, mesh: Mesh, dtype, shapes: Shapes) -> str | None:
     """Compile the kernel, values and gradients, for every window on the mesh, a row a device; where the devices are
     real, compare with `reference`. A sentence where they differ; whatever a compiler raises is let through."""
-    T, rows = min(shapes.T, TRIAL_T), mesh.shape["data"]
+    T, rows = min(shapes.T, TRIAL_T), row_shards(mesh)
     real = mesh.devices.flat[0] in jax.devices()  # not of a topology to compile for
 
     def worst():
@@ -152,7 +153,7 @@ def trial(name: str, mesh: Mesh, dtype, shapes: Shapes) -> str | None:
         arrays = [
             jax.random.normal(key, (rows, T, n, shapes.head_dim), jnp.dtype(dtype)) for key, n in zip(keys, heads)
         ]
-        arrays = [jax.lax.with_sharding_constraint(x, P("data")) for x in arrays]
+        arrays = [jax.lax.with_sharding_constraint(x, P(row_axes(mesh))) for x in arrays]
         return jnp.max(jnp.stack([error(window, *arrays) for window in shapes.windows]))
 
     def error(window, q, k, v, dy):

@@ -5,11 +5,13 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
+from nanochat_jax.sharding import row_axes, row_shards
+
 
 def sharded(kernel: Callable) -> Callable:
     """kernel(q, k, v, k_start, scale, window) of one device -> the same under the mesh in force (jax.set_mesh).
 
-    Rows are split over the axis data, heads over model, a kv head with its query heads. What an axis does not divide
+    Rows are split over `row_axes`, heads over model, a kv head with its query heads. What an axis does not divide
     (the single prompt, fewer kv heads than devices) every device of that axis computes whole. Without a mesh, and in a
     shard_map that has entered an empty one, the kernel is called as it is.
     """
@@ -17,12 +19,10 @@ def sharded(kernel: Callable) -> Callable:
     def attend(q, k, v, k_start, scale, window):
         mesh = jax.sharding.get_abstract_mesh()
 
-        def axis(name, size):
-            return name if name in mesh.shape and size % mesh.shape[name] == 0 else None
-
         if all(size == 1 for size in mesh.shape.values()):
             return kernel(q, k, v, k_start, scale, window)
-        rows, heads = axis("data", q.shape[0]), axis("model", k.shape[2])
+        rows = None if q.shape[0] % row_shards() else row_axes()
+        heads = None if k.shape[2] % mesh.shape["model"] else "model"
         each = P(rows, None, heads, None)
         return jax.shard_map(
             lambda *arrays: kernel(*arrays, scale, window),
