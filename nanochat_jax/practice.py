@@ -98,8 +98,8 @@ def plan_shape(cfg: Any, mesh: Mesh, longest: int, sequence_len: int) -> Shape:
         if cfg.num_samples % cfg.device_batch_size or cfg.device_batch_size % shards:
             raise ValueError(
                 f"--objective nanochat: a pass has --device-batch-size={cfg.device_batch_size} answers to one problem, "
-                f"which must divide --num-samples={cfg.num_samples} and be a multiple of the {shards} devices on the "
-                "data axis"
+                f"which must divide --num-samples={cfg.num_samples} and be a multiple of the {shards} devices "
+                "that rows are split over"
             )
         return Shape(longest - 1, cfg.device_batch_size, samples // cfg.device_batch_size)
     most = most_rows(samples, longest, T)

@@ -118,7 +118,7 @@ def plan_batches(cfg: Any, mesh: Mesh, log: Callable) -> Batches:
         nearest = max(1, round(total / per_pass)) * per_pass
         raise ValueError(
             f"--total-batch-size={total} must be a multiple of {per_pass:,} tokens (--device-batch-size="
-            f"{cfg.device_batch_size} x --max-seq-len={T} x {row_shards(mesh)} parts of the mesh's rows); "
+            f"{cfg.device_batch_size} x --max-seq-len={T} x {row_shards(mesh)} devices that rows are split over); "
             f"nearest: {nearest}"
         )
     log(f"Tokens per micro-batch: {rows} x {T} = {per_pass:,}")

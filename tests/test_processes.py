@@ -135,7 +135,7 @@ def test_fine_tuning_moves_between_one_process_and_two_and_stays_the_same(base, 
     these = [*flags["sft"], "--output-tag", "moving", "--resume"]
     codes, _, runs = interrupted(base, "sft", these, 0, INT, 3, 0.0, count=1)
     assert codes == [130], runs.all_output()
-    codes, _, runs = interrupted(base, "sft", these, 0, INT, 11, 0.0)
+    codes, _, runs = interrupted(base, "sft", [*these, "--mesh", "replica=2"], 0, INT, 11, 0.0)
     assert codes == [130, 130], runs.all_output()
     output = run(base, "sft", [*these, "--verbose"], count=1, devices=1)
     assert f"Resuming {folder} from step" in output and re.search(r"blocks/\*/attn/c_q x 2 +64 x 64 ", output)
