@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, documents, optim, preflight, processes, scaling, sharding
+from nanochat_jax import checkpoint, config, documents, optim, preflight, processes, scaling, sealed, sharding
 from nanochat_jax.attention import check as check_attention
 from nanochat_jax.common import base_dir, kept_dir, print0
 from nanochat_jax.config import Maybe, Preflight
@@ -184,7 +184,7 @@ def tag_of(cfg: BaseConfig) -> str:
     given = {"depth", "model_tag", "config"} & getattr(cfg, "given", frozenset())
     if cfg.resume and not given and cfg.model_tag is None and cfg.depth == BaseConfig.depth:
         folders = sorted((kept_dir() / checkpoint.SOURCES["base"]).glob("*"))
-        tags = [folder.name for folder in folders if checkpoint.sealed_steps(folder)]
+        tags = [folder.name for folder in folders if sealed.steps(folder)]
         config.require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
         if tags:
             return tags[0]

@@ -1,20 +1,16 @@
-"""Checkpoints: asynchronous Orbax saves with a seal of hashes, exact restore, and finding a model by its tag.
+"""Checkpoints: asynchronous Orbax saves, exact restore, and finding a model by its tag.
 
 A checkpoint is a folder <tag>/<step> that holds everything the next step depends on: `params` and `optimizer` as flat
-dicts of arrays by path, `meta` as JSON (step, data cursor, resolved settings, model config, versions). Orbax finds
-neither a flipped bit nor an older step by itself: INTEGRITY.json, written last, has a hash of every file.
-
-Folders may lie in a bucket (see storage.py). Files have their final names there from the beginning, so that the seal
-alone tells a checkpoint from what a killed save has left; its hashes are those that the bucket keeps, of what arrived.
+dicts of arrays by path, `meta` as JSON (step, data cursor, resolved settings, model config, versions), and the seal
+(sealed.py) without which it does not count. Folders may lie in a bucket (storage.py).
 """
 
 import dataclasses
 import hashlib
-import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,8 +21,8 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax import processes, storage
-from nanochat_jax.common import base_dir, kept_dir, print0, process_index, write_atomically
+from nanochat_jax import processes, sealed, storage
+from nanochat_jax.common import base_dir, kept_dir, print0, process_index
 from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.nanochat_import import _meta_file, _read_meta, find_steps, find_tag, read_config, read_model
 from nanochat_jax.nanochat_optimizer import read_optimizer, recorded_groups
@@ -36,7 +32,6 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState
 
 SOURCES = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
-SEAL = "INTEGRITY.json"
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
 
@@ -62,7 +57,7 @@ class Saver:
         if self._owner:
             self._owner.check()
         if process_index() == 0 and target.exists():
-            discard(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
+            sealed.discard(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
         processes.exchange("a checkpoint", step)  # the others must not find it there
         items = {"params": flat(state.params), "optimizer": loop_arrays(state), "meta": meta}
         with _orbax():
@@ -81,7 +76,7 @@ class Saver:
 
     def newest(self) -> str:
         """For an error's end: where to go on from."""
-        step = newest_intact(self.folder)
+        step = sealed.newest_intact(self.folder)
         return (
             f"the last good checkpoint is {self.folder / str(step)}" if step is not None else "there is no checkpoint"
         )
@@ -92,10 +87,10 @@ class Saver:
             if process_index() == 0:
                 if self._owner:
                     self._owner.check()
-                seal(target)
-                steps = [step for step in sealed_steps(self.folder) if step <= int(target.name)]
+                sealed.seal(target)
+                steps = [step for step in sealed.steps(self.folder) if step <= int(target.name)]
                 for step in steps[: -self.keep]:  # a later one is damaged: the run went on from before it
-                    discard(self.folder / str(step))
+                    sealed.discard(self.folder / str(step))
         except BaseException as e:
             self._error = e
 
@@ -103,39 +98,13 @@ class Saver:
 def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] | None, meta: dict) -> None:
     """One sealed checkpoint folder <tag>/<step>, at once; what killed calls left of it is replaced."""
     if target.exists():
-        discard(target)
+        sealed.discard(target)
     for leftover in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
     arrays = {"params": params} | ({"optimizer": optimizer} if optimizer else {})
     with _orbax():
         ocp.save_checkpointables(target, jax.tree.map(jnp.asarray, arrays) | {"meta": meta})
-    seal(target)
-
-
-def discard(folder: Path) -> None:
-    """Delete a checkpoint; one that is deleted by half, because the process was killed, does not look like one."""
-    if storage.in_bucket(folder):
-        (folder / SEAL).unlink(missing_ok=True)
-        folder.rmtree(missing_ok=True)
-        return
-    doomed = folder.with_name(f"{folder.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed saves and deletions left in a run's folder. No other process may be saving there."""
-    if storage.in_bucket(folder):
-        storage.Ownership(folder)  # first: a run that was believed lost must not seal what is swept away here
-        begun = {name.split("/")[0] for name in storage.listing(folder) if "/" in name}
-        for name in begun - {str(step) for step in sealed_steps(folder)}:
-            if name.isdigit():
-                discard(folder / name)
-        return
-    for leftover in (*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob("*.deleted")):
-        if leftover.name.split(".")[0].isdigit():
-            shutil.rmtree(leftover, ignore_errors=True)
+    sealed.seal(target)
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -154,66 +123,6 @@ def _orbax() -> ocp.Context:
     context = ocp.Context()
     context.checkpointables.registry = registry
     return context
-
-
-def seal(folder: Path) -> None:
-    """Record a hash of every file. Call when the save is committed; a checkpoint without its seal does not count."""
-    write_atomically(folder / SEAL, json.dumps(_digests(folder)).encode())
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    if storage.in_bucket(folder):
-        return {
-            name: f"md5:{entry.md5}" if entry.md5 else storage.md5(folder / name)
-            for name, entry in storage.listing(folder).items()
-            if name != SEAL
-        }
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL]
-    return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _as_sealed(folder: Path, sealed: Mapping[str, str]) -> bool:
-    """A folder that was copied from a bucket, or to one, has the other place's kind of hashes."""
-    found = _digests(folder) if storage.in_bucket(folder) else {}
-    return all(
-        (found.get(name) or storage.md5(folder / name)) == digest
-        if digest.startswith("md5:")
-        else _digest(folder / name) == digest
-        for name, digest in sealed.items()
-    )
-
-
-def sealed_steps(folder: Path) -> list[int]:
-    """Steps of our own checkpoints in the folder, ascending; whether they are intact is another question."""
-    names = {p.parent.name for p in folder.glob(f"*/{SEAL}")}
-    return sorted(int(name) for name in names if name.isdigit() and name == str(int(name)))
-
-
-def is_intact(folder: Path) -> bool:
-    """Every file that was sealed is there and has its bytes. Files beside them do not matter."""
-    try:
-        sealed = json.loads((folder / SEAL).read_bytes())
-        return bool(sealed) and _as_sealed(folder, sealed)
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, AttributeError, TypeError) as e:  # unreadable, or not the JSON that was written
-        if isinstance(e, OSError) and storage.in_bucket(folder):  # the way there fails: that is no damage
-            raise
-        return False
-
-
-def newest_intact(folder: Path, log: Callable = print0) -> int | None:
-    """The last step whose files are as they were sealed; newer damaged ones are named. None: there is none."""
-    for step in reversed(sealed_steps(folder)):
-        if is_intact(folder / str(step)):
-            return step
-        log(f"WARNING: checkpoint {folder / str(step)} is damaged; using the one before it")
-    return None
 
 
 def read_meta(folder: Path) -> dict:
@@ -268,7 +177,7 @@ class Found:
 def identity(found: Found) -> str:
     """The model's tag and step, with a hash of what tells it from another one there."""
     folder = found.folder / str(found.step)
-    files = [folder / SEAL] if found.ours else [_meta_file(found.folder, found.step)]
+    files = [folder / sealed.SEAL] if found.ours else [_meta_file(found.folder, found.step)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     size = 0 if found.ours else (found.folder / f"model_{found.step:06d}.pt").stat().st_size
     return f"{found.tag}, step {found.step}, {digest[:12]}{f', {size} bytes' if size else ''}"
@@ -291,13 +200,13 @@ def find_model(source: str, model_tag: str | None = None, step: int | None = Non
     if not folder.is_dir():
         tags = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
         raise FileNotFoundError(f"--model-tag={model_tag}: {folder} does not exist; tags in {root}: {tags}")
-    ours, theirs = sealed_steps(folder), _nanochat_steps(folder)
+    ours, theirs = sealed.steps(folder), _nanochat_steps(folder)
     if step is not None:
         if step not in (*ours, *theirs):
             raise FileNotFoundError(f"--model-step={step} is not in {folder}; its steps: {sorted({*ours, *theirs})}")
         ours, theirs = [s for s in ours if s == step], [s for s in theirs if s == step]
     while ours and not (theirs and theirs[-1] > ours[-1]):
-        if is_intact(folder / str(ours[-1])):
+        if sealed.is_intact(folder / str(ours[-1])):
             return Found(folder, ours[-1], True)
         print0(f"WARNING: checkpoint {folder / str(ours.pop())} is damaged and is passed over")
     if theirs:

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from nanochat_jax import checkpoint, config
+from nanochat_jax import checkpoint, config, sealed
 from nanochat_jax.common import base_dir, print0
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.gpt import GPTConfig, window_sizes
@@ -201,7 +201,7 @@ def _check_free(folder: Path, step: int, tokenizer: Tokenizer) -> None:
         raise PermissionError(f"{above} must be a folder that can be written to: choose another with --output")
     if files := sorted(folder.glob(f"*_{step:06d}[._]*")):
         raise FileExistsError(f"{files[0]} is there already: choose another folder with --output or --output-tag")
-    if checkpoint.sealed_steps(folder):  # beside nanochat's files the run could not go on
+    if sealed.steps(folder):  # beside nanochat's files the run could not go on
         raise FileExistsError(f"{folder} holds checkpoints of our own: choose another folder with --output")
     there = folder.parents[1] / "tokenizer"
     if any(there.glob("tokenizer.*")) and Tokenizer.load(there).digest() != tokenizer.digest():

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from nanochat_jax import storage
+from nanochat_jax import sealed, storage
 from nanochat_jax.common import print0
 from nanochat_jax.gpt import SMEAR_CHANNELS, GPTConfig
 from nanochat_jax.safe_pickle import Refused, read_pt
@@ -350,7 +350,7 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         if target.exists() and checkpoint.converted_from(target) != digest:
             raise FileExistsError(f"{target} is another model: remove it, or convert to another folder with --to")
-        if checkpoint.is_intact(target):
+        if sealed.is_intact(target):
             log(f"{target} is there already")
             continue
         config, params, theirs = read_model(folder, step, logit_cap)

@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
-from nanochat_jax import attention, checkpoint, config, optim, processes, storage, train
+from nanochat_jax import attention, checkpoint, config, optim, processes, sealed, storage, train
 from nanochat_jax.common import base_dir, cpu_name, kept_dir, peak_flops, print0, process_index
 from nanochat_jax.gpt import REMAT, GPTConfig
 from nanochat_jax.sharding import row_shards
@@ -202,10 +202,10 @@ class Run:
         except NotImplementedError:  # a file system without locks
             pass
         try:
-            checkpoint.sweep(self.folder)
+            sealed.sweep(self.folder)
             if not self.resumed:
                 for step in claim(self.folder, False, self.cfg.overwrite):
-                    checkpoint.discard(self.folder / str(step))
+                    sealed.discard(self.folder / str(step))
             self._share()
             yield
         finally:
@@ -338,7 +338,7 @@ def open_folder(cfg: Any, stage: str, tag: str, tokenizer, harmless: set[str], l
     )
     storage.check_name(folder)
     going_on = claim(folder, cfg.resume, cfg.overwrite) and cfg.resume
-    step = checkpoint.newest_intact(folder, log) if going_on else None
+    step = sealed.newest_intact(folder, log) if going_on else None
     processes.agree("the folder", {f"the checkpoint to resume in {tag}": step})  # before Orbax makes processes wait
     if going_on:
         if step is None:
@@ -365,7 +365,7 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
             f"{folder} holds checkpoints of nanochat's own: choose another folder with {tag_flag(folder.parent)}"
         )
     config.require(not (resume and overwrite), "--resume and --overwrite contradict each other: give one of them")
-    steps = checkpoint.sealed_steps(folder)
+    steps = sealed.steps(folder)
     if steps and not (resume or overwrite):
         raise FileExistsError(
             f"{folder} holds checkpoints of another run (steps {', '.join(map(str, steps))}): --resume goes on with "

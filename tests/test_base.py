@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import base as stage
-from nanochat_jax import checkpoint, config, optim, scaling, sft
+from nanochat_jax import checkpoint, config, optim, scaling, sealed, sft
 from nanochat_jax.metrics import read_metrics
 from tests import tiny
 
@@ -61,8 +61,8 @@ def trained(base):
 def copy_of(trained, tag, steps):
     """The trained run's folder under another tag, with these of its checkpoints."""
     folder = shutil.copytree(trained[0], trained[0].with_name(tag))
-    for step in set(checkpoint.sealed_steps(folder)) - set(steps):
-        checkpoint.discard(folder / str(step))
+    for step in set(sealed.steps(folder)) - set(steps):
+        sealed.discard(folder / str(step))
     return folder
 
 
@@ -200,7 +200,7 @@ def test_a_damaged_shard_costs_no_step_and_can_be_repaired(base, tmp_path, monke
     argv = flags("--model-tag", "damaged", "--data-dir", "shards", "--num-iterations", "9", "--save-every", "-1")
     assert "shard_00001.parquet, row 0 cannot be rendered: UnicodeDecodeError" in run([*argv, "--eval-every", "-1"])
     checkpoints = base / "base_checkpoints" / "damaged"
-    (step,) = checkpoint.sealed_steps(checkpoints)
+    (step,) = sealed.steps(checkpoints)
     assert step == max(losses(checkpoints)) > 1
     meta = checkpoint.read_meta(checkpoints / str(step))
     assert (meta["shards_reached"], meta["user_config"]["data_dir"]) == (1, str(folder))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, optim, sharding, train
-from nanochat_jax.checkpoint import Found, Saver, find_model, is_intact, load_model, newest_intact, sealed_steps
+from nanochat_jax import checkpoint, optim, sealed, sharding, train
+from nanochat_jax.checkpoint import Found, Saver, find_model, load_model
 from nanochat_jax.gpt import GPT
 from tests import tiny
 
@@ -119,7 +119,7 @@ def test_meta_comes_back_as_it_was(tmp_path, saved):
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
     simple_saves(tmp_path, [1, 2, 30, 4, 100], keep=2)  # 4 after 30: a run that went on from 2
-    assert sealed_steps(tmp_path) == [30, 100]
+    assert sealed.steps(tmp_path) == [30, 100]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["100", "30"]
     with pytest.raises(ValueError, match="--keep-checkpoints must be at least 1, got 0"):
         Saver(tmp_path, 0)
@@ -129,14 +129,14 @@ def test_a_later_damaged_checkpoint_does_not_push_out_the_good_ones(tmp_path):
     simple_saves(tmp_path, [10, 20, 30])
     (tmp_path / "30" / "commit_success.txt").unlink()
     simple_saves(tmp_path, [25], keep=1)
-    assert newest_intact(tmp_path, str) == 25
+    assert sealed.newest_intact(tmp_path, str) == 25
 
 
 def test_a_step_that_is_saved_again_replaces_a_damaged_one(tmp_path):
     simple_saves(tmp_path, [5])
     (tmp_path / "5" / "commit_success.txt").unlink()
     simple_saves(tmp_path, [5])
-    assert is_intact(tmp_path / "5")
+    assert sealed.is_intact(tmp_path / "5")
 
 
 def test_a_failed_background_save_raises_at_the_next_save_or_wait(tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_failed_background_save_raises_at_the_next_save_or_wait(tmp_path, monk
     def full(_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "seal", full)
+    monkeypatch.setattr(sealed, "seal", full)
     for surface in (saver.wait, lambda: saver.save(3, state, {})):
         saver.save(2, state, {})
         with pytest.raises(OSError, match=r"could not be written to .*No space left on device"):
@@ -157,7 +157,7 @@ def test_a_failed_background_save_raises_at_the_next_save_or_wait(tmp_path, monk
     monkeypatch.undo()
     saver.save(2, state, {})
     saver.wait()
-    assert sealed_steps(tmp_path) == [1, 2]
+    assert sealed.steps(tmp_path) == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,54 +168,54 @@ def test_every_flipped_byte_truncation_and_deletion_is_found(tmp_path, saved):
     folder = copy_of(saved[0], tmp_path / "7")
     files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
     kinds = {p.relative_to(folder).parts[0] for p in files}
-    assert kinds == {"params", "optimizer", "meta", "_CHECKPOINT_METADATA", "commit_success.txt", checkpoint.SEAL}
+    assert kinds == {"params", "optimizer", "meta", "_CHECKPOINT_METADATA", "commit_success.txt", sealed.SEAL}
     for path in files:
         good = path.read_bytes()
         flipped = bytearray(good)
         flipped[len(good) // 2] ^= 1
         for bad in (bytes(flipped), good[:-1], b""):
             path.write_bytes(bad)
-            assert not is_intact(folder), (path, len(bad))
+            assert not sealed.is_intact(folder), (path, len(bad))
         path.unlink()
-        assert not is_intact(folder), path
+        assert not sealed.is_intact(folder), path
         path.write_bytes(good)
-        assert is_intact(folder)
+        assert sealed.is_intact(folder)
 
 
 def test_a_seal_that_is_not_one_seals_nothing(tmp_path, saved):
     folder = copy_of(saved[0], tmp_path / "7")
     for data in (b"", b"{}", b"[]", b"3", b'{"meta": 3}', b'{"meta": "x"}', b'{"meta/data.json": null}', b"\xff"):
-        (folder / checkpoint.SEAL).write_bytes(data)
-        assert not is_intact(folder), data
+        (folder / sealed.SEAL).write_bytes(data)
+        assert not sealed.is_intact(folder), data
 
 
 def test_a_file_of_the_users_beside_those_that_were_sealed_does_no_harm(tmp_path, saved):
     folder = copy_of(saved[0], tmp_path / "7")
     (folder / "notes.txt").write_text("my best one")
-    assert is_intact(folder)
+    assert sealed.is_intact(folder)
 
 
 def test_the_newest_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path):
     simple_saves(tmp_path, [1, 2, 10])
     said = []
-    assert newest_intact(tmp_path, said.append) == 10 and not said
+    assert sealed.newest_intact(tmp_path, said.append) == 10 and not said
     (tmp_path / "10" / "meta" / "data.json").write_text('{"step": 11}')
-    assert newest_intact(tmp_path, said.append) == 2
+    assert sealed.newest_intact(tmp_path, said.append) == 2
     assert said == [f"WARNING: checkpoint {tmp_path}/10 is damaged; using the one before it"]
     for step in (1, 2):
         (tmp_path / str(step) / "meta" / "data.json").unlink()
-    assert newest_intact(tmp_path, said.append) is None
+    assert sealed.newest_intact(tmp_path, said.append) is None
 
 
 def test_what_killed_saves_leave_behind_is_ignored_and_swept_away_but_nothing_else(tmp_path):
     simple_saves(tmp_path, [1])
     for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-1700", "4.deleted", "5", "mine.deleted", "notes"):
         (tmp_path / name / "params").mkdir(parents=True)
-    assert sealed_steps(tmp_path) == [1] and newest_intact(tmp_path) == 1
-    checkpoint.sweep(tmp_path)
+    assert sealed.steps(tmp_path) == [1] and sealed.newest_intact(tmp_path) == 1
+    sealed.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "5", "mine.deleted", "notes"]
     simple_saves(tmp_path, [5])
-    assert newest_intact(tmp_path) == 5
+    assert sealed.newest_intact(tmp_path) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

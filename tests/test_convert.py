@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, config, nanochat_import, optim, sft
+from nanochat_jax import checkpoint, config, nanochat_import, optim, sealed, sft
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests import tiny
@@ -90,11 +90,11 @@ def test_a_second_conversion_changes_nothing_and_an_unsealed_or_damaged_half_is_
     nanochat_import.convert(source, to)
     assert f"{target} is there already" in capsys.readouterr().out
     assert contents(to) == before
-    for damage in (checkpoint.SEAL, next((target / "params").glob("*"))):
+    for damage in (sealed.SEAL, next((target / "params").glob("*"))):
         (target / damage).rename(tmp_path / "taken away") if (target / damage).is_file() else shutil.rmtree(damage)
         (target.parent / "7.orbax-checkpoint-tmp-1").mkdir()
         nanochat_import.convert(source, to)
-        assert checkpoint.is_intact(target)
+        assert sealed.is_intact(target)
         assert [p.name for p in target.parent.iterdir()] == ["7"]
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_model_is_named_and_those_before_it_stay(source, tmp_path, mon
     model.write_bytes(model.read_bytes()[:1000])
     message = main(monkeypatch, source, "--to", tmp_path / "ours")
     assert message.startswith(f"error: {model}")
-    assert checkpoint.is_intact(tmp_path / "ours" / "base_checkpoints" / "d2" / "7")
+    assert sealed.is_intact(tmp_path / "ours" / "base_checkpoints" / "d2" / "7")
 
 
 @needs_golden

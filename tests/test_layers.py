@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nanochat_jax"
 
 LAYERS = [  # a module imports its own row and the rows above it, nothing else; a folder is one module
-    {"cluster", "line", "processes", "common", "config", "storage", "sharding", "safe_pickle", "torch_save"},
+    {"cluster", "line", "processes", "common", "config", "storage", "sealed", "sharding", "safe_pickle", "torch_save"},
     {
         *("tokenizer", "calculator", "sandbox", "download", "tasks", "packing", "token_cache", "data", "documents"),
         *("rollouts", "statistics"),

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, cluster, line, practice, processes
+from nanochat_jax import checkpoint, cluster, line, practice, processes, sealed
 from nanochat_jax import runs as runs_module
 from nanochat_jax.engine import Sample, ToolCall
 from nanochat_jax.metrics import read_metrics
@@ -120,7 +120,7 @@ def test_a_lost_process_ends_the_others_by_name_and_a_stopped_one_saves_with_the
     told, at = rng.randrange(2), rng.randint(total // 2 + 1, 3 * total // 4)
     codes, _, runs = interrupted(base, stage, these, told, TERM, at, rng.uniform(0, 0.1))
     assert codes == [143, 143], f"{SEED=}\n{runs.all_output()}"
-    newest = checkpoint.newest_intact(folder)
+    newest = sealed.newest_intact(folder)
     assert f"step {newest:05d} | saving" in runs.output(0) and newest >= at, f"{SEED=}\n{runs.all_output()}"
 
     if stage == "sft":

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nanochat_jax import checkpoint, config, quickstart, rl
+from nanochat_jax import checkpoint, config, quickstart, rl, sealed
 from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
 
@@ -55,9 +55,9 @@ def test_every_stage_runs_and_the_table_ends_it(toured):
     assert titles == ["1", "2", "3", "4", "5"]
     assert re.findall(r"^│ ([a-zA-Z ]+?) +│ \d", out, re.MULTILINE) == ["base model", "after SFT", "after RL"]
     assert "Who are you?" in out and "/quickstart-1" in out
-    assert checkpoint.sealed_steps(folder / "base_checkpoints/d2") == [2]
-    assert checkpoint.sealed_steps(folder / "chatsft_checkpoints/d2") == [2]
-    assert checkpoint.sealed_steps(folder / "chatrl_checkpoints/d2") == [2]
+    assert sealed.steps(folder / "base_checkpoints/d2") == [2]
+    assert sealed.steps(folder / "chatsft_checkpoints/d2") == [2]
+    assert sealed.steps(folder / "chatrl_checkpoints/d2") == [2]
     log = (folder / "log.txt").read_text()
     commands = re.findall(r"^\$ (.*)$", log, re.MULTILINE)
     typed = [shlex.split(command) for command in commands]

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, config, rl
+from nanochat_jax import checkpoint, config, rl, sealed
 from nanochat_jax.engine import Engine
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.practice import Exercises, Practice, plan_shape
@@ -381,7 +381,7 @@ def test_a_signal_during_rollouts_saves_the_step_before_at_once(base, trained, m
     monkeypatch.setattr(Engine, "generate", interrupted)
     code, printed = run("--output-tag", "term", "--save-every", "2", "--log-rollouts", "1")
     assert code == 128 + signal.SIGTERM, printed
-    assert checkpoint.sealed_steps(folder) == [2, 3] and steps[-1] == 3
+    assert sealed.steps(folder) == [2, 3] and steps[-1] == 3
     monkeypatch.setattr(Engine, "generate", generate)
     code, printed = run("--resume", "--output-tag", "term")
     assert code == 0 and "from step 3" in printed, printed
@@ -452,7 +452,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(argv, sentence, monkeypatch
 def test_a_run_does_not_delete_the_model_that_it_starts_from(trained):
     code, _ = run("--source", "rl", "--model-tag", "trained", "--output-tag", "trained", "--overwrite")
     assert "choose another folder for this run with --output-tag" in code
-    assert checkpoint.sealed_steps(trained[0]) == [2, 4]
+    assert sealed.steps(trained[0]) == [2, 4]
 
 
 def test_another_objective_is_not_a_resume(trained):

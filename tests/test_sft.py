@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, config, sft
+from nanochat_jax import checkpoint, config, sealed, sft
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.runs import start_device
 from nanochat_jax.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def test_metrics_say_the_same_as_the_console(trained):
 
 def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
     folder = trained[0]
-    assert checkpoint.sealed_steps(folder) == [2, 3]
+    assert sealed.steps(folder) == [2, 3]
     meta = checkpoint.read_meta(folder / "3")
     assert (meta["step"], meta["rows_consumed"], meta["total_steps"]) == (3, 24, 3)
     assert meta["user_config"]["matrix_lr"] == 0.03 and meta["user_config"]["max_seq_len"] == 64
@@ -152,7 +152,7 @@ def test_a_run_that_is_done_can_be_resumed_and_has_nothing_to_do(base, trained, 
     out = capsys.readouterr().out
     assert f"Resuming {folder} from step 3" in out and "All 3 steps are done already" in out
     assert "Inherited num_iterations=3 from the checkpoint" in out  # what is not given is the run's own
-    assert checkpoint.sealed_steps(folder) == [2, 3]
+    assert sealed.steps(folder) == [2, 3]
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, trained):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, common, documents, nanochat_import, report, rollouts, runs, sft, storage
+from nanochat_jax import checkpoint, common, documents, nanochat_import, report, rollouts, runs, sealed, sft, storage
 from nanochat_jax import eval as nanochat_eval
 from nanochat_jax.metrics import MetricsLog, read_metrics
 from nanochat_jax.tasks.hub import find_file, split_files
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_written_found_and_restored_in_the_bucket_bit_for_bit(cl
     saver = checkpoint.Saver(folder, keep=1)
     save(saver, 1, state)
     save(saver, 2, state)
-    assert checkpoint.sealed_steps(folder) == [2] == [checkpoint.newest_intact(folder)]
+    assert sealed.steps(folder) == [2] == [sealed.newest_intact(folder)]
     assert not cloud.names("bucket", "base/chatsft_checkpoints/d2/1/")
     found = checkpoint.find_model("sft")
     assert str(found) == "gs://bucket/base/chatsft_checkpoints/d2/2" and checkpoint.peek_meta(found)["step"] == 2
@@ -114,12 +114,12 @@ def test_what_a_killed_save_has_left_is_no_checkpoint_and_is_swept(cloud, state)
     assert len(whole) > 10
     for last in sorted(whole):  # with any object missing
         cloud.objects["bucket"].pop(last)
-        assert checkpoint.newest_intact(folder, lambda _: None) == 1
+        assert sealed.newest_intact(folder, lambda _: None) == 1
         cloud.put("bucket", last, whole[last])
-    assert checkpoint.newest_intact(folder) == 2
+    assert sealed.newest_intact(folder) == 2
     cloud.objects["bucket"].pop("base/chatsft_checkpoints/d2/2/INTEGRITY.json")
-    checkpoint.sweep(folder)
-    assert not cloud.names("bucket", "base/chatsft_checkpoints/d2/2/") and checkpoint.newest_intact(folder) == 1
+    sealed.sweep(folder)
+    assert not cloud.names("bucket", "base/chatsft_checkpoints/d2/2/") and sealed.newest_intact(folder) == 1
 
 
 def test_an_object_that_was_replaced_makes_the_checkpoint_damaged_and_a_service_that_fails_does_not(cloud, state):
@@ -127,11 +127,11 @@ def test_an_object_that_was_replaced_makes_the_checkpoint_damaged_and_a_service_
     save(checkpoint.Saver(folder), 1, state)
     cloud.refuse = 403
     with pytest.raises(OSError, match="Forbidden"):
-        checkpoint.is_intact(folder / "1")
+        sealed.is_intact(folder / "1")
     cloud.refuse = None
-    assert checkpoint.is_intact(folder / "1")
+    assert sealed.is_intact(folder / "1")
     cloud.put("bucket", "base/chatsft_checkpoints/d2/1/meta/data.json", b"{}")
-    assert not checkpoint.is_intact(folder / "1")
+    assert not sealed.is_intact(folder / "1")
 
 
 def test_checkpoints_are_copied_from_the_bucket_to_a_disk_and_back(cloud, state, tmp_path):
@@ -140,7 +140,7 @@ def test_checkpoints_are_copied_from_the_bucket_to_a_disk_and_back(cloud, state,
     assert checkpoint.find_model("sft", base=here).step == 1
     damaged = here / "chatsft_checkpoints" / "d2" / "1" / "meta" / "data.json"
     damaged.write_bytes(damaged.read_bytes().replace(b"1", b"2"))
-    assert not checkpoint.is_intact(damaged.parents[1])
+    assert not sealed.is_intact(damaged.parents[1])
     put(cloud, tiny.write_base(tmp_path / "made").parents[2], "base")
     assert str(checkpoint.find_model("base")) == "gs://bucket/base/base_checkpoints/d2/7"
 
@@ -152,7 +152,7 @@ def test_the_run_that_started_last_owns_the_folder(cloud, state):
     save(checkpoint.Saver(folder), 2, state)
     with pytest.raises(OSError, match="another run has started in gs://bucket/base/chatsft_checkpoints/d2: this one"):
         lost.save(2, state[0], state[1])
-    assert checkpoint.newest_intact(folder) == 2
+    assert sealed.newest_intact(folder) == 2
 
 
 def test_nanochat_s_own_checkpoints_are_fetched(cloud, tmp_path):
@@ -410,7 +410,7 @@ def test_a_run_killed_in_the_middle_of_an_upload_goes_on_bit_for_bit_on_another_
     running.append(process)
     ended(process, -9)
     left = cloud.names("bucket", "base/chatsft_checkpoints/killed/4/")
-    assert left and not any(name.endswith(("commit_success.txt", checkpoint.SEAL)) for name in left)
+    assert left and not any(name.endswith(("commit_success.txt", sealed.SEAL)) for name in left)
     shutil.rmtree(tmp_path / "first")
     output = ended(start(tmp_path / "second", "killed", ["--resume"]))
     assert "Resuming gs://bucket/base/chatsft_checkpoints/killed from step 2" in output

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from nanochat_jax import checkpoint
+from nanochat_jax import checkpoint, sealed
 from nanochat_jax.documents import Documents, find_shards
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.tokenizer import train_tokenizer
@@ -57,7 +57,7 @@ def main(
         "tokens_per_second": round(speeds[len(speeds) // 2]),
         "tokenizer_seconds": round(tokenizer_seconds, 1),
         "training_seconds": round(time.perf_counter() - began, 1),
-        "checkpoint": str(folder / str(checkpoint.newest_intact(folder))),
+        "checkpoint": str(folder / str(sealed.newest_intact(folder))),
         "settings": checkpoint.read_meta(folder / str(num_iterations))["user_config"],
     }
     print(json.dumps(result))
