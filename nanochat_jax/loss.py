@@ -111,11 +111,7 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
     rows, split = P(axes), {None: P(), 0: P("data"), 1: P(None, "data")}[side]
     out_specs = ((P(), rows), (rows, split) if with_gradient else None)
     sharded = jax.shard_map(
-        local,
-        in_specs=(rows, P(), rows, rows),
-        out_specs=out_specs,
-        axis_names={axes} if isinstance(axes, str) else set(axes),
-        check_vma=False,
+        local, in_specs=(rows, P(), rows, rows), out_specs=out_specs, axis_names=set(axes), check_vma=False
     )
     return sharded(x, lm_head, targets, aux)
 
