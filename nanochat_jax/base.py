@@ -14,19 +14,10 @@ from nanochat_jax import checkpoint, config, documents, optim, preflight, proces
 from nanochat_jax.attention import check as check_attention
 from nanochat_jax.common import base_dir, kept_dir, print0
 from nanochat_jax.config import Maybe, Preflight
+from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loop import Measurement, train_on, validation
-from nanochat_jax.runs import (
-    Run,
-    agreed,
-    check_settings,
-    choose_attention,
-    compute_dtype,
-    describe_device,
-    open_folder,
-    plan_batches,
-    start_device,
-)
+from nanochat_jax.runs import Run, agreed, check_settings, open_folder, plan_batches
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -41,7 +32,7 @@ class BaseConfig:
     attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
     remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
     preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2 or replica=2,data=4; default: data
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2 or replica=2,data=4; default: all on data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
     verbose: bool = False  # print how every parameter is split over the devices
     coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)

@@ -28,8 +28,9 @@ from rich.text import Text
 from nanochat_jax import checkpoint, config
 from nanochat_jax.common import base_dir
 from nanochat_jax.config import Maybe, require
+from nanochat_jax.device import compute_dtype, start_device
 from nanochat_jax.engine import Engine, Sampling, text_pieces
-from nanochat_jax.runs import check_tokenizer, compute_dtype, start_device
+from nanochat_jax.runs import check_tokenizer
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible

@@ -16,7 +16,7 @@ from nanochat_jax import processes
 from nanochat_jax.chatcore import answer_text, told
 from nanochat_jax.data import Batch, shuffled
 from nanochat_jax.engine import Engine, Sample, Sampling, ToolCall
-from nanochat_jax.loop import Interrupted, Signals
+from nanochat_jax.interruption import Interrupted, Signals
 from nanochat_jax.metrics import Reporter, SmoothedLoss
 from nanochat_jax.objective import MAX_REWARD, Objective, advantages
 from nanochat_jax.rollouts import RolloutLog, most_rows, nanochat_rows, packed_rows, step_statistics

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from nanochat_jax import checkpoint, config, optim, scaling
 from nanochat_jax.common import base_dir, print0
 from nanochat_jax.decode import Programs
+from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.engine import OWN_STEP, PROMPT_STEP, arrange, ladder
 from nanochat_jax.gpt import GPTConfig, abstract_gpt, parameter_counts
 from nanochat_jax.loss import summed_token_loss, weighted_nll
@@ -26,7 +27,7 @@ from nanochat_jax.memory import (
     device_memory,
     is_out_of_memory,
 )
-from nanochat_jax.runs import Batches, Run, choose_attention, compute_dtype, describe_device, start_device
+from nanochat_jax.runs import Batches, Run
 from nanochat_jax.sharding import batch_sharding, make_mesh, row_axes, row_shards
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import abstract_state, make_train_step

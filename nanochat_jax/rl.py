@@ -19,21 +19,15 @@ from nanochat_jax.attention import check as check_attention
 from nanochat_jax.chatcore import Problems, answer_text, judge, prepare
 from nanochat_jax.common import base_dir, print0
 from nanochat_jax.config import Maybe, Preflight, require
+from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.engine import Engine, Sampling
-from nanochat_jax.loop import Interrupted, Loop, Measurement, Signals, explaining_memory, session
+from nanochat_jax.interruption import Interrupted, Signals
+from nanochat_jax.loop import Loop, Measurement, explaining_memory, session
 from nanochat_jax.metrics import SmoothedLoss
 from nanochat_jax.objective import ADVANTAGES, Objective, make_score
 from nanochat_jax.practice import RESAMPLE_ROUNDS, Exercises, Practice, plan_shape
 from nanochat_jax.rollouts import RolloutLog
-from nanochat_jax.runs import (
-    Run,
-    check_settings,
-    choose_attention,
-    compute_dtype,
-    describe_device,
-    open_run,
-    start_device,
-)
+from nanochat_jax.runs import Run, check_settings, open_run
 from nanochat_jax.statistics import pass_at_k
 from nanochat_jax.tasks import GSM8K, Arithmetic, SpellingBee, Task, load_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -51,7 +45,7 @@ class RLConfig:
     attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
     remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
     preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2 or replica=2,data=4; default: data
+    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2 or replica=2,data=4; default: all on data
     replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
     verbose: bool = False  # print how every parameter is split over the devices
     coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)

@@ -20,8 +20,8 @@ from nanochat_jax import eval as eval_stage
 from nanochat_jax.attention import NAMES, Shapes, attention, check, choice, choose
 from nanochat_jax.attention.sharded import sharded
 from nanochat_jax.attention.splash import splash
+from nanochat_jax.device import choose_attention
 from nanochat_jax.gpt import abstract_gpt
-from nanochat_jax.runs import choose_attention
 from nanochat_jax.sharding import make_mesh
 from tests import tiny
 

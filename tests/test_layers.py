@@ -21,7 +21,7 @@ LAYERS = [  # a module imports its own row and the rows above it, nothing else; 
     },
     {"attention", "gpt", "loss", "muon", "optim", "scaling", "objective", "sampling"},
     {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "decode", "engine", "memory"},
-    {"evals", "chatcore", "metrics", "report", "runs", "loop", "practice", "preflight"},
+    {"evals", "chatcore", "metrics", "report", "device", "runs", "interruption", "loop", "practice", "preflight"},
     {"base", "sft", "rl", "eval", "chat", "quickstart"},
 ]
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax import checkpoint, config, sealed, sft
+from nanochat_jax.device import start_device
 from nanochat_jax.metrics import read_metrics
-from nanochat_jax.runs import start_device
 from nanochat_jax.tokenizer import Tokenizer
 from tests import tiny
 
