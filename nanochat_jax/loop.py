@@ -166,7 +166,8 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
         tx = optim.make_optimizer(run.groups, dtype)
         abstract = abstract_state(run.model_config, tx, mesh, cfg.replicate)
         lines, notes = table(abstract.params, mesh, cfg.replicate)
-        notes += [] if cfg.replicate else replicas_note(run.model_config.n_embd, mesh)
+        asked = cfg.replicate or "replica" in (cfg.mesh or "")
+        notes += [] if asked else replicas_note(run.model_config.n_embd, mesh)
         notes += heads_note(run.model_config.n_kv_head, mesh)
         notes += pages_note(mesh.devices.flat[0].platform)
         for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:

@@ -209,9 +209,9 @@ def test_heads_that_the_model_axis_does_not_divide_are_told_of():
 
 def test_replicas_that_nobody_asked_for_are_told_of():
     (note,) = sharding.replicas_note(60, sharding.make_mesh("", n_embd=60))
-    assert note.startswith("60 channels are no multiple of 8 devices, so parameters are split over 4 and kept 2 times")
-    assert sharding.replicas_note(64, sharding.make_mesh("replica=2")) == []
-    assert sharding.replicas_note(60, sharding.make_mesh("data=8")) == []
+    assert note.startswith("60 channels are not 8 equal parts of 8 or more, so parameters are split over 4 devices")
+    assert note.endswith("kept 2 times: --mesh replica=2,data=4")
+    assert sharding.replicas_note(64, sharding.make_mesh("", n_embd=64)) == []
 
 
 def test_a_process_holds_whole_rows_of_a_batch():

@@ -170,7 +170,8 @@ def test_a_width_that_the_devices_do_not_divide_is_split_over_as_many_as_divide_
     assert shape(60) == {"replica": 2, "data": 4, "model": 1}
     assert shape(60, "model=2") == {"data": 4, "model": 2}
     assert shape(62, "model=2") == {"replica": 2, "data": 2, "model": 2}
-    assert shape(63) == {"replica": 8, "data": 1, "model": 1}
+    assert shape(63) == shape(4) == {"replica": 8, "data": 1, "model": 1}
+    assert shape(32) == {"replica": 2, "data": 4, "model": 1}, "8 channels each at least"
     assert shape(60, "data=8") == {"data": 8, "model": 1}, "what is asked for is not changed"
     assert shape(60, "replica=4") == {"replica": 4, "data": 2, "model": 1}
 
