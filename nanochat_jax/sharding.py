@@ -17,9 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 P = PartitionSpec
 
-# Channels that a device holds at least of a matrix, on a mesh that is chosen here: TPUs keep arrays in tiles of 8 rows.
-# With 5 each, a step of depth 20 on 256 v5e chips was predicted to take 84 to 120 ms, with 10 each 47 to 93 ms.
-MIN_PART = 8
+MIN_PART = (
+    8  # channels that a device holds at least of a matrix, on a mesh that is chosen here: a TPU's tile has 8 rows
+)
+MANY = 64  # devices from which on such a mesh has two replicas at least
 
 # Parameter path -> mesh axes of a (out, in) matrix. To try another strategy, edit this table and nothing else.
 PARAM_SPECS = [
@@ -59,11 +60,10 @@ def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
     """A mesh with axes data and model, and before them replica where that is not 1. spec: "" (all devices on data),
     "data=8", "data=4,model=2", "replica=2,data=4".
 
-    What is not given is 1 for replica and model, and all that is left for data. With a width n_embd, where neither
-    replica nor data are given, data is the largest part of that which splits the width into equal parts of MIN_PART
-    channels or more (2,176 channels on 256 devices: replica=2,data=128). The devices of a process are neighbours, so
-    that it holds whole rows of a batch. ValueError: the flag's form, too few devices, or a model axis that tears
-    processes."""
+    What is not given is 1 for replica and model, and all that is left for data; with a width n_embd, where neither
+    replica nor data are given, `suiting` divides that among the two. The devices of a process are neighbours, so that
+    it holds whole rows of a batch. ValueError: the flag's form, too few devices, or a model axis that tears processes.
+    """
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices
     sizes = {"replica": None, "data": None, "model": None}
     for part in filter(None, spec.replace(" ", "").split(",")):
@@ -75,9 +75,7 @@ def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
     replica = sizes["replica"] or 1
     data = sizes["data"] or max(1, len(devices) // (model * replica))
     if n_embd and not sizes["data"] and not sizes["replica"]:
-        fitting = (n for n in range(data, 0, -1) if data % n == 0 and n_embd % n == 0 and n_embd // n >= MIN_PART)
-        part = next(fitting, 1)
-        replica, data = data // part, part
+        replica, data = suiting(n_embd, data)
     size = replica * data * model
     local = sum(device.process_index == jax.process_index() for device in devices)
     if size > len(devices) or (local < len(devices) and size != len(devices)):
@@ -90,6 +88,19 @@ def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
         del shape["replica"]
     grid = np.asarray(devices[:size]).reshape(*shape.values())
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def suiting(n_embd: int, devices: int) -> tuple[int, int]:
+    """(replica, data) for so many devices and a model of this width: as many parts as possible, of MIN_PART channels or
+    more and all alike, since what does not divide is not split; and on MANY devices at least two replicas.
+
+    By prediction (tools/scaling.py): across whole slices of 64 chips and more, XLA for TPU makes all-reduces of gathers
+    and scatters, across half of one it does not. Depth 20 on 256 v5e chips: data=256, 5 channels each, 84 to 120 ms a
+    step; replica=2 47 to 93, replica=4 58 to 109. On 64: data=64 191 to 272, replica=2 167 to 234."""
+    most = devices if devices < MANY else devices // 2
+    fitting = (n for n in range(most, 0, -1) if devices % n == 0 and n_embd % n == 0 and n_embd // n >= MIN_PART)
+    data = next(fitting, 1)
+    return devices // data, data
 
 
 def row_axes(mesh: Any = None) -> tuple[str, ...]:
@@ -166,13 +177,13 @@ def heads_note(n_kv_head: int, mesh: Mesh) -> list[str]:
 
 
 def replicas_note(n_embd: int, mesh: Mesh) -> list[str]:
-    """What to tell of a mesh that `make_mesh` has given replicas for the width's sake, if it has."""
+    """What to tell of a mesh that has replicas by `suiting`, if so."""
     if "replica" not in mesh.shape:
         return []
     replica, data = mesh.shape["replica"], mesh.shape["data"]
     return [
-        f"{n_embd} channels are not {replica * data} equal parts of {MIN_PART} or more, so parameters are split over "
-        f"{data} devices and kept {replica} times: --mesh replica={replica},data={data}"
+        f"parameters are split over {data} devices and kept {replica} times (--mesh replica={replica},data={data}), "
+        f"which suits {n_embd} channels on {replica * data} devices"
     ]
 
 

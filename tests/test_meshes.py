@@ -209,8 +209,7 @@ def test_heads_that_the_model_axis_does_not_divide_are_told_of():
 
 def test_replicas_that_nobody_asked_for_are_told_of():
     (note,) = sharding.replicas_note(60, sharding.make_mesh("", n_embd=60))
-    assert note.startswith("60 channels are not 8 equal parts of 8 or more, so parameters are split over 4 devices")
-    assert note.endswith("kept 2 times: --mesh replica=2,data=4")
+    assert note.startswith("parameters are split over 4 devices and kept 2 times (--mesh replica=2,data=4)")
     assert sharding.replicas_note(64, sharding.make_mesh("", n_embd=64)) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.optim import default_groups, make_optimizer
-from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, to_global
+from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, suiting, to_global
 from nanochat_jax.train import abstract_state, init_state, make_train_step, place, random_state
 from tests.models import DESCENT, random_batch, random_params, tiny_config
 
@@ -162,7 +162,7 @@ def test_a_mesh_that_cannot_be_built_is_refused():
     assert dict(make_mesh("replica=2").shape) == {"replica": 2, "data": 4, "model": 1}
 
 
-def test_a_width_that_the_devices_do_not_divide_is_split_over_as_many_as_divide_it():
+def test_a_mesh_is_chosen_by_the_width_where_it_is_not_given():
     def shape(n_embd, spec=""):
         return dict(make_mesh(spec, n_embd=n_embd).shape)
 
@@ -170,10 +170,20 @@ def test_a_width_that_the_devices_do_not_divide_is_split_over_as_many_as_divide_
     assert shape(60) == {"replica": 2, "data": 4, "model": 1}
     assert shape(60, "model=2") == {"data": 4, "model": 2}
     assert shape(62, "model=2") == {"replica": 2, "data": 2, "model": 2}
-    assert shape(63) == shape(4) == {"replica": 8, "data": 1, "model": 1}
-    assert shape(32) == {"replica": 2, "data": 4, "model": 1}, "8 channels each at least"
     assert shape(60, "data=8") == {"data": 8, "model": 1}, "what is asked for is not changed"
     assert shape(60, "replica=4") == {"replica": 4, "data": 2, "model": 1}
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "devices", "expected"),
+    [
+        *((1280, 8, (1, 8)), (2176, 8, (1, 8)), (768, 6, (1, 6)), (1280, 32, (1, 32))),
+        *((63, 8, (8, 1)), (4, 8, (8, 1)), (32, 8, (2, 4)), (512, 6, (3, 2)), (1, 1, (1, 1))),  # equal parts of 8
+        *((1280, 64, (2, 32)), (1280, 256, (2, 128)), (2176, 256, (2, 128)), (1664, 1024, (8, 128))),
+    ],
+)
+def test_the_parts_of_a_matrix_are_as_many_as_suit_its_width(n_embd, devices, expected):
+    assert suiting(n_embd, devices) == expected
 
 
 def test_an_array_of_another_shape_is_named():
