@@ -37,6 +37,11 @@ def between(low: float, high: float, form: str = "{:,.0f}") -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def thousands(line: dict[str, Any]) -> str:
+    """Of tokens a second."""
+    return between(*(rate / 1000 for rate in line["tokens_per_second"]))
+
+
 def row(line: dict[str, Any]) -> list[str]:
     """A line's cells."""
     _, name, *mesh = line["case"].split(":")
@@ -52,18 +57,18 @@ def row(line: dict[str, Any]) -> list[str]:
     named = [f"{name} {sent[kind] / MIB:,.0f}" for kind, name in KINDS.items() if sent.get(kind, 0) >= MIB / 2]
     cells.append(", ".join(named + [f"other {small / MIB:,.0f}"] * (small >= MIB / 2)) or "less than 1")
     seconds, percent = line["seconds"], [100 * x for x in line["mfu"]]
-    cells += [between(1e3 * seconds["at_least"], 1e3 * seconds["at_most"]), between(*line["tokens_per_second"])]
+    cells += [between(1e3 * seconds["at_least"], 1e3 * seconds["at_most"]), thousands(line)]
     cells.append(between(*percent))
     rl = line["rl"]
     if "seconds" not in rl:
         return [*cells, "does not fit", ""]
     ends = rl["seconds"]["at_least"], rl["seconds"]["at_most"]
     fits = "" if rl["fits"] else ": **does not fit**"
-    return [*cells, between(*ends, "{:,.1f}") + fits, between(*rl["tokens_per_second"])]
+    return [*cells, between(*ends, "{:,.1f}") + fits, thousands(rl)]
 
 
 HEAD = ("model, slice", "mesh", "passes x rows, remat", "GiB a chip", "MiB a chip sends in a step", "ms a step")
-HEAD = (*HEAD, "tokens/s", "MFU %", "RL: s a step", "RL: new tokens/s")
+HEAD = (*HEAD, "thousand tokens/s", "MFU %", "RL: s a step", "RL: thousand new tokens/s")
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
