@@ -13,7 +13,7 @@ from pathlib import Path
 from nanochat_jax import checkpoint, config, documents, optim, preflight, processes, scaling, sealed, sharding
 from nanochat_jax.attention import check as check_attention
 from nanochat_jax.common import base_dir, kept_dir, print0
-from nanochat_jax.config import Maybe, Preflight
+from nanochat_jax.config import Maybe, StageConfig
 from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loop import Measurement, train_on, validation
@@ -22,26 +22,11 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseConfig:
+class BaseConfig(StageConfig):
     """Pretrain a model on documents. Everything follows from --depth; the other defaults are nanochat's."""
 
-    # where and what
-    run: str = "dummy"  # name of the run; "dummy" = no wandb
-    device_type: str = "auto"  # auto, cuda, tpu or cpu
-    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
-    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
-    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
-    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number
-    replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
-    verbose: bool = False  # print how every parameter is split over the devices
-    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
-    num_processes: Maybe[int] = None  # how many there are
-    process_id: Maybe[int] = None  # which one this is, from 0
+    # which model and run
     model_tag: Maybe[str] = None  # folder under base_checkpoints; default: d<depth>
-    resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
-    overwrite: bool = False  # delete the checkpoints that an earlier run left in the folder
-    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
     seed: int = 42  # first weights, and the order of the documents from the second epoch on
     # model
     depth: int = 20  # layers: the dial that decides everything else
@@ -260,7 +245,8 @@ def samples(run: Run, tokenizer: Tokenizer, mesh, **how) -> Measurement:
     def measure(params):
         if not prompts:
             return {}
-        from nanochat_jax.engine import Engine, Sampling
+        from nanochat_jax.engine import Engine
+        from nanochat_jax.samples import Sampling
 
         engine = Engine(run.model_config, tokenizer, sharding.own_devices(mesh), tools=False, **how)
         with engine.holding(params, mesh):

@@ -29,8 +29,9 @@ from nanochat_jax import checkpoint, config
 from nanochat_jax.common import base_dir
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.device import compute_dtype, start_device
-from nanochat_jax.engine import Engine, Sampling, text_pieces
+from nanochat_jax.engine import Engine, text_pieces
 from nanochat_jax.runs import check_tokenizer
+from nanochat_jax.samples import Sampling
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible
@@ -215,7 +216,7 @@ class Chat:
         except KeyboardInterrupt:
             stopped = True
         self.write("\n")
-        ended = not self.engine.ends.isdisjoint(answer.tokens[-1:])
+        ended = not self.engine.marks.ends.isdisjoint(answer.tokens[-1:])
         if answer.tokens:
             self.history.add(question, answer.kept(ended))
         if stopped:

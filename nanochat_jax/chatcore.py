@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from nanochat_jax import processes, sandbox
 from nanochat_jax.common import print0
-from nanochat_jax.engine import Engine, Sample, Sampling
+from nanochat_jax.engine import Engine
 from nanochat_jax.evals import make_letter_logits
 from nanochat_jax.gpt import GPTConfig
 from nanochat_jax.loop import Measurement
+from nanochat_jax.samples import Sample, Sampling
 from nanochat_jax.sharding import own_copy, own_devices
 from nanochat_jax.statistics import Share, pass_at_k
 from nanochat_jax.tasks import ARC, GSM8K, MMLU, Arithmetic, HumanEval, SimpleSpelling, SpellingBee, Task, load_task

@@ -54,6 +54,28 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     return PrimitiveConstructorSpec(1, "PATH", read, lambda value: isinstance(value, Path), lambda path: [str(path)])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The settings that base, sft and rl have in common."""
+
+    # where and how
+    run: str = "dummy"  # name of the run; "dummy" = no wandb
+    device_type: str = "auto"  # auto, cuda, tpu or cpu
+    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
+    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
+    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
+    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
+    mesh: Maybe[str] = None  # devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number
+    replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
+    verbose: bool = False  # print how every parameter is split over the devices
+    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
+    num_processes: Maybe[int] = None  # how many there are
+    process_id: Maybe[int] = None  # which one this is, from 0
+    resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
+    overwrite: bool = False  # delete the checkpoints that an earlier run left in the folder
+    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
+
+
 def holds_paths(kind: Any) -> bool:
     """Whether a field of this type is a path, perhaps None, or several."""
     return kind is Path or any(map(holds_paths, get_args(kind)))

@@ -3,9 +3,6 @@
 The device runs calls of `chunk` tokens (see `decode`); between two of them the host looks at what came: it answers the
 rows that closed a calculator block, takes away finished samples and gives their rows to the next ones. Nothing else
 travels, and what a row computes does not depend on its neighbours.
-
-Facts of nanochat (its Engine, 2026): a result is forced as output_start, text, output_end; a token sampled where a
-forced one is due is thrown away; assistant_end and bos end a sample, also inside a block; forced tokens count as new.
 """
 
 import codecs
@@ -13,64 +10,21 @@ import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.calculator import calculate
 from nanochat_jax.decode import Programs, empty_table
 from nanochat_jax.gpt import GPTConfig
+from nanochat_jax.samples import Marks, Row, Sample, Sampling
 from nanochat_jax.sharding import own_copy
 
 PREFILL_TOKENS = 2048  # per device and call
 PROMPT_STEP, OWN_STEP = 16, 32  # the least sizes of the parts that hold keys and values; finer means more programs
 MIN_SHARED = 4  # rows of a group where there are more samples than slots: a long sample holds up 3 others at most
 STREAM_CHUNK = 4
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw: temperature 0 is greedy, top_k 0 no limit; max_new_tokens counts forced tokens too."""
-
-    temperature: float = 1.0
-    top_k: int = 50
-    max_new_tokens: int = 256
-
-    def __post_init__(self):
-        for holds, sentence in (
-            (0 <= self.temperature <= 1e30, f"--temperature must be a number from 0 to 1e30, got {self.temperature}"),
-            (_whole(self.top_k, 0), f"--top-k must be at least 1, or 0 for no limit, got {self.top_k}"),
-            (_whole(self.max_new_tokens, 1), f"--max-new-tokens must be at least 1, got {self.max_new_tokens}"),
-        ):
-            if not holds:
-                raise ValueError(sentence)
-
-
-def _whole(value, least: int) -> bool:
-    return isinstance(value, int | np.integer) and value >= least
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """What stood in a calculator block, and the text that was forced in answer; None: refused, nothing forced."""
-
-    expression: str
-    result: str | None
-
-
-@dataclass
-class Sample:
-    """A prompt's continuation. An end token that was sampled is its last."""
-
-    tokens: np.ndarray  # int32 [n]
-    mask: np.ndarray  # uint8 [n]: 1 sampled, 0 forced
-    logprobs: np.ndarray  # float32 [n]: of a sampled token, under the distribution it was drawn from; 0 where forced
-    policy_logprobs: np.ndarray  # the same, under the model's own distribution: temperature 1, no limit
-    ended: bool  # by an end token; False: cut at max_new_tokens or at the context's end
-    tool_calls: list[ToolCall]
 
 
 class Engine:
@@ -101,13 +55,10 @@ class Engine:
         for name, value in {"slots": slots, "chunk": chunk, "context": context, "prompt_tokens": prompt_tokens}.items():
             if value is not None and value < 1:
                 raise ValueError(f"the engine's {name} must be at least 1, got {value}")
-        self.config, self.tokenizer, self.mesh, self.slots, self.tools = model_config, tokenizer, mesh, slots, tools
+        self.config, self.tokenizer, self.mesh, self.slots = model_config, tokenizer, mesh, slots
         self.context = 10 * model_config.sequence_len if context is None else context
-        self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
-        self.block = tuple(tokenizer.special(f"<|python_{side}|>") for side in ("start", "end"))
-        self.output = tuple(tokenizer.special(f"<|output_{side}|>") for side in ("start", "end"))
-        how = {"dtype": dtype, "attention": attention}
-        how |= {"ends": sorted(self.ends), "block": self.block if tools else None}
+        self.marks = Marks(tokenizer, tools)
+        how = {"dtype": dtype, "attention": attention, "ends": sorted(self.marks.ends), "block": self.marks.block}
         self._batch, self._stream = (
             Programs(model_config, mesh, chunk=n, **how) for n in (chunk, min(chunk, STREAM_CHUNK))
         )
@@ -201,71 +152,6 @@ def text_pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
         yield piece
 
 
-@dataclass
-class _Row:
-    """A sample in progress: what it has so far, and the tokens that will be forced next."""
-
-    engine: Engine
-    prompt: int
-    sample: int
-    room: int  # tokens that may still come
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    policy_logprobs: list[float] = field(default_factory=list)
-    queue: list[int] = field(default_factory=list)
-    calls: list[ToolCall] = field(default_factory=list)
-    block: list[int] | None = None  # tokens since python_start
-    ended: bool = False
-
-    @property
-    def finished(self) -> bool:
-        return self.ended or self.room == 0
-
-    def extend(self, tokens: list[int], logprobs: list[float], policy_logprobs: list[float]) -> None:
-        """Take a call's tokens; of these the queue's come first."""
-        forced = min(len(self.queue), len(tokens))
-        del self.queue[:forced]
-        self.tokens += tokens
-        self.logprobs += logprobs
-        self.policy_logprobs += policy_logprobs
-        self.mask += [0] * forced + [1] * (len(tokens) - forced)
-        self.room -= len(tokens)
-        self.ended = len(tokens) > forced and tokens[-1] in self.engine.ends
-        if self.engine.tools:
-            for token in tokens:
-                self._watch(token)
-
-    def _watch(self, token: int) -> None:
-        """Collect what stands in a block, and answer it where it closes."""
-        start, end = self.engine.block
-        if token == start:
-            self.block = []
-        elif token == end:
-            if self.block:
-                self._call(self.engine.tokenizer.decode(self.block))
-            self.block = None
-        elif self.block is not None:
-            self.block.append(token)
-
-    def _call(self, expression: str) -> None:
-        result = calculate(expression)
-        self.calls.append(ToolCall(expression, result))
-        if result is not None:
-            start, end = self.engine.output
-            self.queue = [start, *self.engine.tokenizer.encode(result), end]
-
-    def result(self) -> Sample:
-        return Sample(
-            np.asarray(self.tokens, np.int32),
-            np.asarray(self.mask, np.uint8),
-            np.asarray(self.logprobs, np.float32),
-            np.asarray(self.policy_logprobs, np.float32),
-            self.ended,
-            self.calls,
-        )
-
-
 class _Run:
     """The slots of one call of `generate` or `stream`: who sits where, and what the device is told about it."""
 
@@ -297,7 +183,7 @@ class _Run:
         R, C = self.groups * self.shared, programs.chunk
         self.working_on = [-1] * self.groups  # a group's prompt
         self.given = [0] * len(prompts)  # samples of a prompt that have a row
-        self.rows: list[_Row | None] = [None] * R
+        self.rows: list[Row | None] = [None] * R
         self.table = empty_table(R, C)
         longest = max((len(prompt) - 1 for prompt in self.prompts), default=0)
         shape = programs, self.groups, self.shared
@@ -308,7 +194,7 @@ class _Run:
     def _forget(self):
         self.own, self.size = self.programs.empty_own(len(self.rows)), 0
 
-    def advance(self) -> list[_Row]:
+    def advance(self) -> list[Row]:
         """One call of the device -> the rows that it was for; an empty list when all samples are done."""
         self._fill()
         active = [(r, row) for r, row in enumerate(self.rows) if row]
@@ -367,7 +253,7 @@ class _Run:
         self.given[prompt] += 1
         ids = self.prompts[prompt]
         room = min(self.sampling.max_new_tokens, self.engine.context - len(ids))
-        self.rows[r] = _Row(self.engine, prompt, sample, room)
+        self.rows[r] = Row(self.engine.marks, prompt, sample, room)
         values = {
             "token": ids[-1],
             "previous": ids[-2] if len(ids) > 1 else 0,

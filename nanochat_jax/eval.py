@@ -38,9 +38,9 @@ from nanochat_jax.chatcore import (
 from nanochat_jax.common import base_dir, print0, write_atomically
 from nanochat_jax.config import Maybe, require
 from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.engine import Sampling
 from nanochat_jax.loop import explaining_memory
 from nanochat_jax.runs import check_tokenizer
+from nanochat_jax.samples import Sampling
 from nanochat_jax.tokenizer import Tokenizer
 
 

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from nanochat_jax import processes
 from nanochat_jax.chatcore import answer_text, told
 from nanochat_jax.data import Batch, shuffled
-from nanochat_jax.engine import Engine, Sample, Sampling, ToolCall
+from nanochat_jax.engine import Engine
 from nanochat_jax.interruption import Interrupted, Signals
 from nanochat_jax.metrics import Reporter, SmoothedLoss
 from nanochat_jax.objective import MAX_REWARD, Objective, advantages
 from nanochat_jax.rollouts import RolloutLog, most_rows, nanochat_rows, packed_rows, step_statistics
+from nanochat_jax.samples import Sample, Sampling, ToolCall
 from nanochat_jax.sharding import batch_sharding, replicated, row_part, row_shards, to_global
 from nanochat_jax.tasks import Task
 from nanochat_jax.tokenizer import MAX_TOKENS

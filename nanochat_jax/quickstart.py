@@ -28,7 +28,7 @@ from rich.text import Text
 from nanochat_jax import base, chat, chatcore, checkpoint, config, report, rl, sft, sharding
 from nanochat_jax.common import write_atomically
 from nanochat_jax.config import Maybe, require
-from nanochat_jax.engine import Sampling
+from nanochat_jax.samples import Sampling
 from nanochat_jax.statistics import Share
 from nanochat_jax.tasks import Arithmetic, SimpleSpelling
 from nanochat_jax.tokenizer import Tokenizer, train_tokenizer

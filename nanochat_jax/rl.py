@@ -18,9 +18,9 @@ from nanochat_jax import checkpoint, config, optim, preflight, processes, shardi
 from nanochat_jax.attention import check as check_attention
 from nanochat_jax.chatcore import Problems, answer_text, judge, prepare
 from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe, Preflight, require
+from nanochat_jax.config import Maybe, StageConfig, require
 from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.engine import Engine, Sampling
+from nanochat_jax.engine import Engine
 from nanochat_jax.interruption import Interrupted, Signals
 from nanochat_jax.loop import Loop, Measurement, explaining_memory, session
 from nanochat_jax.metrics import SmoothedLoss
@@ -28,6 +28,7 @@ from nanochat_jax.objective import ADVANTAGES, Objective, make_score
 from nanochat_jax.practice import RESAMPLE_ROUNDS, Exercises, Practice, plan_shape
 from nanochat_jax.rollouts import RolloutLog
 from nanochat_jax.runs import Run, check_settings, open_run
+from nanochat_jax.samples import Sampling
 from nanochat_jax.statistics import pass_at_k
 from nanochat_jax.tasks import GSM8K, Arithmetic, SpellingBee, Task, load_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -35,30 +36,15 @@ from nanochat_jax.train import make_train_step, place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig:
+class RLConfig(StageConfig):
     """Train a chat model on what its own answers to a task's problems are worth. Defaults are nanochat's."""
 
-    # where and what
-    run: str = "dummy"  # name of the run; "dummy" = no wandb
-    device_type: str = "auto"  # auto, cuda, tpu or cpu
-    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
-    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
-    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
-    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number
-    replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
-    verbose: bool = False  # print how every parameter is split over the devices
-    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
-    num_processes: Maybe[int] = None  # how many there are
-    process_id: Maybe[int] = None  # which one this is, from 0
+    # which model and run
     source: str = "sft"  # stage of the model to start from: sft, rl or base
     model_tag: Maybe[str] = None  # its tag; default: the largest d<number>
     model_step: Maybe[int] = None  # its step; default: the last
     output_tag: Maybe[str] = None  # folder under chatrl_checkpoints; default: the run's name, else d<depth>
     load_optimizer: int = 0  # 1 = start from that model's optimizer state, 0 = from an empty one
-    resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
-    overwrite: bool = False  # delete the checkpoints that an earlier run left in the output folder
-    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
     seed: int = 42  # of the sampling, and of the order of the problems from the second epoch on
     # problems and length
     task: str = "gsm8k"  # gsm8k, arithmetic, spelling, or a class of your own with a reward, as module:Class

@@ -1,6 +1,6 @@
 """From samples to training rows, in NumPy: each prompt with one sample is a document. And their record on disk.
 
-A sample is an `engine.Sample`: tokens, mask (1 sampled, 0 forced), log-probabilities, ended, tool_calls.
+A sample is an `samples.Sample`: tokens, mask (1 sampled, 0 forced), log-probabilities, ended, tool_calls.
 """
 
 import json

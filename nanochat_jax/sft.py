@@ -11,7 +11,7 @@ from nanochat_jax import config, data, optim, preflight, processes, sharding
 from nanochat_jax.attention import check as check_attention
 from nanochat_jax.chatcore import chatcore_measurement
 from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe, Preflight, require
+from nanochat_jax.config import Maybe, StageConfig, require
 from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.loop import train_on, validation
 from nanochat_jax.runs import check_settings, open_run, plan_batches
@@ -31,30 +31,15 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig:
+class SFTConfig(StageConfig):
     """Fine-tune a base model on conversations. What is not given is inherited from the base checkpoint, or from the
     run's own one with --resume."""
 
-    # where and what
-    run: str = "dummy"  # name of the run; "dummy" = no wandb
-    device_type: str = "auto"  # auto, cuda, tpu or cpu
-    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
-    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
-    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
-    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number
-    replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
-    verbose: bool = False  # print how every parameter is split over the devices
-    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
-    num_processes: Maybe[int] = None  # how many there are
-    process_id: Maybe[int] = None  # which one this is, from 0
+    # which model and run
     model_tag: Maybe[str] = None  # tag of the base model; default: the largest d<number>
     model_step: Maybe[int] = None  # step of the base model; default: its last
     output_tag: Maybe[str] = None  # folder under chatsft_checkpoints; default: the run's name, else d<depth>
     load_optimizer: int = 1  # 1 = start from the base model's optimizer state, 0 = from an empty one
-    resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
-    overwrite: bool = False  # delete the checkpoints that an earlier run left in the output folder
-    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
     seed: int = 42  # order of the conversations; 42 is nanochat's
     # length and batch
     num_iterations: int = -1  # optimizer steps (-1 = one epoch)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from nanochat_jax import chat, config
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
-from nanochat_jax.engine import Sampling
+from nanochat_jax.samples import Marks, Sampling
 from nanochat_jax.tokenizer import UnsplittableText
 from tests import tiny
 
@@ -49,7 +49,7 @@ def no_colours(monkeypatch):
 class Script:
     """An engine that says what is written: an answer is a list of (token, mask) and of exceptions to be raised."""
 
-    tokenizer, ends = TOKENIZER, {BOS, END}
+    tokenizer, marks = TOKENIZER, Marks(TOKENIZER)
 
     def __init__(self, *answers, context=100):
         self.answers, self.context = iter(answers), context

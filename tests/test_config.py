@@ -2,14 +2,16 @@
 
 import dataclasses
 import errno
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nanochat_jax import config
+from nanochat_jax import base, config, rl, sft
 from nanochat_jax.config import Maybe
 
 
@@ -233,3 +235,11 @@ def test_what_the_system_says_is_told_with_its_place_and_without_its_number(erro
     with pytest.raises(SystemExit) as ended:
         config.run_stage(main, None)
     assert ended.value.code.startswith(f"error: {sentence}") and "Errno" not in ended.value.code
+
+
+@pytest.mark.parametrize("stage", [base.BaseConfig, sft.SFTConfig, rl.RLConfig])
+def test_every_flag_of_a_stage_has_help(stage):
+    source = "".join(inspect.getsource(cls) for cls in (config.StageConfig, stage))
+    fields = [line for line in source.splitlines() if re.match(r"    \w+: .* = ", line)]
+    assert len(fields) == len(dataclasses.fields(stage)) > 40
+    assert [line for line in fields if "  # " not in line] == []

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from nanochat_jax import sampling
-from nanochat_jax.engine import Engine, Sampling, arrange, ladder, text_pieces
+from nanochat_jax.engine import Engine, arrange, ladder, text_pieces
 from nanochat_jax.gpt import GPT, abstract_gpt
+from nanochat_jax.samples import Sampling
 from nanochat_jax.sharding import make_mesh
 from tests import tiny
 from tests.models import random_params, tiny_config

@@ -16,9 +16,9 @@ from nanochat_jax import chatcore, config, sandbox, sharding
 from nanochat_jax import eval as evaluation
 from nanochat_jax.chatcore import BASELINES, Examiner, answer_text, chatcore_measurement, make_task, prepare
 from nanochat_jax.decode import Programs
-from nanochat_jax.engine import Sample, Sampling
 from nanochat_jax.evals import make_letter_logits
 from nanochat_jax.gpt import abstract_gpt
+from nanochat_jax.samples import Sample, Sampling
 from nanochat_jax.tasks import HumanEval, Task
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, choice_conversation
 from tests import tiny

@@ -17,7 +17,7 @@ LAYERS = [  # a module imports its own row and the rows above it, nothing else; 
     {"cluster", "line", "processes", "common", "config", "storage", "sealed", "sharding", "safe_pickle", "torch_save"},
     {
         *("tokenizer", "calculator", "sandbox", "download", "tasks", "packing", "token_cache", "data", "documents"),
-        *("rollouts", "statistics"),
+        *("rollouts", "samples", "statistics"),
     },
     {"attention", "gpt", "loss", "muon", "optim", "scaling", "objective", "sampling"},
     {"train", "checkpoint", "nanochat_import", "nanochat_optimizer", "nanochat_export", "decode", "engine", "memory"},

@@ -101,12 +101,15 @@ def test_a_record_is_in_the_file_at_once(tmp_path):
 
 
 def test_wandb_offline_gets_the_same_numbers(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = opened(tmp_path / "tag", run="a run: with/odd#characters")
     for step in (1, 2, 3):
         log.log(step, loss=1 / step, skipped=0, event="text stays here")
     log.close()
+    wandb.teardown()  # as at a program's exit: the process that writes wandb's file is done with it only then
     recorded = read_metrics(tmp_path / "tag" / "metrics.jsonl")
     (file,) = (tmp_path / "tag" / "wandb").glob("offline-run-*/*.wandb")
     assert wandb_history(file) == [{"step": r["step"], "loss": r["loss"], "skipped": r["skipped"]} for r in recorded]

@@ -16,18 +16,11 @@ from rich.text import Text
 
 from nanochat_jax.quickstart import StepBar, Tour
 from nanochat_jax.statistics import Share
+from tools import pictures as tool
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ("training", "stages", "quickstart", "preflight")
 PREFLIGHT = "NOTE: there is no tokenizer in /a/b: 1 is assumed\nUsing a=1\nAttention: splash\n\n  total  6.187: fits\n"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "tools/pictures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def said(picture):
@@ -76,7 +69,7 @@ def finished(folder):
     return folder
 
 
-def test_a_finished_quickstart_is_drawn_to_the_same_bytes_each_time(tool, tmp_path, capsys):
+def test_a_finished_quickstart_is_drawn_to_the_same_bytes_each_time(tmp_path, capsys):
     run = finished(tmp_path / "run")
     for output in ("a", "b"):
         assert tool.main(tool.Pictures(run=run, output=tmp_path / output)) == 0
@@ -92,13 +85,13 @@ def test_a_finished_quickstart_is_drawn_to_the_same_bytes_each_time(tool, tmp_pa
     assert "tokenizer" not in preflight and "Using" not in preflight
 
 
-def test_curves_and_shares_are_those_of_the_run(tool, tmp_path):
+def test_curves_and_shares_are_those_of_the_run(tmp_path):
     texts, _ = said(tool.training(finished(tmp_path)))
     assert {"SFT: loss", "RL: mean reward", "base model", "after SFT", "after RL"} <= set(texts)
     assert {"40.0 %", "60.0 %", "80.0 %"} <= set(texts)  # those drawn at temperature 1
 
 
-def test_of_the_screen_bars_are_kept_as_they_ended_and_commands_and_further_answers_are_cut(tool, tmp_path):
+def test_of_the_screen_bars_are_kept_as_they_ended_and_commands_and_further_answers_are_cut(tmp_path):
     shown = tool.shortened((finished(tmp_path) / "screen.txt").read_bytes().decode()).plain.split("\n")
     shown = [line.rstrip() for line in shown]
     assert shown[0] == "2. base model: because."
@@ -111,13 +104,13 @@ def test_of_the_screen_bars_are_kept_as_they_ended_and_commands_and_further_answ
     assert not {"second question?", "Who are you?", "making .venv"} & set(shown)
 
 
-def test_what_a_model_wrote_is_text_and_never_markup(tool):
+def test_what_a_model_wrote_is_text_and_never_markup():
     evil = "<script>alert(1)</script> &amp; ]]>"
     texts, _ = said(tool.terminal("a", ("x", "<y>"), Text(evil)))
     assert evil in texts and "x <y>" in texts
 
 
-def test_a_run_without_its_screen_is_drawn_as_far_as_it_goes(tool, tmp_path, capsys):
+def test_a_run_without_its_screen_is_drawn_as_far_as_it_goes(tmp_path, capsys):
     run = finished(tmp_path / "run")
     (run / "screen.txt").unlink()
     assert tool.main(tool.Pictures(run=run, output=tmp_path / "out")) == 0
@@ -133,7 +126,7 @@ def test_a_run_without_its_screen_is_drawn_as_far_as_it_goes(tool, tmp_path, cap
         ("shares.json", "shares.json has no share of: "),
     ],
 )
-def test_a_folder_that_is_no_finished_quickstart_is_refused_in_a_sentence(tool, tmp_path, lost, sentence):
+def test_a_folder_that_is_no_finished_quickstart_is_refused_in_a_sentence(tmp_path, lost, sentence):
     run = finished(tmp_path / "run")
     (run / lost).unlink()
     with pytest.raises(ValueError, match=re.escape(f"--run {run} must be a finished quickstart: {sentence}")):
@@ -141,17 +134,17 @@ def test_a_folder_that_is_no_finished_quickstart_is_refused_in_a_sentence(tool, 
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_screen_that_ends_before_the_last_stage_is_refused(tool):
+def test_a_screen_that_ends_before_the_last_stage_is_refused():
     with pytest.raises(ValueError, match="it has no stage 5"):
         tool.shortened("\x1b[1m2. Base model: why.\x1b[0m\n")
 
 
-def test_a_command_that_fails_is_named_with_its_exit_code(tool):
+def test_a_command_that_fails_is_named_with_its_exit_code():
     with pytest.raises(ValueError, match="sh -c exit 3 must succeed, it ended with exit code 3"):
         tool.recorded(["sh", "-c", "exit 3"], {})
 
 
-def test_every_command_of_the_stages_is_a_module(tool):
+def test_every_command_of_the_stages_is_a_module():
     names = [name for name, *_ in (*tool.STAGES, *tool.READERS)]
     assert all(importlib.util.find_spec(f"nanochat_jax.{name}") for name in names)
     assert set(names) <= set(said(tool.stages())[0])

@@ -18,8 +18,8 @@ import pytest
 
 from nanochat_jax import checkpoint, cluster, line, practice, processes, sealed
 from nanochat_jax import runs as runs_module
-from nanochat_jax.engine import Sample, ToolCall
 from nanochat_jax.metrics import read_metrics
+from nanochat_jax.samples import Sample, ToolCall
 from tests import process_runs, tiny
 from tests.process_runs import INT, KILL, TERM, run, started
 from tools import kill_resume

@@ -3,15 +3,13 @@
 Run: python -m pytest tests/test_readme.py
 """
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from nanochat_jax import base, chat, config, eval, nanochat_export, report, rl, sft
 from nanochat_jax.tokenizer.__main__ import Show, Train
+from tools import readme_walk as walk
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,15 +26,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def walk():
-    spec = importlib.util.spec_from_file_location("readme_walk", ROOT / "tools/readme_walk.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_command_is_one_that_a_stage_takes(walk, monkeypatch):
+def test_every_command_is_one_that_a_stage_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
     parsed = set()
     for command in walk.commands(README):

@@ -1,7 +1,6 @@
 """Runs that are killed and resumed end bit-identical to one left alone; the long version is tools/kill_resume.py."""
 
 import dataclasses
-import importlib.util
 import random
 import shutil
 import signal
@@ -13,12 +12,9 @@ import pytest
 from nanochat_jax import runs, sealed
 from nanochat_jax.config import Maybe
 from tests import tiny
+from tools import kill_resume
 
 STEPS = 16
-
-spec = importlib.util.spec_from_file_location("kill_resume", Path(__file__).parents[1] / "tools" / "kill_resume.py")
-kill_resume = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kill_resume)
 
 
 @pytest.fixture(scope="module")

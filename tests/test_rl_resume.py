@@ -1,20 +1,15 @@
 """RL that is killed, as users and machines do it, and the record of its rollouts; tools/kill_resume.py is longer."""
 
-import importlib.util
 import random
 import signal
-from pathlib import Path
 
 import pytest
 
 from nanochat_jax.rollouts import RolloutLog
 from tests import tiny
+from tools import kill_resume
 
 STEPS = 8
-
-spec = importlib.util.spec_from_file_location("kill_resume", Path(__file__).parents[1] / "tools" / "kill_resume.py")
-kill_resume = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kill_resume)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ BOS, END = 0, 1
 
 @dataclasses.dataclass
 class Sample:
-    """What `engine.Sample` holds."""
+    """What `samples.Sample` holds."""
 
     tokens: np.ndarray
     mask: np.ndarray

@@ -28,8 +28,9 @@ import numpy as np
 from bench_device import DEPTHS, choose_attention, compute_dtype, depth_shape, facts, memory_rate, model_config, parse
 from flax import nnx
 
-from nanochat_jax.engine import Engine, Sampling, arrange
+from nanochat_jax.engine import Engine, arrange
 from nanochat_jax.gpt import GPT, GPTConfig, parameter_counts
+from nanochat_jax.samples import Sampling
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax import sampling
-from nanochat_jax.engine import Engine, Sampling
+from nanochat_jax.engine import Engine
 from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
+from nanochat_jax.samples import Sampling
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 from tests.golden import data, models
@@ -131,5 +132,5 @@ def test_streams_with_tool_calls_are_nanochats(scripted):
             shown = list(stream)
             columns = [(column[n], mask[n]) for column, mask in zip(trace["columns"], trace["column_masks"])]
             assert shown == columns[: len(shown)], trace["name"]
-            ended = shown[-1][0] in engine(trace["tokenizer"]).ends and shown[-1][1] == 1
+            ended = shown[-1][0] in engine(trace["tokenizer"]).marks.ends and shown[-1][1] == 1
             assert ended or len(shown) == len(columns) == trace["max_tokens"], trace["name"]
