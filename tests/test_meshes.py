@@ -1,17 +1,14 @@
-"""Meshes of 8 devices: the same training and the same answers as on one, for RL; what the compiled step sends; and what
-is told of the sharding. SFT's train step on the same meshes: test_train.py.
+"""Meshes of 8 devices: the same training and the same answers as on one, for RL; and what is told of the sharding.
+SFT's train step on the same meshes, and what it sends: test_train.py.
 
 Run: python -m pytest tests/test_meshes.py
 """
 
 import contextlib
-import functools
 import io
 import json
-import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +16,6 @@ from nanochat_jax import config, optim, rl, sharding, train
 from nanochat_jax.gpt import GPTConfig, window_sizes
 from nanochat_jax.metrics import read_metrics
 from tests import tiny
-from tests.models import random_batch, random_params
 
 MESHES = {
     "alone": ["data=1"],
@@ -86,97 +82,10 @@ CONFIG = GPTConfig(
 )
 
 
-def compiled_step(mesh, replicate=False):
-    """The text of the compiled train step on this mesh."""
-    with jax.set_mesh(mesh):
-        tx, like = abstract(mesh, replicate=replicate)
-        step = train.make_train_step(CONFIG, tx, like, mesh)
-        leaves = dict.fromkeys(("inputs", "targets", "document_start"), jnp.int32) | {"weights": jnp.float32}
-        rows = sharding.batch_sharding(mesh)
-        batch = {name: jax.ShapeDtypeStruct((1, 8, 64), kind, sharding=rows) for name, kind in leaves.items()}
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        return step.lower(like, batch, scalar, scalar).compile().as_text()
-
-
 def abstract(mesh, model=CONFIG, replicate=False):
     rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
     tx = optim.make_optimizer(optim.default_groups(model.n_embd, **rates))
     return tx, train.abstract_state(model, tx, mesh, replicate)
-
-
-def collectives(text):
-    """(kind, elements of the largest result, where it comes from) of every collective of a compiled module."""
-    found = []
-    for line in text.splitlines():
-        match = re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", line)
-        if match:
-            sizes = [
-                int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", match[1])
-            ]
-            name = re.search(r'op_name="([^"]*)"', line)
-            found.append((match[2], max(sizes), name[1] if name else ""))
-    return found
-
-
-@pytest.mark.parametrize("mesh", ["data=8", "data=4,model=2"])
-def test_the_compiled_step_gathers_weights_scatters_their_gradients_and_never_holds_a_whole_one(mesh, capfd):
-    mesh = sharding.make_mesh(mesh)
-    found = collectives(compiled_step(mesh))
-    model = mesh.shape["model"]
-    matrix = 64 * 64 // model  # the smallest in a block, as the model axis leaves it
-    scattered = [size for _, size, name in found if "transpose" in name and "shard_map/reduce_scatter" in name]
-    assert sorted(scattered) == sorted([64 * 64 // 8] * 4 * 2 + [4 * 64 * 64 // 8] * 2 * 2)
-    gathers = [name for kind, size, name in found if kind == "all-gather" and size >= matrix]
-    weights = [name for name in gathers if "gathered" in name]
-    assert len(weights) == 2 * len(scattered), "each matrix, for the forward and for the backward pass"
-    if model == 1:  # a model axis cuts up activations too, and those are put together
-        assert all("lm_head" in name for name in set(gathers) - set(weights)), gathers
-        reduced = [name for kind, size, name in found if kind == "all-reduce" and size >= matrix]
-        assert not reduced, "what is summed over the devices is scattered"
-    sent = [size for kind, size, _ in found if kind == "all-to-all"]
-    assert max(sent) <= 8 * matrix, "of the matrices that Muon works on, a device has its share"
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
-
-
-def test_between_replicas_only_parts_of_gradients_are_summed():
-    found = collectives(compiled_step(sharding.make_mesh("replica=2,data=4")))
-    part = 4 * 64 * 64 // 4  # of the largest matrix of a block, what a device holds
-    reduced = [size for kind, size, name in found if kind == "all-reduce" and "lm_head" not in name]
-    assert part in reduced and max(reduced) <= part, reduced
-    scattered = [size for _, size, name in found if "transpose" in name and "shard_map/reduce_scatter" in name]
-    assert sorted(scattered) == sorted([64 * 64 // 4] * 4 * 2 + [part] * 2 * 2)
-    weights = [name for kind, _, name in found if kind == "all-gather" and "gathered" in name]
-    assert len(weights) == 2 * len(scattered)
-
-
-def test_whole_copies_are_neither_cut_up_nor_gathered():
-    found = collectives(compiled_step(sharding.make_mesh("data=8"), replicate=True))
-    large = {(kind, name) for kind, size, name in found if size >= 64 * 64}
-    assert not any("gathered" in name or kind == "reduce-scatter" for kind, name in large), large
-    assert any(kind == "all-reduce" for kind, _ in large), "gradients are summed"
-
-
-ODD = GPTConfig(**{**vars(CONFIG), "n_embd": 60, "n_head": 3, "n_kv_head": 3})
-
-
-@functools.cache
-def losses_of_odd(mesh):
-    mesh = sharding.make_mesh(mesh, n_embd=ODD.n_embd)
-    with jax.set_mesh(mesh):
-        tx, like = abstract(mesh, ODD)
-        step = train.make_train_step(ODD, tx, like, mesh)
-        state = train.place(train.init_state(random_params(ODD), tx), like)
-        found = []
-        for seed in range(4):
-            batch = sharding.to_global(random_batch(ODD, 1, 8, seed=seed), mesh)
-            state, metrics = step(state, batch, np.float32(1), np.float32(0.9))
-            found.append(float(metrics["loss"]))
-    return found
-
-
-@pytest.mark.parametrize("spec", ["data=8", "data=4,model=2", ""])
-def test_a_width_that_no_axis_divides_trains_as_on_one_device(spec):
-    np.testing.assert_allclose(losses_of_odd(spec), losses_of_odd("data=1"), rtol=1e-5)
 
 
 def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():

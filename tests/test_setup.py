@@ -48,7 +48,7 @@ case "$1 $2" in
 esac
 """
 
-LOCKED = "-m pip install --quiet --no-deps -r requirements.lock -e ."
+LOCKED = "-m pip install --quiet --no-compile --no-deps -r requirements.lock -e ."
 
 
 class Machine:
@@ -206,9 +206,9 @@ def test_a_broken_environment_is_made_anew(machine):
 
 
 def test_extras_are_constrained_by_the_lock_file_and_stay(machine):
-    cuda = "-m pip install --quiet -c requirements.lock -c requirements-gcs.lock -e .[cuda13]"
-    both = "-m pip install --quiet -c requirements.lock -c requirements-gcs.lock -e .[cuda13,tpu]"
-    all_three = "-m pip install --quiet -c requirements.lock -c requirements-gcs.lock -e .[cuda13,tpu,aot]"
+    cuda = "-m pip install --quiet --no-compile -c requirements.lock -c requirements-gcs.lock -e .[cuda13]"
+    both = "-m pip install --quiet --no-compile -c requirements.lock -c requirements-gcs.lock -e .[cuda13,tpu]"
+    all_three = "-m pip install --quiet --no-compile -c requirements.lock -c requirements-gcs.lock -e .[cuda13,tpu,aot]"
     machine.has(python3=WORKS).setup("--extra", "cuda13")
     assert machine.log()[1:] == [LOCKED, cuda]
     machine.setup()

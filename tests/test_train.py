@@ -1,6 +1,9 @@
 """The train step: the same numbers on any devices and any split of the batch, and nothing learnt from a NaN."""
 
 import functools
+import os
+import re
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from nanochat_jax.gpt import abstract_gpt
 from nanochat_jax.optim import default_groups, make_optimizer
-from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, suiting, to_global
+from nanochat_jax.sharding import PARAM_SPECS, by_path, make_mesh, param_shardings, path_name, suiting, to_global
 from nanochat_jax.train import abstract_state, init_state, make_train_step, place, random_state
 from tests.models import DESCENT, random_batch, random_params, tiny_config
 
@@ -18,19 +22,22 @@ CONFIG = tiny_config(n_layer=2, windows=(7, -1), backout=False)
 GROUPS = default_groups(64, embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.1)
 
 
+ODD = tiny_config(n_layer=2, windows=(7, -1), backout=False, n_embd=60, n_head=3, n_kv_head=3)  # no mesh divides it
+
+
 @functools.cache  # compiling takes seconds: tests share their steps
-def build(spec, replicate, tx=None, **options):
-    tx, mesh = tx or make_optimizer(GROUPS), make_mesh(spec)
+def build(spec, replicate, tx=None, model=CONFIG, **options):
+    tx, mesh = tx or make_optimizer(GROUPS), make_mesh(spec, n_embd=model.n_embd)
     with jax.set_mesh(mesh):
-        like = abstract_state(CONFIG, tx, mesh, replicate)
-        return tx, mesh, like, make_train_step(CONFIG, tx, like, mesh, **options)
+        like = abstract_state(model, tx, mesh, replicate)
+        return tx, mesh, like, make_train_step(model, tx, like, mesh, **options)
 
 
-def run(batches, spec="data=1", replicate=False, **options):
+def run(batches, spec="data=1", replicate=False, model=CONFIG, **options):
     """Losses, last metrics and final state of a few steps."""
-    tx, mesh, like, step = build(spec, replicate, **options)
+    tx, mesh, like, step = build(spec, replicate, model=model, **options)
     with jax.set_mesh(mesh):
-        state, losses, compiled = place(init_state(random_params(CONFIG), tx), like), [], None
+        state, losses, compiled = place(init_state(random_params(model), tx), like), [], None
         for batch in batches:
             state, metrics = step(state, to_global(batch, mesh), np.float32(1.0), np.float32(0.9))
             losses.append(float(metrics["loss"]))
@@ -69,9 +76,107 @@ def one_device():
 )
 def test_eight_devices_train_like_one(spec, replicate):
     alone = one_device()
+    compiled_step(spec, replicate)  # before it runs, to see what the compiler says
     together = run(batches(A=2, count=10), spec, replicate)
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(together[1]["grad_norm"], alone[1]["grad_norm"], rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the compiled step sends
+
+
+@functools.cache
+def compiled_step(spec, replicate=False, model=CONFIG):
+    """(text of the step that `run` takes for two passes on this mesh, what the compiler wrote to stderr)."""
+    _, mesh, like, step = build(spec, replicate, model=model)
+    batch = to_global(random_batch(model, 2), mesh)
+    with jax.set_mesh(mesh), tempfile.TemporaryFile() as said:
+        stderr = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            text = step.lower(like, batch, np.float32(1.0), np.float32(0.9)).compile().as_text()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        said.seek(0)
+        return text, said.read().decode()
+
+
+def collectives(text):
+    """(kind, elements of the largest result, where it comes from) of every collective of a compiled module."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", line)
+        if match:
+            sizes = [
+                int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", match[1])
+            ]
+            name = re.search(r'op_name="([^"]*)"', line)
+            found.append((match[2], max(sizes), name[1] if name else ""))
+    return found
+
+
+def block_matrices(model):
+    """Elements of each matrix of attention and MLP."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_gpt(model)[1]["blocks"])
+    return [leaf.size for path, leaf in leaves if path_name(path).split("/")[-1].startswith("c_")]
+
+
+@pytest.mark.parametrize("spec", ["data=8", "data=4,model=2"])
+def test_the_compiled_step_gathers_weights_scatters_their_gradients_and_never_holds_a_whole_one(spec):
+    text, said = compiled_step(spec)
+    found, model = collectives(text), make_mesh(spec).shape["model"]
+    matrices = block_matrices(CONFIG)
+    matrix = min(matrices) // model  # the smallest, as the model axis leaves it
+    scattered = [size for _, size, name in found if "transpose" in name and "shard_map/reduce_scatter" in name]
+    assert sorted(scattered) == sorted(size // 8 for size in matrices)
+    gathers = [(name, size) for kind, size, name in found if kind == "all-gather" and size >= matrix]
+    weights = [name for name, _ in gathers if "gathered" in name]
+    assert len(weights) == 2 * len(scattered), "each matrix, for the forward and for the backward pass"
+    if model == 1:  # a model axis cuts up activations too, and those are put together
+        lm_head = "jit(train_step)/while/body/jvp()/shard_map", CONFIG.padded_vocab * CONFIG.n_embd
+        moments = "jit(train_step)/shard_map/all_gather", 8 * 4 * CONFIG.n_embd  # Muon's second ones, 8 rows of them
+        assert {found for found in gathers if found[0] not in weights} == {lm_head, moments}
+        reduced = [name for kind, size, name in found if kind == "all-reduce" and size >= matrix]
+        assert not reduced, "what is summed over the devices is scattered"
+    sent = [size for kind, size, _ in found if kind == "all-to-all"]
+    assert max(sent) <= 8 * max(matrices) // model, "of the matrices that Muon works on, a device has its share"
+    assert "Involuntary full rematerialization" not in said
+
+
+def test_whole_copies_are_neither_cut_up_nor_gathered():
+    found = collectives(compiled_step("data=8", replicate=True)[0])
+    large = {(kind, name) for kind, size, name in found if size >= min(block_matrices(CONFIG))}
+    assert not any("gathered" in name or kind == "reduce-scatter" for kind, name in large), large
+    assert any(kind == "all-reduce" for kind, _ in large), "gradients are summed"
+
+
+def test_between_replicas_only_parts_of_gradients_are_summed():
+    assert dict(build("", False, model=ODD)[1].shape) == {"replica": 2, "data": 4, "model": 1}
+    found, matrices = collectives(compiled_step("", model=ODD)[0]), block_matrices(ODD)
+    part = max(matrices) // 4  # what a device holds of the largest
+    reduced = [size for kind, size, name in found if kind == "all-reduce" and "lm_head" not in name]
+    assert part in reduced and max(reduced) <= part, reduced
+    scattered = [size for _, size, name in found if "transpose" in name and "shard_map/reduce_scatter" in name]
+    assert sorted(scattered) == sorted(size // 4 for size in matrices)
+    weights = [name for kind, _, name in found if kind == "all-gather" and "gathered" in name]
+    assert len(weights) == 2 * len(scattered)
+
+
+@functools.cache
+def losses_of_odd(spec):
+    compiled_step(spec, model=ODD)
+    return run([random_batch(ODD, 2, seed=seed) for seed in range(4)], spec, model=ODD)[0]
+
+
+@pytest.mark.parametrize("spec", ["data=8", "data=4,model=2", ""])
+def test_a_width_that_no_axis_divides_trains_as_on_one_device(spec):
+    np.testing.assert_allclose(losses_of_odd(spec), losses_of_odd("data=1"), rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches, numbers that are none, and the state
 
 
 def test_accumulation_does_not_change_the_numbers():

@@ -143,7 +143,7 @@ install() {
   if [ -n "$uv" ]; then
     uv pip install --quiet --python .venv/bin/python "$@"
   else
-    .venv/bin/python -m pip install --quiet "$@"
+    .venv/bin/python -m pip install --quiet --no-compile "$@"
   fi
 }
 
@@ -159,6 +159,8 @@ if [ -n "$extras" ]; then
   echo "installing the extras: $extras"
   install -c requirements.lock -c requirements-gcs.lock -e ".[${extras// /,}]"
 fi
+# Bytecode, which pip would make on one core. What cannot be compiled is none of ours.
+if [ -d .venv/lib ]; then .venv/bin/python -m compileall -qq -j 0 .venv/lib || true; fi
 fingerprint >.venv/stamp.new
 mv .venv/stamp.new .venv/stamp
 echo ".venv is ready: source .venv/bin/activate, or call .venv/bin/python"
