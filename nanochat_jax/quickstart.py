@@ -165,7 +165,8 @@ class Tee(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        self.file.flush()
+        if not self.file.closed:  # at the end of the process this one may be closed after it
+            self.file.flush()
 
 
 class StepBar:

@@ -67,12 +67,11 @@ def copy_of(trained, tag, steps):
 
 
 def differing(one, other, step=STEPS):
-    return [
-        f"{item}/{name}"
-        for item in ("params", "optimizer")
-        for name, array in checkpoint.read_arrays(one / str(step), item).items()
-        if array.tobytes() != checkpoint.read_arrays(other / str(step), item)[name].tobytes()
-    ]
+    found = []
+    for item in ("params", "optimizer"):
+        ours, theirs = (checkpoint.read_arrays(folder / str(step), item) for folder in (one, other))
+        found += [f"{item}/{name}" for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

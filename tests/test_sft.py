@@ -1,6 +1,7 @@
 """Fine-tuning from the command line to the checkpoint, on a tiny model: what it says, and what it refuses."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,13 +50,21 @@ def run(argv) -> int | str:
     return stop.value.code
 
 
+COMPILING = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+
+
 def run_alone(base, argv) -> str:
-    """What a run in a process of its own prints, with two devices to choose from."""
+    """What a run in a process of its own prints, with eight devices to choose from. It compiles as the tests do, so
+    that those which train at its rates find its train step."""
     command = [sys.executable, "-m", "nanochat_jax.sft", *argv]
-    env = {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PATH": "/usr/bin:/bin"}
+    env = {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PATH": "/usr/bin:/bin"}
+    env |= {name: os.environ[name] for name in COMPILING if name in os.environ}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+RATES = ["--matrix-lr", "0.03", "--scalar-lr", "0.25"]  # those of `trained`: the train step is the same
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +178,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, tr
 
 
 def test_resume_without_anything_to_resume_and_overwrite_both_begin_anew(base, trained, capsys):
-    assert run(arguments(base, "anew", "--resume", "--eval-every", "-1")) == 0
+    assert run(arguments(base, "anew", "--resume", "--eval-every", "-1", *RATES)) == 0
     assert "anew: a new run" in capsys.readouterr().out
     folder = base / "chatsft_checkpoints" / "anew"
     first = final(folder)
     masked = read_metrics(folder / "metrics.jsonl")
-    assert run(arguments(base, "anew", "--overwrite", "--no-document-mask", "--eval-every", "-1")) == 0
+    assert run(arguments(base, "anew", "--overwrite", "--no-document-mask", "--eval-every", "-1", *RATES)) == 0
     assert not same(final(folder), first)
     unmasked = read_metrics(folder / "metrics.jsonl")
     assert len(unmasked) == len(masked) == 3 and unmasked[0]["loss"] != masked[0]["loss"]
@@ -190,7 +199,7 @@ def test_a_task_of_the_current_directory_is_trained_on(base, tmp_path, monkeypat
     )
     monkeypatch.chdir(tmp_path)
     flags = [*tiny.FLAGS, "--mesh", "data=1", "--output-tag", "echo", "--task", "my_sft_task:Echo"]
-    assert run([*flags, "--num-iterations", "1"]) == 0
+    assert run([*flags, "--num-iterations", "1", *RATES]) == 0
     out = capsys.readouterr().out
     assert "Echo: 30 rows" in out
     assert "NOTE: no validation data" in out and "val_bpb" not in out
@@ -423,6 +432,17 @@ def test_a_wrong_value_ends_without_a_traceback(base):
     command = [sys.executable, "-m", "nanochat_jax.sft", "--device-type", "mps"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: --device-type=mps") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("wanted", [None, "elsewhere"])
+def test_compiled_programs_are_kept_in_the_base_directory_or_where_the_user_wants_them(base, monkeypatch, wanted):
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if wanted:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", wanted)
+    start_device("auto")
+    assert changed == ({} if wanted else {"jax_compilation_cache_dir": f"{base}/compilation_cache"})
 
 
 @pytest.mark.parametrize(("device", "flag"), [("cuda", "--extra cuda13"), ("tpu", "--extra tpu"), ("auto", "setup.sh")])

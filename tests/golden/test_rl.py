@@ -62,11 +62,27 @@ def passes(file: str, case: str) -> dict[str, np.ndarray]:
     )
 
 
+@functools.cache
+def largest(file: str) -> tuple[int, int, int]:
+    """(passes, rows, tokens) that hold those of every case of the file."""
+    return tuple(np.max([passes(file, case)["weights"].shape for other, case in cases() if other == file], 0).tolist())
+
+
+def same_shape(file: str, case: str, alone: bool = True) -> dict[str, np.ndarray]:
+    """The case's passes in the shape of the file's largest, so that few programs are compiled: filled up with rows and
+    columns without weight, and repeated, which leaves the mean over them as it is. alone: one pass stays one."""
+    batch, (most, rows, T) = passes(file, case), largest(file)
+    A, B, t = batch["weights"].shape
+    times = 1 if most % A or (alone and A == 1) else most // A
+    filled = {name: np.pad(leaf, [(0, 0), (0, rows - B), (0, T - t)]) for name, leaf in batch.items()}
+    return {name: np.tile(leaf, (times, 1, 1)) for name, leaf in filled.items()}
+
+
 def keep_gradients() -> optax.GradientTransformationExtraArgs:
-    """An optimizer that changes nothing and whose state is the last gradient."""
+    """Hands gradients on as they are; its state is the last ones."""
 
     def update(gradients, state, params=None, **_):
-        return jax.tree.map(jnp.zeros_like, gradients), optax.TraceState(gradients)
+        return gradients, optax.TraceState(gradients)
 
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.TraceState(jax.tree.map(jnp.zeros_like, params)), update
@@ -74,23 +90,42 @@ def keep_gradients() -> optax.GradientTransformationExtraArgs:
 
 
 @functools.cache
-def step(file: str, case: str, optimizer: str):
-    """-> (metrics, state) after one step of the shared train step on the case's passes."""
+def program(file: str, count: int):
+    """(the shared train step for batches of so many passes, its first state). The optimizer is nanochat's where the
+    file has its step for such a batch, else it changes nothing."""
     config, params, _ = models.load(file)
+    alike = [case for other, case in cases() if other == file and len(same_shape(file, case)["weights"]) == count]
+    optimizer = optax.set_to_zero()
+    if any("optimizer_step/step" in case_of(file, case)[0] for case in alike):
+        optimizer = make_optimizer(scale_rates(default_groups(config.n_embd, **RATES), INIT_LR_FRAC))
+    tx, mesh = optax.chain(keep_gradients(), optimizer), make_mesh("data=1")
+    like = abstract_state(config, tx, mesh)
+    how = {"token_loss": Objective().token_loss, "per_micro_batch": True}
+    return make_train_step(config, tx, like, mesh, **how), functools.partial(place, init_state(params, tx), like)
+
+
+@functools.cache
+def step(file: str, case: str):
+    """-> (metrics, state) after one step of the shared train step on the case's passes."""
     golden, _ = case_of(file, case)
-    tx, multiplier = keep_gradients(), 1.0
-    if optimizer == "nanochat's":
-        tx = make_optimizer(scale_rates(default_groups(config.n_embd, **RATES), INIT_LR_FRAC))
+    multiplier = 1.0
+    if "optimizer_step/step" in golden:
         multiplier = rl_lr_multiplier(int(golden["optimizer_step/step"]), int(golden["optimizer_step/num_steps"]))
-    mesh = make_mesh("data=1")
+    batch, mesh = same_shape(file, case), make_mesh("data=1")
     with jax.set_mesh(mesh), models.rotary_tables_of(file):
-        like = abstract_state(config, tx, mesh)
-        train_step = make_train_step(config, tx, like, mesh, token_loss=Objective().token_loss, per_micro_batch=True)
-        batch = to_global(passes(file, case), mesh)
-        state, metrics = train_step(
-            place(init_state(params, tx), like), batch, np.float32(multiplier), np.float32(MUON_MOMENTUM)
-        )
+        train_step, first = program(file, len(batch["weights"]))
+        scalars = np.float32(multiplier), np.float32(MUON_MOMENTUM)
+        state, metrics = train_step(first(), to_global(batch, mesh), *scalars)
     return jax.device_get(metrics), jax.device_get(state)
+
+
+@functools.cache
+def scored(file: str):
+    """(parameters on the device, what scores batches with them)."""
+    config, params, _ = models.load(file)
+    mesh = make_mesh("data=1")
+    params = jax.device_put(params, param_shardings(params, mesh))
+    return params, make_score(config, params, mesh)
 
 
 @pytest.mark.parametrize(("file", "case"), cases())
@@ -115,21 +150,23 @@ def test_the_passes_are_nanochats(file, case):
 @pytest.mark.parametrize(("file", "case"), cases())
 def test_the_losses_of_the_passes_are_nanochats(file, case):
     golden, _ = case_of(file, case)
-    metrics, _ = step(file, case, "none")
-    losses = metrics["micro_losses"] / len(metrics["micro_losses"])
-    np.testing.assert_allclose(losses, golden["losses_per_pass"], rtol=1e-4, atol=1e-5)
+    metrics, _ = step(file, case)
+    count = len(golden["losses_per_pass"])
+    times = len(metrics["micro_losses"]) // count  # that `same_shape` has repeated the passes
+    losses = metrics["micro_losses"] / count
+    np.testing.assert_allclose(losses, np.tile(golden["losses_per_pass"], times), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], golden["losses_per_pass"].sum(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("file", "case"), cases())
 def test_log_probabilities_are_nanochats(file, case):
-    config, params, _ = models.load(file)
     golden, examples = case_of(file, case)
+    A, B, T = passes(file, case)["weights"].shape
     mesh = make_mesh("data=1")
     with jax.set_mesh(mesh), models.rotary_tables_of(file):
-        params = jax.device_put(params, param_shardings(params, mesh))
-        logp = np.asarray(make_score(config, params, mesh)(params, to_global(passes(file, case), mesh)))
-    logp = logp.reshape(len(examples), int(golden["num_samples"]), -1)
+        params, score = scored(file)
+        logp = np.asarray(score(params, to_global(same_shape(file, case, alone=False), mesh)))
+    logp = logp[:A, :B, :T].reshape(len(examples), int(golden["num_samples"]), -1)
     for ours, example in zip(logp, examples):
         trained = example["targets"] >= 0
         np.testing.assert_allclose(ours[:, : trained.shape[1]][trained], example["logp"][trained], atol=1e-4)
@@ -138,7 +175,7 @@ def test_log_probabilities_are_nanochats(file, case):
 @pytest.mark.parametrize(("file", "case"), cases())
 def test_gradients_are_nanochats(file, case):
     golden, _ = case_of(file, case)
-    gradients = models.by_name(step(file, case, "none")[1].opt_state.trace)
+    gradients = models.by_name(step(file, case)[1].opt_state[0].trace)
     for parameter, norm in zip(golden["param_names"].tolist(), golden["grad_norms"]):
         ours = np.linalg.norm(gradients[parameter].astype(np.float64))
         np.testing.assert_allclose(ours, norm, rtol=1e-3, atol=1e-9, err_msg=parameter)
@@ -154,7 +191,7 @@ def test_the_optimizer_step_is_nanochats(file, case):
     if not expected:
         pytest.skip(f"rl/{file}.npz has no optimizer step for {case}")
     config, params, _ = models.load(file)
-    before, after = models.by_name(params), models.by_name(step(file, case, "nanochat's")[1].params)
+    before, after = models.by_name(params), models.by_name(step(file, case)[1].params)
     groups = default_groups(config.n_embd, **RATES)
     assert isinstance(groups["matrix"], Muon) and not groups["matrix"].weight_decay  # no sign test: no element is off
     for parameter, weights in models.under("after/", expected).items():
@@ -175,8 +212,9 @@ def test_in_bfloat16_neither_sampler_nor_trainer_is_much_farther_from_float32_th
     engine = Engine(config, tokenizer, mesh, dtype=jnp.bfloat16)
     engine.load(params)
     samples = engine.generate(ids, Sampling(top_k=0, max_new_tokens=24), samples=2)
-    sizes = {"bos": tokenizer.bos, "micro_batches": 1, "rows": 16, "fields": ("policy_logprobs",)}
-    batch = packed_rows(ids, samples, np.ones((8, 2), np.float32), 48, **sizes)
+    A, B, T = largest(file)  # the shape for which the program that scores in float32 is there already
+    sizes = {"bos": tokenizer.bos, "micro_batches": A, "rows": B, "fields": ("policy_logprobs",)}
+    batch = packed_rows(ids, samples, np.ones((8, 2), np.float32), T, **sizes)
     sampled, drawn = batch["weights"] > 0, batch.pop("policy_logprobs")
     with jax.set_mesh(mesh):
         params = jax.device_put(params, param_shardings(params, mesh))
