@@ -179,9 +179,9 @@ def test_attention_of_an_unknown_name_is_an_error_that_names_the_others():
 
 def draw(B, N, K, T=40, H=16):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((B, T, n, H)), jnp.float32) for n in (N, K, K))
+    q, k, v = (rng.standard_normal((B, T, n, H)).astype(np.float32) for n in (N, K, K))
     k_start = np.maximum.accumulate(np.where(rng.random((B, T)) < 0.1, np.arange(T), 0), -1)
-    return q, k, v, jnp.asarray(k_start, jnp.int32)
+    return q, k, v, k_start.astype(np.int32)
 
 
 def gradients(attend, q, k, v, k_start):
@@ -241,7 +241,7 @@ def test_without_a_mesh_and_where_a_device_is_alone_the_kernel_is_called_as_it_i
     rows = P(("data", "model"))
     mapped = jax.shard_map(alone, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     with jax.set_mesh(mesh):
-        jax.jit(mapped)(*(jnp.concatenate([x, x]) for x in arrays))
+        jax.jit(mapped)(*(np.concatenate([x, x]) for x in arrays))
     assert seen == [(4, 40, 4, 16), (4, 40, 4, 16), (1, 40, 4, 16)]
 
 

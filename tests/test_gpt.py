@@ -33,13 +33,18 @@ def build(config, dtype=jnp.float32, seed=0):
     return nnx.merge(abstract_gpt(config, dtype)[0], random_params(config, seed))
 
 
-@jax.jit
 def logits_of(model, ids, document_start=None):
+    """Of NumPy, as all that tests do with it: nothing more to compile."""
+    return np.asarray(_logits(model, ids, document_start))
+
+
+@jax.jit
+def _logits(model, ids, document_start):
     return model(ids, document_start=document_start)
 
 
 def ids_of(config, B=2, T=48, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (B, T)), jnp.int32)
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (B, T)).astype(np.int32)
 
 
 def test_window_letters_follow_the_rule_and_the_last_layer_is_long():
@@ -62,29 +67,34 @@ def test_a_config_that_cannot_be_built_is_refused():
 def test_logits_are_float32_capped_and_cut_to_the_vocabulary(variant):
     config = tiny_config(**VARIANTS[variant])
     logits = logits_of(build(config), ids_of(config))
-    assert logits.shape == (2, 48, 90) and logits.dtype == jnp.float32
-    assert jnp.abs(logits).max() <= config.logit_cap
+    assert logits.shape == (2, 48, 90) and logits.dtype == np.float32
+    assert np.abs(logits).max() <= config.logit_cap
 
 
 def test_no_token_sees_the_future():
     config = tiny_config()
     model, ids = build(config), ids_of(config)
-    changed = ids.at[:, 30:].set(7)
+    changed = np.where(np.arange(48) < 30, ids, 7).astype(np.int32)
     before, after = logits_of(model, ids), logits_of(model, changed)
     np.testing.assert_allclose(before[:, :30], after[:, :30], atol=1e-5)
-    assert jnp.abs(before[:, 30:] - after[:, 30:]).max() > 1e-3
+    assert np.abs(before[:, 30:] - after[:, 30:]).max() > 1e-3
 
 
 def test_documents_in_a_row_are_isolated():
     config = tiny_config()
     model, ids = build(config), ids_of(config)
-    starts = jnp.where(jnp.arange(48) < 20, 0, 20)[None].repeat(2, 0).astype(jnp.int32)
+    starts = np.where(np.arange(48) < 20, 0, 20)[None].repeat(2, 0).astype(np.int32)
     packed = logits_of(model, ids, starts)
-    np.testing.assert_allclose(packed[:, :20], logits_of(model, ids[:, :20]), atol=2e-5)
-    np.testing.assert_allclose(packed[:, 20:], logits_of(model, ids[:, 20:]), atol=2e-5)
-    assert (
-        jnp.abs(packed[:, 20:] - logits_of(model, ids)[:, 20:]).max() > 1e-3
-    )  # without the starts they do see each other
+
+    def alone(document):
+        """With something after it, which it does not see (the test above): one program for all lengths."""
+        length = document.shape[1]
+        return logits_of(model, np.pad(document, ((0, 0), (0, 48 - length)), constant_values=7))[:, :length]
+
+    np.testing.assert_allclose(packed[:, :20], alone(ids[:, :20]), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 20:], alone(ids[:, 20:]), atol=2e-5)
+    without = logits_of(model, ids)[:, 20:]  # then they do see each other
+    assert np.abs(packed[:, 20:] - without).max() > 1e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -113,18 +123,19 @@ def test_a_text_may_come_in_two_pieces(variant):
 
 def test_a_batch_that_does_not_divide_the_devices_is_computed_all_the_same():
     config = tiny_config()
-    model, ids = build(config), ids_of(config, B=3, T=5)
+    model, ids = build(config), ids_of(config, B=3)
     with jax.set_mesh(make_mesh("data=8")):
         together = logits_of(model, ids)
-    np.testing.assert_allclose(together, logits_of(model, ids), atol=1e-5)
+    for pair in ([0, 1], [1, 2]):  # two rows by themselves, as in other tests: no other program
+        np.testing.assert_allclose(together[pair], logits_of(model, ids[pair]), atol=1e-5)
 
 
 def test_bfloat16_compute_stays_near_float32():
     config = tiny_config()
     ids = ids_of(config)
     exact, rough = (logits_of(build(config, dtype), ids) for dtype in (jnp.float32, jnp.bfloat16))
-    assert rough.dtype == jnp.float32
-    assert jnp.abs(rough - exact).mean() < 0.05 * jnp.abs(exact).mean()
+    assert rough.dtype == np.float32
+    assert np.abs(rough - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
 def test_every_parameter_has_a_gradient():
@@ -133,13 +144,14 @@ def test_every_parameter_has_a_gradient():
     batch = {k: v[0] for k, v in random_batch(config).items()}
     grads = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(batch["inputs"]) ** 2)))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        assert jnp.isfinite(grad).all() and jnp.abs(grad).max() > 0, jax.tree_util.keystr(path)
+        grad = np.asarray(grad)
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, jax.tree_util.keystr(path)
 
 
 def test_a_new_model_is_finite_and_nearly_uniform():
     config = tiny_config()
     logits = logits_of(GPT(config, rngs=nnx.Rngs(0)), ids_of(config))
-    assert jnp.abs(logits).max() < 0.2
+    assert np.abs(logits).max() < 0.2
 
 
 def test_parameters_are_counted_by_group():

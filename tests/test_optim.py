@@ -10,15 +10,14 @@ from nanochat_jax import optim
 from nanochat_jax.muon import POLAR_EXPRESS, orthogonalise, reduce_variance
 from nanochat_jax.optim import AdamW, Muon, default_groups, make_optimizer
 from nanochat_jax.sharding import make_mesh
+from nanochat_jax.train import init_state, state_shardings
 from tests.models import random_params, tiny_config
 
 GROUPS = default_groups(64, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.1)
 
 
 def like(params, seed):
-    return jax.tree.map(
-        lambda p: jnp.asarray(np.random.default_rng(seed).standard_normal(p.shape), jnp.float32), params
-    )
+    return jax.tree.map(lambda p: np.random.default_rng(seed).standard_normal(p.shape).astype(np.float32), params)
 
 
 @jax.jit  # tests share it: compiling takes seconds
@@ -27,8 +26,11 @@ def step(params, state, grads, multiplier):
     return optax.apply_updates(params, updates), state
 
 
-def take_steps(params, count=3, multiplier=1.0):
-    state = make_optimizer(GROUPS).init(params)
+init = jax.jit(make_optimizer(GROUPS).init)
+
+
+def take_steps(params, count=3, multiplier=1.0, step=step):
+    state = init(params)
     for seed in range(count):
         params, state = step(params, state, like(params, seed), multiplier)
     return params, state
@@ -85,30 +87,38 @@ def test_muon_follows_its_formula_for_tall_wide_and_square_matrices(path):
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
     for shape in ((24, 60), (60, 24)):  # a square random matrix may have one near zero, which five iterations leave
-        X = orthogonalise(jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32))
+        X = jax.jit(orthogonalise)(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
         values = np.linalg.svd(X, compute_uv=False)
         assert values.min() > 0.6 and values.max() < 1.4
         np.testing.assert_allclose(np.linalg.norm(X), 24**0.5, rtol=1e-5)
 
 
 def test_a_zero_gradient_changes_nothing_but_the_decay():
-    assert not orthogonalise(jnp.zeros((4, 6))).any()
-    X, _ = reduce_variance(jnp.zeros((1, 4, 6)), jnp.zeros((1, 1, 6)), 0.9)
-    assert not X.any() and jnp.isfinite(X).all()
+    assert not np.asarray(jax.jit(orthogonalise)(np.zeros((4, 6), np.float32))).any()
+    zeros = np.zeros((1, 4, 6), np.float32), np.zeros((1, 1, 6), np.float32)
+    X = np.asarray(jax.jit(reduce_variance)(*zeros, 0.9)[0])
+    assert not X.any() and np.isfinite(X).all()
 
 
 def test_variance_reduction_keeps_the_norm():
-    X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 9)), jnp.float32)
-    Y, second = reduce_variance(X, jnp.ones((2, 1, 9)), 0.9)
-    np.testing.assert_allclose(jnp.linalg.norm(Y, axis=(1, 2)), jnp.linalg.norm(X, axis=(1, 2)), rtol=1e-5)
+    X = np.random.default_rng(0).standard_normal((2, 5, 9)).astype(np.float32)
+    Y, second = jax.jit(reduce_variance)(X, np.ones((2, 1, 9), np.float32), 0.9)
+    np.testing.assert_allclose(np.linalg.norm(Y, axis=(1, 2)), np.linalg.norm(X, axis=(1, 2)), rtol=1e-5)
     assert second.shape == (2, 1, 9)
 
 
 def test_devices_share_the_orthogonalisation_and_agree_with_one():
     params = random_params(tiny_config())
-    alone = take_steps(params)[0]
-    with jax.set_mesh(make_mesh("data=8")):
-        together = take_steps(params)[0]
+    alone, mesh, tx = take_steps(params)[0], make_mesh("data=8"), make_optimizer(GROUPS)
+    shardings = state_shardings(jax.eval_shape(lambda p: init_state(p, tx), params), tx, mesh)
+    placed = shardings.params, shardings.opt_state  # as in training, before a step and after it: one program
+    run = jax.jit(step.__wrapped__, out_shardings=placed)
+
+    def together_step(params, state, *rest):
+        return run(*jax.device_put((params, state), placed), *rest)
+
+    with jax.set_mesh(mesh):
+        together = take_steps(params, step=together_step)[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), alone, together)
 
 
@@ -137,7 +147,7 @@ def test_state_goes_out_as_flat_arrays_and_comes_back():
     _, state = take_steps(params, count=1)
     arrays = optim.state_arrays(state)
     assert arrays["count/smear"] == 1 and arrays["momentum/blocks/1/mlp/c_fc"].shape == (256, 64)
-    empty = make_optimizer(GROUPS).init(params)
+    empty = init(params)
     back = optim.with_state_arrays(empty, arrays)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, back, state)
@@ -173,13 +183,17 @@ def test_weight_decay_falls_along_half_a_cosine_and_reaches_the_matrices_only():
     values = [optim.base_decay_multiplier(step, 12) for step in (0, 4, 6, 8, 12)]
     assert values == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
     params, half = random_params(tiny_config()), {**GROUPS, "matrix": Muon(GROUPS["matrix"].lr, 0.05)}
-    grads = jax.tree.map(jnp.ones_like, params)
 
-    def updates(groups, **scalars):
-        tx = make_optimizer(groups)
-        return tx.update(grads, tx.init(params), params, lr_multiplier=1.0, muon_momentum=0.9, **scalars)[0]
+    @jax.jit  # one program for all three, which have all but the decay in common
+    def run(params, multiplier):
+        def updates(groups, **scalars):
+            tx = make_optimizer(groups)
+            grads = jax.tree.map(jnp.ones_like, params)
+            return tx.update(grads, tx.init(params), params, lr_multiplier=1.0, muon_momentum=0.9, **scalars)[0]
 
-    scaled = updates(GROUPS, decay_multiplier=0.5)
-    jax.tree.map(np.testing.assert_array_equal, scaled, updates(half))
-    different = jax.tree.map(lambda a, b: bool((a != b).any()), scaled, updates(GROUPS))
+        return updates(GROUPS, decay_multiplier=multiplier), updates(half), updates(GROUPS)
+
+    scaled, halved, whole = jax.device_get(run(params, np.float32(0.5)))
+    jax.tree.map(np.testing.assert_array_equal, scaled, halved)
+    different = jax.tree.map(lambda a, b: bool((a != b).any()), scaled, whole)
     assert different["blocks"][0]["mlp"]["c_fc"] and not different["wte"] and not different["x0_lambdas"]

@@ -3,8 +3,11 @@
 Run: python -m pytest tests/test_preflight.py
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
@@ -23,13 +26,37 @@ TPU = pytest.mark.skipif(
 )
 
 
+SFT = ("--mesh", "data=1", "--device-batch-size", "4")  # one program for three tests
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.write_base(folder)
+    return folder
+
+
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A base directory with a model and a tokenizer, and nothing to train on."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+def home(written, monkeypatch):
+    """A base directory with a model and a tokenizer, and nothing to train on. A preflight leaves it as it was, so that
+    tests share it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(written))
     monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
-    tiny.write_base(tmp_path)
-    return tmp_path
+    return written
+
+
+@pytest.fixture(scope="module")
+def alone(written):
+    """SFT on one device: (exit code, what it printed, files before, files after)."""
+
+    def files():
+        return {path for path in written.rglob("*") if "compilation_cache" not in path.parts}
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setenv("NANOCHAT_BASE_DIR", str(written))
+        patch.delenv("NANOCHAT_DATA_DIR", raising=False)
+        before, code = files(), run(sft, sft.SFTConfig, *SFT)
+    return code, printed.getvalue(), before, files()
 
 
 def run(stage, cls, *flags):
@@ -55,21 +82,18 @@ def test_the_flag_stands_alone_or_names_a_slice(tmp_path):
     assert parsed("--config", str(file)) == "v6e-8"
 
 
-def test_sft_is_checked_without_data_and_leaves_nothing_behind(home, capsys):
-    before = {path for path in home.rglob("*") if "compilation_cache" not in path.parts}
-    assert run(sft, sft.SFTConfig, "--mesh", "data=1") == 0
-    found = table(capsys.readouterr().out)
-    assert {path for path in home.rglob("*") if "compilation_cache" not in path.parts} == before
+def test_sft_is_checked_without_data_and_leaves_nothing_behind(alone):
+    code, text, before, after = alone
+    assert code == 0 and after == before
+    found = table(text)
     assert found["parameters"] == pytest.approx(4 * 159798 / 2**20, abs=1e-3)  # float32
     assert found["gradients"] == found["parameters"] and found["activations and the rest"] > 0
     assert {"optimizer", "batch", "loss"} <= found.keys()
 
 
-def test_parameters_are_split_over_devices(home, capsys):
-    run(sft, sft.SFTConfig, "--mesh", "data=1")
-    alone = table(capsys.readouterr().out)
+def test_parameters_are_split_over_devices(home, alone, capsys):
     run(sft, sft.SFTConfig, "--mesh", "data=8")
-    assert table(capsys.readouterr().out)["optimizer"] < 0.2 * alone["optimizer"]
+    assert table(capsys.readouterr().out)["optimizer"] < 0.2 * table(alone[1])["optimizer"]
 
 
 def test_rl_shows_the_cache_too(home, capsys):
@@ -97,7 +121,7 @@ def test_a_depth_is_assumed_where_there_is_no_such_model(home):
 
 
 def test_what_does_not_fit_is_a_line_with_the_flags_to_change(home, capsys):
-    cfg = config.parse(sft.SFTConfig, ["--preflight", "--mesh", "data=1", "--device-batch-size", "4"], prog="test")
+    cfg = config.parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
     place = preflight.start(cfg)._replace(memory=10**6)
     model, cfg = preflight.model_for(cfg, "base", sft.INHERITED, lambda: None)
     assert preflight.rows_fit(cfg, place, model, sft.plan_batches(cfg, place.mesh, print)) == 1
@@ -132,19 +156,35 @@ def test_bytes_on_a_device_follow_the_sharding():
     assert bytes_on_device([x, y]) == 2 * 4 * 4 + 16 * 4 * 4
 
 
+COMMANDS = """
+import json, runpy, sys
+
+for flags in json.loads(sys.argv[1]):  # each as `python -m nanochat_jax.base` has it
+    sys.argv = ["base", *flags]
+    try:
+        runpy.run_module("nanochat_jax.base", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print("exit code", end.code)
+"""
+
+
 @TPU
-def test_a_slice_that_is_elsewhere_fits_or_does_not():
-    """In a process of its own, as a user has it: libtpu reads its environment once."""
-
-    def preflight_of(*flags):
-        command = [sys.executable, "-m", "nanochat_jax.base", "--preflight", "v5e-1", *tiny.BASE_FLAGS, *flags]
-        environment = os.environ | {"NANOCHAT_BASE_DIR": "/nonexistent", "JAX_PLATFORMS": "cpu"}
-        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-
-    done = preflight_of()
-    assert done.returncode == 0, done.stderr
-    assert "1 x TPU v5 lite" in done.stdout and "of 16128.000: fits" in done.stdout
+def test_a_slice_that_is_elsewhere_fits_or_does_not(tmp_path):
+    """In a process of their own, as a user has it: libtpu reads its environment once. One for both: it starts once."""
+    tiny.tokenizer().save(tmp_path / "tokenizer")  # a small vocabulary, which is compiled in half the time
     rows = 1 << 20
-    done = preflight_of("--num-iterations=1", f"--device-batch-size={rows}", f"--total-batch-size={64 * rows}")
-    assert done.returncode == 1, done.stderr
-    assert "DOES NOT FIT: lower --device-batch-size (now 1048576)" in done.stdout
+    large = ("--num-iterations=1", f"--device-batch-size={rows}", f"--total-batch-size={64 * rows}")
+    commands = [["--preflight", "v5e-1", *tiny.BASE_FLAGS, *flags] for flags in ((), large)]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    fits, between, not_fits = done.stdout.partition("exit code 0\n")
+    assert between, done.stdout + done.stderr
+    assert "1 x TPU v5 lite" in fits and "of 16128.000: fits" in fits
+    assert "DOES NOT FIT: lower --device-batch-size (now 1048576)" in not_fits
+    assert not_fits.endswith("exit code 1\n"), done.stdout + done.stderr
