@@ -24,7 +24,10 @@ TOKENIZER = tiny.tokenizer()
 CONFIG = tiny_config(vocab_size=265, padded_vocab=320, n_layer=2, windows=(7, -1))  # a ring that turns, grouped heads
 PARAMS = random_params(CONFIG)
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (1, 5, 33, 2, 20)]
-HOW = Sampling(temperature=0.8, top_k=40, max_new_tokens=45)
+HOW = Sampling(temperature=0.8, top_k=40, max_new_tokens=36)
+# All rows at once, in six calls: the first layer's ring of 22 turns amid one of them, but own parts keep their size, as
+# each is a program. They grow with chunks of 1 and 5. Several tests share these programs.
+ROOMY = {"slots": 64, "chunk": 6}
 
 
 def make(mesh="data=1", config=CONFIG, params=PARAMS, **settings):
@@ -35,7 +38,7 @@ def make(mesh="data=1", config=CONFIG, params=PARAMS, **settings):
 
 @pytest.fixture(scope="module")
 def engine():
-    return make(slots=64, chunk=8)
+    return make(**ROOMY)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +82,9 @@ def test_samples_have_the_types_and_ends_that_are_promised(rollouts):
     for sample in itertools.chain(*rollouts):
         n = len(sample.tokens)
         assert (sample.tokens.dtype, sample.mask.dtype, sample.logprobs.dtype) == (np.int32, np.uint8, np.float32)
-        assert sample.mask.shape == sample.logprobs.shape == (n,) and 0 < n <= 45
+        assert sample.mask.shape == sample.logprobs.shape == (n,) and 0 < n <= HOW.max_new_tokens
         ends = np.isin(sample.tokens, [TOKENIZER.bos, TOKENIZER.special("<|assistant_end|>")])
-        assert not ends[:-1].any() and ends[-1] == sample.ended and (sample.ended or n == 45)
+        assert not ends[:-1].any() and ends[-1] == sample.ended and (sample.ended or n == HOW.max_new_tokens)
     firsts = {tuple(sample.tokens[:8]) for sample in itertools.chain(*rollouts)}
     assert len(firsts) == 15  # every sample has its own key
 
@@ -92,7 +95,7 @@ def test_samples_have_the_types_and_ends_that_are_promised(rollouts):
         {"slots": 4, "chunk": 5},
         {"chunk": 1},
         {"chunk": 64},
-        {"mesh": "data=8", "slots": 16},
+        {"mesh": "data=8", "slots": 16, "chunk": 64},
         {"mesh": "data=2,model=2"},
     ],
     ids=str,
@@ -109,7 +112,7 @@ def test_the_order_of_prompts_changes_nothing_where_they_keep_their_numbers(engi
 
 def test_seed_and_step_change_the_draws(engine, rollouts):
     for change in ({"seed": 6, "step": 2}, {"seed": 5, "step": 3}):
-        other = engine.generate(PROMPTS, HOW, samples=3, **change)
+        other = engine.generate(PROMPTS, Sampling(temperature=0.8, top_k=40, max_new_tokens=24), samples=3, **change)
         assert not np.array_equal(other[2][0].tokens[:10], rollouts[2][0].tokens[:10])
 
 
@@ -119,7 +122,7 @@ def test_a_second_call_compiles_nothing_also_with_other_parameters_and_settings(
     before = engine.stats["compiles"]
     engine.load(jax.tree.map(lambda leaf: leaf + 0.01, PARAMS))
     events.clear()
-    other = engine.generate(PROMPTS, Sampling(temperature=1.2, top_k=7, max_new_tokens=45), samples=3, step=9)
+    other = engine.generate(PROMPTS, Sampling(temperature=1.2, top_k=7, max_new_tokens=24), samples=3, step=9)
     assert [name for name in events if "compile" in name] == [] and engine.stats["compiles"] == before
     assert not np.array_equal(other[2][0].tokens, rollouts[2][0].tokens)
     engine.load(PARAMS)
@@ -128,7 +131,7 @@ def test_a_second_call_compiles_nothing_also_with_other_parameters_and_settings(
 
 
 def test_prompts_within_the_length_to_expect_share_the_decoding_programs():
-    engine = make(slots=4, chunk=8, prompt_tokens=40)
+    engine = make(slots=4, chunk=4, prompt_tokens=len(PROMPTS[2]))
     engine.generate([PROMPTS[1]], Sampling(max_new_tokens=2))
     before = engine.stats["compiles"]
     engine.generate([PROMPTS[2]], Sampling(max_new_tokens=2))
@@ -137,7 +140,7 @@ def test_prompts_within_the_length_to_expect_share_the_decoding_programs():
 
 def test_bfloat16_rollouts_stay_near_the_bfloat16_training_forward():
     params = random_params(CONFIG, scale=0.05)
-    engine = make(params=params, dtype=jnp.bfloat16, slots=64, chunk=8)
+    engine = make(params=params, dtype=jnp.bfloat16, **ROOMY)
     rollouts = engine.generate(PROMPTS, HOW, samples=3)
     found = differences(rollouts, params, jnp.bfloat16)
     same_floor = np.isfinite(found)  # bfloat16 noise may put another token in the k-th place
@@ -145,13 +148,14 @@ def test_bfloat16_rollouts_stay_near_the_bfloat16_training_forward():
 
 
 def test_a_sample_is_cut_where_the_context_ends():
-    engine = make(slots=8, chunk=8, context=24)
-    (sample,), (short,) = engine.generate([PROMPTS[4], PROMPTS[1]], Sampling(0.0, 0, 10))
-    assert len(sample.tokens) == 4 and not sample.ended and len(short.tokens) == 10
+    prompts = [PROMPTS[4], PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[4]]
+    rollouts = make(context=24, **ROOMY).generate(prompts, Sampling(0.0, 0, 10), samples=3)
+    assert [[len(sample.tokens) for sample in row] for row in rollouts] == [[n] * 3 for n in (4, 10, 10, 10, 4)]
+    assert not any(sample.ended for sample in itertools.chain(*rollouts))
 
 
 def test_a_stream_is_the_first_sample_of_the_first_example_and_may_be_left(engine):
-    (whole,) = engine.generate([PROMPTS[2]], HOW, seed=3)[0]
+    whole = engine.generate([PROMPTS[2], *PROMPTS[:2], *PROMPTS[3:]], HOW, samples=3, seed=3)[0][0]
     streamed = list(engine.stream(PROMPTS[2], HOW, seed=3))
     assert streamed == list(zip(whole.tokens.tolist(), whole.mask.tolist()))
     stream = engine.stream(PROMPTS[2], HOW, seed=3)

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nanochat_jax import checkpoint, config, quickstart, rl, sealed
+from nanochat_jax import checkpoint, config, engine, quickstart, rl, sealed
 from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
 
 
 def shorten(patch, folder):
-    """Two steps a stage and eight problems, with the working directory in a temporary folder."""
+    """Two steps a stage and eight problems, with the working directory in a temporary folder.
+
+    Prompts of all lengths go into rows of one size, which is one program instead of one for each size."""
+    patch.setattr(engine, "PROMPT_STEP", 64)
     patch.setenv("NANOCHAT_BASE_DIR", "")  # main sets it; this puts it back afterwards
     patch.chdir(folder)
     for name, value in {"STORIES": 400, "SPELLINGS": 120, "HELD_OUT": 60, "PROBLEMS": 8, "ANSWER_TOKENS": 8}.items():
@@ -29,6 +32,8 @@ def shorten(patch, folder):
     for name in ("BASE", "SFT"):
         flags = [flag for flag in getattr(quickstart, name) if not flag.startswith("--num-iterations")]
         patch.setattr(quickstart, name, (*flags, "--num-iterations=2", "--mesh=data=1"))
+    few = ("--total-batch-size=1024", "--device-batch-size=8")  # which SFT inherits
+    patch.setattr(quickstart, "BASE", (*quickstart.BASE, *few))
     few = ("--num-steps=2", "--max-new-tokens=8", "--examples-per-step=2", "--num-samples=2", "--mesh=data=1")
     flags = [flag for flag in quickstart.RL if flag.split("=")[0] not in ("--num-steps", "--max-new-tokens")]
     patch.setattr(quickstart, "RL", (*flags, *few))
@@ -69,7 +74,10 @@ def test_every_stage_runs_and_the_table_ends_it(toured):
     assert (folder / "report.html").read_text().count("<svg") > 10 and "quickstart-1/report.html" in out
 
 
-def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(toured, short, tmp_path, capsys):
+def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(
+    toured, short, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(quickstart.report, "page", lambda runs: "")  # it comes after all models, and takes long to draw
     assert main(QuickstartConfig(seed=3, out=Path("again"))) == 0
     first, again = (
         checkpoint.load_params(checkpoint.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again")

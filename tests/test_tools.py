@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,21 +18,41 @@ from nanochat_jax.attention import NAMES
 from nanochat_jax.gpt import GPTConfig, abstract_gpt, window_sizes
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--depth=2", "--width=64", "--head-dim=16", "--vocab-size=256", "--seq-len=64", "--batch-size=2", "--steps=3"]
-
-
+SMALL = ["--depth=1", "--width=64", "--head-dim=16", "--vocab-size=256", "--seq-len=64", "--batch-size=8", "--steps=3"]
+SMALL += ["--mesh=data=1"]
 TINY_ROLLOUT = ["--depth=2", "--width=64", "--head-dim=16", "--vocab-size=512", "--prompts=3", "--prompt-tokens=10"]
-TINY_ROLLOUT += ["--samples=4", "--new-tokens=20", "--slots=4", "--repeats=1"]
+TINY_ROLLOUT += ["--samples=4", "--new-tokens=20", "--slots=4", "--repeats=1", "--mesh=data=1"]
 
 
-def bench(*flags: str, name: str = "bench_sft") -> subprocess.CompletedProcess:
-    """On one device, with the compiler options of the other tests."""
-    command = [sys.executable, ROOT / f"tools/{name}.py", *flags]
-    return subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def bench(tool, monkeypatch, capfd):
+    """Runs a benchmark as its command line does, in this process -> (lines of output, what went to stderr).
+
+    The yardsticks run in it as they are, but in two short samples, and their large arrays hold ones: random numbers and
+    repetitions take seconds, and change nothing that is promised about the output."""
+    device, normal = tool("bench_device"), jax.random.normal
+    timed = device.seconds_per_call
+
+    def briefly(call, *, samples, least):
+        return timed(call, samples=min(samples, 2), least=min(least, 0.01))
+
+    def drawn(key, shape, *dtype):
+        return jnp.ones(shape, *dtype) if math.prod(shape) >= 1 << 20 else normal(key, shape, *dtype)
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        capfd.readouterr()
+        runpy.run_path(str(ROOT / f"tools/{name}.py"), run_name="__main__")
+        out, err = capfd.readouterr()
+        return out.splitlines(), err
+
+    monkeypatch.setattr(device, "seconds_per_call", briefly)
+    monkeypatch.setattr(jax.random, "normal", drawn)
+    return run
 
 
-def test_the_benchmark_prints_one_line_of_json():
-    (line,) = bench(*SMALL).stdout.splitlines()
+def test_the_benchmark_prints_one_line_of_json(bench):
+    ((line,), _) = bench("bench_sft", *SMALL)
     result = json.loads(line)
     for name in ("tokens_per_second", "flops_per_second", "compile_seconds", "peak_memory_bytes", "final_loss"):
         assert result[name] > 0, name
@@ -59,7 +83,8 @@ def tool():
 
 
 def test_settings_that_cannot_be_built_are_refused_with_a_sentence(tool, monkeypatch):
-    done = bench("--width", "70", "--head-dim", "16")
+    command = [sys.executable, ROOT / "tools/bench_sft.py", "--width", "70", "--head-dim", "16"]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --width=70 must be a multiple of --head-dim=16")
     sft = tool("bench_sft")
     for flags, sentence in (
@@ -107,9 +132,8 @@ def test_the_keys_that_decoding_must_read_are_those_that_some_row_sees(tool, len
     assert tool("bench_rollout").kv_tokens(config, prompt, lengths, 1) >= read  # a prompt is read again for each
 
 
-def test_the_rollout_bench_tells_speed_and_the_share_of_memory_bandwidth():
-    done = bench(*TINY_ROLLOUT, name="bench_rollout")
-    (line,) = done.stdout.splitlines()
+def test_the_rollout_bench_tells_speed_and_the_share_of_memory_bandwidth(bench):
+    ((line,), _) = bench("bench_rollout", *TINY_ROLLOUT)
     result = json.loads(line)
     for name in ("tokens_per_second", "ms_per_decode_step", "mbu", "memory_gb_per_second", "peak_memory_bytes"):
         assert result[name] > 0, name
@@ -120,13 +144,13 @@ def test_the_rollout_bench_tells_speed_and_the_share_of_memory_bandwidth():
     assert result["mbu"] == pytest.approx(rate / result["memory_gb_per_second"], rel=0.05, abs=1e-4)
 
 
-def test_the_attention_bench_times_what_runs_here_and_says_why_the_rest_does_not():
-    done = bench("--quick", "--head-dims=64", name="bench_attention")
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+def test_the_attention_bench_times_what_runs_here_and_says_why_the_rest_does_not(bench):
+    printed, said = bench("bench_attention", "--quick", "--head-dims=64")
+    lines = [json.loads(line) for line in printed]
     assert {line["backend"] for line in lines} == set(NAMES)
     for line in lines:
         if line["backend"] not in ("reference", "chunked"):
-            assert "needs a" in line["refused"] and line["refused"] in done.stderr
+            assert "needs a" in line["refused"] and line["refused"] in said
             continue
         assert (line["visible_pairs"] < line["dense_causal_pairs"]) == (line["packed"] or line["window"] >= 0)
         for part, flops in (("forward", 4), ("backward", 10), ("both", 14)):

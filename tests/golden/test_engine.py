@@ -34,9 +34,11 @@ def greedy(file: str):
     """-> (golden arrays, the engine's sample by the number of its prompt)."""
     golden, name = data.arrays(f"decode/{file}.npz"), models.of_file(file)
     config, params, _ = models.load(name)
-    engine = Engine(config, tokenizer(name), **MESH)
-    engine.load(params)
     prompts, longest = numbered(golden, "prompt"), max(map(len, numbered(golden, "tokens").values()))
+    # Two calls where the second is told the token before (smear), else one, which is two programs less to compile: how
+    # keys and values go from call to call does not depend on the era, and tests/test_engine.py is about it.
+    engine = Engine(config, tokenizer(name), chunk=16 if config.smear else longest, **MESH)
+    engine.load(params)
     with models.rotary_tables_of(file):
         rows = engine.generate([*prompts.values()], Sampling(temperature=0.0, max_new_tokens=longest))
     return golden, {n: row[0] for n, row in zip(prompts, rows)}
