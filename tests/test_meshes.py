@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_meshes.py
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 
 from nanochat_jax import config, optim, rl, sharding, train
-from nanochat_jax.gpt import GPTConfig, window_sizes
 from nanochat_jax.metrics import read_metrics
 from tests import tiny
 
@@ -70,19 +70,7 @@ def test_rl_draws_the_same_answers_and_learns_the_same_on_every_mesh(rl_runs, me
         assert [sample[name] for sample in other[2]] == [sample[name] for sample in alone[2]]
 
 
-CONFIG = GPTConfig(
-    sequence_len=64,
-    vocab_size=250,
-    n_layer=2,
-    n_head=2,
-    n_kv_head=2,
-    n_embd=64,
-    padded_vocab=256,
-    windows=window_sizes("SL", 2, 64),
-)
-
-
-def abstract(mesh, model=CONFIG, replicate=False):
+def abstract(mesh, model=tiny.CONFIG, replicate=False):
     rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
     tx = optim.make_optimizer(optim.default_groups(model.n_embd, **rates))
     return tx, train.abstract_state(model, tx, mesh, replicate)
@@ -98,7 +86,7 @@ def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
         leaf.dtype.itemsize * np.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(abstract(mesh)[1].params)
     )
-    odd = GPTConfig(**{**vars(CONFIG), "n_embd": 60, "n_head": 3, "n_kv_head": 3})
+    odd = dataclasses.replace(tiny.CONFIG, n_embd=60, n_head=3, n_kv_head=3)
     mesh = sharding.make_mesh("data=8")
     lines, notes = sharding.table(abstract(mesh, odd)[1].params, mesh)
     said = "60 is no multiple of the mesh's data=8, so"
