@@ -10,15 +10,20 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_jax import checkpoint, config, documents, optim, preflight, processes, scaling, sealed, sharding
-from nanochat_jax.attention import check as check_attention
-from nanochat_jax.common import base_dir, kept_dir, print0
-from nanochat_jax.config import Maybe, StageConfig
-from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.gpt import GPTConfig
-from nanochat_jax.loop import Measurement, train_on, validation
-from nanochat_jax.runs import Run, agreed, check_settings, open_folder, plan_batches
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import settings
+from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
+from nanochat_jax.cli.settings import Maybe, StageConfig
+from nanochat_jax.data import documents
+from nanochat_jax.distributed import processes, sharding
+from nanochat_jax.files.paths import base_dir, kept_dir, print0
+from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import preflight, scaling_laws
+from nanochat_jax.train.loop import Measurement, train_on, validation
+from nanochat_jax.train.run import Run, agreed, check_settings, open_folder, plan_batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,9 +164,9 @@ def tag_of(cfg: BaseConfig) -> str:
     """The run's folder. Of --resume without a word on which run, the only one; ValueError: there are several."""
     given = {"depth", "model_tag", "config"} & getattr(cfg, "given", frozenset())
     if cfg.resume and not given and cfg.model_tag is None and cfg.depth == BaseConfig.depth:
-        folders = sorted((kept_dir() / checkpoint.SOURCES["base"]).glob("*"))
-        tags = [folder.name for folder in folders if sealed.steps(folder)]
-        config.require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
+        folders = sorted((kept_dir() / store.SOURCES["base"]).glob("*"))
+        tags = [folder.name for folder in folders if integrity.steps(folder)]
+        settings.require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
         if tags:
             return tags[0]
     return cfg.model_tag or f"d{cfg.depth}"
@@ -171,20 +176,21 @@ def shards_of(cfg: BaseConfig) -> list[Path]:
     """The parquet files of the run, the last for validation: those that --download names, else all of the folder."""
     if not cfg.download:
         return documents.find_shards(cfg.data_dir)
-    from nanochat_jax.download import fetch_shards
+    from nanochat_jax.files.download import fetch_shards
 
     folder = cfg.data_dir.expanduser() if cfg.data_dir else base_dir() / documents.FOLDERS[0]
     return fetch_shards(cfg.download, folder, print0)
 
 
-def model_and_recipe(cfg: BaseConfig, vocab_size: int) -> tuple[GPTConfig, Callable[..., scaling.Recipe]]:
+def model_and_recipe(cfg: BaseConfig, vocab_size: int) -> tuple[GPTConfig, Callable[..., scaling_laws.Recipe]]:
     """(the network, total_batch_size=... -> what follows from its size)"""
     dials = {name: getattr(cfg, name) for name in ("aspect_ratio", "head_dim", "window_pattern", "max_seq_len")}
     model, reference = (
-        scaling.config_of_depth(depth, **dials, vocab_size=vocab_size) for depth in (cfg.depth, scaling.REFERENCE_DEPTH)
+        scaling_laws.config_of_depth(depth, **dials, vocab_size=vocab_size)
+        for depth in (cfg.depth, scaling_laws.REFERENCE_DEPTH)
     )
     lengths = {name: getattr(cfg, name) for name in ("num_iterations", "target_flops", "target_param_data_ratio")}
-    return model, functools.partial(scaling.recipe, model, reference, **lengths)
+    return model, functools.partial(scaling_laws.recipe, model, reference, **lengths)
 
 
 def fits(cfg: BaseConfig) -> int:
@@ -214,17 +220,17 @@ def sized(cfg: BaseConfig, total_batch_size: int, row_shards: int) -> BaseConfig
     return dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total_batch_size)
 
 
-def groups_of(cfg: BaseConfig, n_embd: int, recipe: scaling.Recipe) -> optim.Groups:
+def groups_of(cfg: BaseConfig, n_embd: int, recipe: scaling_laws.Recipe) -> optim.Groups:
     """The optimizer's groups with the rates scaled to the batch, but for the fixed one of the smear."""
     rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
     rates = {name: rate * recipe.rate_factor for name, rate in rates.items()}
     return optim.default_groups(n_embd, **rates, weight_decay=cfg.weight_decay * recipe.decay_factor)
 
 
-def tell(run: Run, recipe: scaling.Recipe) -> None:
+def tell(run: Run, recipe: scaling_laws.Recipe) -> None:
     """The model and what follows from its size."""
     model = run.model_config
-    ratio = recipe.iterations * recipe.total_batch_size / scaling.scaling_params(model)
+    ratio = recipe.iterations * recipe.total_batch_size / scaling_laws.scaling_params(model)
     print0(
         f"Model: depth {model.n_layer}, width {model.n_embd}, {model.n_head} heads of {model.head_dim}, windows "
         f"{', '.join(map(str, dict.fromkeys(model.windows)))}, vocabulary {model.vocab_size:,}"
@@ -245,8 +251,8 @@ def samples(run: Run, tokenizer: Tokenizer, mesh, **how) -> Measurement:
     def measure(params):
         if not prompts:
             return {}
-        from nanochat_jax.engine import Engine
-        from nanochat_jax.samples import Sampling
+        from nanochat_jax.inference.engine import Engine
+        from nanochat_jax.inference.samples import Sampling
 
         engine = Engine(run.model_config, tokenizer, sharding.own_devices(mesh), tools=False, **how)
         with engine.holding(params, mesh):
@@ -262,4 +268,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    config.run_stage(main, config.parse(BaseConfig, prog="python -m nanochat_jax.base"))
+    settings.run_stage(main, settings.parse(BaseConfig, prog="python -m nanochat_jax.base"))

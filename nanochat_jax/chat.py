@@ -25,16 +25,17 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from nanochat_jax import checkpoint, config
-from nanochat_jax.common import base_dir
-from nanochat_jax.config import Maybe, require
-from nanochat_jax.device import compute_dtype, start_device
-from nanochat_jax.engine import Engine, text_pieces
-from nanochat_jax.runs import check_tokenizer
-from nanochat_jax.samples import Sampling
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.checkpoints import store
+from nanochat_jax.cli import settings
+from nanochat_jax.cli.device import compute_dtype, start_device
+from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.files.paths import base_dir
+from nanochat_jax.inference.engine import Engine, text_pieces
+from nanochat_jax.inference.samples import Sampling
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible
+from nanochat_jax.train.run import check_tokenizer
 
 CALL_STYLE, NOTE_STYLE = "cyan", "dim"
 JOINERS = "\u200c\u200d"  # invisible, but Persian, the scripts of India and emoji are spelled with them
@@ -273,14 +274,14 @@ class Chat:
             yield line
 
 
-def open_engine(cfg: ChatConfig) -> tuple[Engine, checkpoint.Found]:
+def open_engine(cfg: ChatConfig) -> tuple[Engine, store.Found]:
     """The model on one device. Its context is the length it was trained with."""
-    found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.step)
+    found = store.find_model(cfg.source, cfg.model_tag, cfg.step)
     start_device(cfg.device_type)
     dtype = compute_dtype(cfg.dtype)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    check_tokenizer(tokenizer, checkpoint.peek_meta(found))
-    model_config, params, _ = checkpoint.load_params(found)
+    check_tokenizer(tokenizer, store.peek_meta(found))
+    model_config, params, _ = store.load_params(found)
     context = model_config.sequence_len
     engine = Engine(model_config, tokenizer, make_mesh("data=1"), dtype=dtype, slots=1, context=context)
     engine.load(params)
@@ -310,4 +311,4 @@ def main(cfg: ChatConfig) -> int:
 if __name__ == "__main__":
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="replace")
-    config.run_stage(main, config.parse(ChatConfig, prog="python -m nanochat_jax.chat"))
+    settings.run_stage(main, settings.parse(ChatConfig, prog="python -m nanochat_jax.chat"))

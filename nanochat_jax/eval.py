@@ -21,9 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax import checkpoint, config, processes, sharding, storage
-from nanochat_jax.attention import check as check_attention
-from nanochat_jax.chatcore import (
+from nanochat_jax.checkpoints import store
+from nanochat_jax.cli import settings
+from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
+from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.distributed import processes, sharding
+from nanochat_jax.evals.evaluator import (
     BASELINES,
     NEW_TOKENS,
     TASKS,
@@ -35,13 +38,13 @@ from nanochat_jax.chatcore import (
     make_task,
     prepare,
 )
-from nanochat_jax.common import base_dir, print0, write_atomically
-from nanochat_jax.config import Maybe, require
-from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.loop import explaining_memory
-from nanochat_jax.runs import check_tokenizer
-from nanochat_jax.samples import Sampling
+from nanochat_jax.files import bucket
+from nanochat_jax.files.paths import base_dir, print0, write_atomically
+from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train.loop import explaining_memory
+from nanochat_jax.train.run import check_tokenizer
 
 
 def short(*names: str):
@@ -79,7 +82,7 @@ class EvalConfig:
     slots: int = 256  # answers that are generated together
     # output
     json: Maybe[Path] = None  # new file for all numbers
-    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
+    settings: Maybe[Path] = None  # TOML file of flags; flags on the command line win
 
 
 def check(cfg: EvalConfig) -> Sampling:
@@ -94,8 +97,8 @@ def check(cfg: EvalConfig) -> Sampling:
         f"--num-samples={cfg.num_samples} at --temperature 0 would be the same answer each time: give a --temperature",
     )
     if cfg.json:
-        require(not storage.place(cfg.json).exists(), f"--json {cfg.json} exists: name a new file")
-    if cfg.json and not storage.in_bucket(storage.place(cfg.json)):
+        require(not bucket.place(cfg.json).exists(), f"--json {cfg.json} exists: name a new file")
+    if cfg.json and not bucket.in_bucket(bucket.place(cfg.json)):
         folder = cfg.json.absolute().parent
         folder.mkdir(parents=True, exist_ok=True)
         require(os.access(folder, os.W_OK), f"--json {cfg.json} must be in a folder with write access")
@@ -143,15 +146,15 @@ def main(cfg: EvalConfig) -> int:
 
     # Model and problems; its weights come last
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.step)
-    check_tokenizer(tokenizer, checkpoint.peek_meta(found))
+    found = store.find_model(cfg.source, cfg.model_tag, cfg.step)
+    check_tokenizer(tokenizer, store.peek_meta(found))
     with processes.zero_first("the problems"):
         papers, not_run = prepare_all(cfg, tokenizer)
     sizes = [f"{problems.name}: {len(problems.prompts)}" for problems in papers]
-    facts = {"model": checkpoint.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
+    facts = {"model": store.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
     processes.agree("the problems", facts)
     print0(f"Model: {found}")
-    model_config, params, _ = checkpoint.load_params(found)
+    model_config, params, _ = store.load_params(found)
     how = {"mesh": mesh, "dtype": dtype}
     longest = max(len(prompt) for problems in papers for prompt in problems.prompts)
     alone = {"packed": False, "training": False}
@@ -168,7 +171,7 @@ def main(cfg: EvalConfig) -> int:
         "max_problems": cfg.max_problems,
         "tasks": {},
         "not_run": not_run,
-        "versions": checkpoint.versions(),
+        "versions": store.versions(),
     }
     own = how["mesh"] = sharding.own_devices(mesh)  # each process has its part of the problems
     slots = max(1, cfg.slots // processes.count())
@@ -290,4 +293,4 @@ def save(path: Path | None, report: dict) -> None:
 
 
 if __name__ == "__main__":
-    config.run_stage(main, config.parse(EvalConfig, prog="python -m nanochat_jax.eval"))
+    settings.run_stage(main, settings.parse(EvalConfig, prog="python -m nanochat_jax.eval"))

@@ -15,14 +15,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from nanochat_jax import checkpoint, config, sealed
-from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe, require
-from nanochat_jax.gpt import GPTConfig, window_sizes
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import settings as config
+from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.files.paths import base_dir, print0
+from nanochat_jax.files.torch_write import Tensor, write_pt
+from nanochat_jax.interop.nanochat_optimizer import NEWTON_SCHULZ_STEPS, Merge, nanochat_groups, read_optimizer
+from nanochat_jax.model.gpt import GPTConfig, window_sizes
 from nanochat_jax.nanochat_import import LIMITS, _file, _meta_file, nanochat_name
-from nanochat_jax.nanochat_optimizer import NEWTON_SCHULZ_STEPS, Merge, nanochat_groups, read_optimizer
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.torch_save import Tensor, write_pt
 
 EMBEDDING_TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 OURS = {"tokenizer", "optimizer_groups"}  # in meta, for our own loaders only
@@ -67,7 +68,7 @@ def nanochat_meta(meta: dict, model: GPTConfig, step: int) -> dict:
 def model_content(params: dict, embedding_type: np.dtype) -> dict[str, Tensor]:
     """The state dict: nanochat's name -> tensor."""
     content = collections.OrderedDict()
-    for path, leaf in checkpoint.flat(params).items():
+    for path, leaf in store.flat(params).items():
         content[nanochat_name(path)] = Tensor(leaf.shape, stored_type(path, embedding_type), [leaf])
     return content
 
@@ -77,7 +78,7 @@ def stored_type(path: str, embedding_type: np.dtype) -> np.dtype:
     return embedding_type if path == "wte" or path.endswith("/value_embed") else np.dtype(np.float32)
 
 
-def optimizer_state(found: checkpoint.Found, model: GPTConfig, meta: dict) -> dict | None:
+def optimizer_state(found: store.Found, model: GPTConfig, meta: dict) -> dict | None:
     """The optimizer of a model in either format, in the form of `read_optimizer`; None where it came without."""
     if not found.ours:
         return read_optimizer(found.folder, found.step, model)
@@ -85,7 +86,7 @@ def optimizer_state(found: checkpoint.Found, model: GPTConfig, meta: dict) -> di
     if not (folder / "optimizer").is_dir():
         return None
     state = {kind: {} for kind in ("exp_avg", "exp_avg_sq", "count", "momentum", "second_momentum")}
-    for name, array in checkpoint.read_arrays(folder, "optimizer").items():
+    for name, array in store.read_arrays(folder, "optimizer").items():
         kind, _, path = name.partition("/")
         if kind in state:
             state[kind][path] = array
@@ -142,7 +143,7 @@ class ExportConfig:
 
 
 def export(
-    found: checkpoint.Found,
+    found: store.Found,
     tokenizer: Tokenizer,
     folder: Path,
     embedding_type: np.dtype,
@@ -155,12 +156,12 @@ def export(
     ValueError: not a network of today's nanochat, or another tokenizer than the model's. FileExistsError: files of that
     step, checkpoints of ours or another tokenizer are there.
     """
-    base, step, meta = folder.parents[1], found.step, checkpoint.peek_meta(found)
+    base, step, meta = folder.parents[1], found.step, store.peek_meta(found)
     check_tokenizer(tokenizer, meta)
     if found.ours:
         meta = nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
     _check_free(folder, step, tokenizer)
-    model, params, recorded = checkpoint.load_params(found)
+    model, params, recorded = store.load_params(found)
     if not found.ours:
         model_config(model)  # only the tensors tell the era of nanochat's own files
     base.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def _check_free(folder: Path, step: int, tokenizer: Tokenizer) -> None:
         raise PermissionError(f"{above} must be a folder that can be written to: choose another with --output")
     if files := sorted(folder.glob(f"*_{step:06d}[._]*")):
         raise FileExistsError(f"{files[0]} is there already: choose another folder with --output or --output-tag")
-    if sealed.steps(folder):  # beside nanochat's files the run could not go on
+    if integrity.steps(folder):  # beside nanochat's files the run could not go on
         raise FileExistsError(f"{folder} holds checkpoints of our own: choose another folder with --output")
     there = folder.parents[1] / "tokenizer"
     if any(there.glob("tokenizer.*")) and Tokenizer.load(there).digest() != tokenizer.digest():
@@ -212,9 +213,9 @@ def main(cfg: ExportConfig) -> int:
     """Export -> the exit code."""
     require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
     require(cfg.dtype in EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
-    found = checkpoint.find_model(cfg.source, cfg.model_tag, cfg.model_step)
-    root = cfg.output.expanduser().absolute() / checkpoint.SOURCES[cfg.source]
-    tag = cfg.output_tag or f"d{checkpoint.peek_meta(found)['model_config']['n_layer']}"
+    found = store.find_model(cfg.source, cfg.model_tag, cfg.model_step)
+    root = cfg.output.expanduser().absolute() / store.SOURCES[cfg.source]
+    tag = cfg.output_tag or f"d{store.peek_meta(found)['model_config']['n_layer']}"
     require(
         (root / tag).resolve().parent == root.resolve(),
         f"--output-tag must be the name of one folder, got {tag!r}",

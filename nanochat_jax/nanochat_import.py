@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from nanochat_jax import sealed, storage
-from nanochat_jax.common import print0
-from nanochat_jax.gpt import SMEAR_CHANNELS, GPTConfig
-from nanochat_jax.safe_pickle import Refused, read_pt
+from nanochat_jax.checkpoints import integrity
+from nanochat_jax.files import bucket
+from nanochat_jax.files.paths import print0
+from nanochat_jax.files.torch_read import Refused, read_pt
+from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig
 
 # nanochat's name of a tensor -> our path; * stands for the layer. Both directions are read from here.
 NAMES = {
@@ -104,7 +105,7 @@ def find_tag(folder: Path) -> str:
     depths = {tag: int(found[1]) for tag in tags if (found := re.match(r"d([0-9]+)", tag))}
     if depths:
         return min(depths, key=lambda tag: (-depths[tag], len(tag), tag))  # of equal depth: "d20" before "d20_long"
-    return max(tags, key=lambda tag: storage.modified(folder / tag))
+    return max(tags, key=lambda tag: bucket.modified(folder / tag))
 
 
 def find_steps(folder: Path) -> list[int]:
@@ -324,13 +325,13 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
     A model that is there already and intact is left alone, so an interrupted conversion goes on where it stopped.
     FileNotFoundError: `src` holds no model. FileExistsError: `to` holds another tokenizer or other models.
     """
-    from nanochat_jax import checkpoint  # it reads nanochat's files through this module
-    from nanochat_jax.nanochat_optimizer import read_optimizer, recorded_groups
+    from nanochat_jax.checkpoints import store  # it reads nanochat's files through this module
+    from nanochat_jax.interop.nanochat_optimizer import read_optimizer, recorded_groups
     from nanochat_jax.tokenizer import Tokenizer
 
     models = [
         (source, folder, step)
-        for source, name in checkpoint.SOURCES.items()
+        for source, name in store.SOURCES.items()
         for folder in sorted((src / name).glob("*/"))
         if any(folder.glob("model_*.pt"))
         for step in find_steps(folder)
@@ -340,17 +341,17 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
             f"{src} holds no model of nanochat's: it must be a base directory (base_checkpoints/...)"
         )
     tokenizer = Tokenizer.load(src / "tokenizer")
-    there = storage.fetch(to / "tokenizer", exact=True)
+    there = bucket.fetch(to / "tokenizer", exact=True)
     if there.exists() and Tokenizer.load(there).digest() != tokenizer.digest():
         raise FileExistsError(f"{to}/tokenizer is another tokenizer: convert to another folder with --to")
     tokenizer.save(to / "tokenizer")
     for source, folder, step in models:
-        target = to / checkpoint.SOURCES[source] / folder.name / str(step)
+        target = to / store.SOURCES[source] / folder.name / str(step)
         with open(_file(folder, "model", step, "pt"), "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
-        if target.exists() and checkpoint.converted_from(target) != digest:
+        if target.exists() and store.converted_from(target) != digest:
             raise FileExistsError(f"{target} is another model: remove it, or convert to another folder with --to")
-        if sealed.is_intact(target):
+        if integrity.is_intact(target):
             log(f"{target} is there already")
             continue
         config, params, theirs = read_model(folder, step, logit_cap)
@@ -359,8 +360,8 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
         meta |= {"converted_from": digest, "nanochat_meta": theirs}  # nanochat_export gives the latter back
         if state:
             meta |= {"optimizer_groups": recorded_groups(state["groups"]), "nanochat_groups": state["groups"]}
-        arrays = checkpoint.imported_arrays(state) if state else None
-        checkpoint.write(target, checkpoint.flat(params), arrays, meta)
+        arrays = store.imported_arrays(state) if state else None
+        store.write(target, store.flat(params), arrays, meta)
         log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if state else " (no optimizer state)"))
     return len(models)
 
@@ -368,8 +369,8 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
 def main() -> None:
     config = tyro.cli(ImportConfig, prog="python -m nanochat_jax.nanochat_import")
     try:
-        to = storage.place(config.to)
-        count = convert(config.src, to if storage.in_bucket(to) else to.absolute(), config.logit_cap)
+        to = bucket.place(config.to)
+        count = convert(config.src, to if bucket.in_bucket(to) else to.absolute(), config.logit_cap)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     print0(f"{count} models in {to}; use them with NANOCHAT_BASE_DIR={to}")

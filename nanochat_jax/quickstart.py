@@ -25,11 +25,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax import base, chat, chatcore, checkpoint, config, report, rl, sft, sharding
-from nanochat_jax.common import write_atomically
-from nanochat_jax.config import Maybe, require
-from nanochat_jax.samples import Sampling
-from nanochat_jax.statistics import Share
+from nanochat_jax import base, chat, report, rl, sft
+from nanochat_jax.checkpoints import store
+from nanochat_jax.cli import settings as config
+from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.distributed import sharding
+from nanochat_jax.evals import evaluator
+from nanochat_jax.evals.intervals import Share
+from nanochat_jax.files.paths import write_atomically
+from nanochat_jax.inference.samples import Sampling
 from nanochat_jax.tasks import Arithmetic, SimpleSpelling
 from nanochat_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -256,10 +260,10 @@ class Tour:
     def judge(self, source: str, name: str, tokenizer: Tokenizer, tag: str | None = None) -> None:
         """Put the unseen problems to the model that the last stage has made; shares.json keeps what comes of it."""
         began = time.perf_counter()
-        model_config, params, _ = checkpoint.load_params(checkpoint.find_model(source, tag))
+        model_config, params, _ = store.load_params(store.find_model(source, tag))
         if self.examiner is None:
-            self.problems = chatcore.prepare("Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer)
-            self.examiner = chatcore.Examiner(model_config, tokenizer, sharding.make_mesh(""), slots=PROBLEMS)
+            self.problems = evaluator.prepare("Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer)
+            self.examiner = evaluator.Examiner(model_config, tokenizer, sharding.make_mesh(""), slots=PROBLEMS)
         self.examiner.load(params)
         drawn = [Sampling(temperature, 0, ANSWER_TOKENS) for temperature in (0.0, 1.0)]
         shares = [self.examiner.examine(self.problems, how, seed=self.seed).accuracy for how in drawn]

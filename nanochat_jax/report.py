@@ -19,10 +19,10 @@ import matplotlib
 import tyro
 from matplotlib.figure import Figure
 
-from nanochat_jax import storage
-from nanochat_jax.common import kept_dir, write_atomically
-from nanochat_jax.config import Maybe, parse, require, run_stage
-from nanochat_jax.metrics import read_metrics
+from nanochat_jax.cli.settings import Maybe, parse, require, run_stage
+from nanochat_jax.files import bucket
+from nanochat_jax.files.paths import kept_dir, write_atomically
+from nanochat_jax.train.metrics import read_metrics
 
 STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#888888", "#66aa00")
@@ -75,13 +75,13 @@ PANELS = (
 
 def main(cfg: ReportConfig) -> int:
     """Write the page -> 0. ValueError: there is no run to draw."""
-    folders = [storage.place(folder.expanduser()) for folder in cfg.folders] or find_runs(kept_dir())
+    folders = [bucket.place(folder.expanduser()) for folder in cfg.folders] or find_runs(kept_dir())
     require(
         bool(folders), f"{kept_dir()} has no run with a metrics.jsonl: name a run's folder, or set NANOCHAT_BASE_DIR"
     )
     for folder in folders:
         require((folder / "metrics.jsonl").is_file(), f"{folder} must be the folder of a run: it has no metrics.jsonl")
-    output = storage.place(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
+    output = bucket.place(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
     write_atomically(output, page(folders).encode())
     print(f"{len(folders)} run{'s' * (len(folders) > 1)} -> {output}")
     return 0

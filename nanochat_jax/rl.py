@@ -14,25 +14,29 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import checkpoint, config, optim, preflight, processes, sharding
-from nanochat_jax.attention import check as check_attention
-from nanochat_jax.chatcore import Problems, answer_text, judge, prepare
-from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe, StageConfig, require
-from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.engine import Engine
-from nanochat_jax.interruption import Interrupted, Signals
-from nanochat_jax.loop import Loop, Measurement, explaining_memory, session
-from nanochat_jax.metrics import SmoothedLoss
-from nanochat_jax.objective import ADVANTAGES, Objective, make_score
-from nanochat_jax.practice import RESAMPLE_ROUNDS, Exercises, Practice, plan_shape
-from nanochat_jax.rollouts import RolloutLog
-from nanochat_jax.runs import Run, check_settings, open_run
-from nanochat_jax.samples import Sampling
-from nanochat_jax.statistics import pass_at_k
+from nanochat_jax.checkpoints import store
+from nanochat_jax.cli import settings
+from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
+from nanochat_jax.cli.settings import Maybe, StageConfig, require
+from nanochat_jax.distributed import processes, sharding
+from nanochat_jax.distributed.signals import Interrupted, Signals
+from nanochat_jax.evals.evaluator import Problems, answer_text, judge, prepare
+from nanochat_jax.evals.intervals import pass_at_k
+from nanochat_jax.files.paths import base_dir, print0
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.optim import groups as optim
+from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, Exercises, Practice, plan_shape
+from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
+from nanochat_jax.rollouts.pack import RolloutLog
 from nanochat_jax.tasks import GSM8K, Arithmetic, SpellingBee, Task, load_task
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import make_train_step, place
+from nanochat_jax.train import preflight
+from nanochat_jax.train.loop import Loop, Measurement, explaining_memory, session
+from nanochat_jax.train.metrics import SmoothedLoss
+from nanochat_jax.train.run import Run, check_settings, open_run
+from nanochat_jax.train.step import make_train_step, place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ def check(cfg: RLConfig) -> Sampling:
     rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac")
     counts = ("num_epochs", "examples_per_step", "eval_examples", "eval_samples", "slots", "device_batch_size")
     rules = (
-        ("source", cfg.source in checkpoint.SOURCES, "sft, rl or base"),
+        ("source", cfg.source in store.SOURCES, "sft, rl or base"),
         ("load_optimizer", cfg.load_optimizer in (0, 1), "0 or 1"),
         ("num_steps", cfg.num_steps == -1 or 1 <= cfg.num_steps < 2**31, "at least 1, or -1 for --num-epochs"),
         *((name, 1 <= getattr(cfg, name) <= 65536, "from 1 to 65536") for name in (*counts, "updates_per_batch")),
@@ -310,11 +314,11 @@ def starting_model(cfg: RLConfig, record: dict, like: Any) -> tuple[Any, str]:
 
     ValueError: a run that goes on does not find it again as it was."""
     try:
-        _, params, _ = checkpoint.load_params(checkpoint.find_model(cfg.source, cfg.model_tag, cfg.model_step))
+        _, params, _ = store.load_params(store.find_model(cfg.source, cfg.model_tag, cfg.model_step))
     except FileNotFoundError as e:
         raise ValueError(f"--kl-coef needs the model that the run started from: {e}") from e
     digest = hashlib.sha256()
-    for name, leaf in sorted(checkpoint.flat(params).items()):
+    for name, leaf in sorted(store.flat(params).items()):
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     require(
         record.get("reference") in (None, digest.hexdigest()),
@@ -368,4 +372,4 @@ def examination(cfg: RLConfig, paper: Problems | None, practice: Practice) -> Me
 
 
 if __name__ == "__main__":
-    config.run_stage(main, config.parse(RLConfig, prog="python -m nanochat_jax.rl"))
+    settings.run_stage(main, settings.parse(RLConfig, prog="python -m nanochat_jax.rl"))

@@ -7,14 +7,16 @@ python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run m
 import dataclasses
 from pathlib import Path
 
-from nanochat_jax import config, data, optim, preflight, processes, sharding
-from nanochat_jax.attention import check as check_attention
-from nanochat_jax.chatcore import chatcore_measurement
-from nanochat_jax.common import base_dir, print0
-from nanochat_jax.config import Maybe, StageConfig, require
-from nanochat_jax.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.loop import train_on, validation
-from nanochat_jax.runs import check_settings, open_run, plan_batches
+from nanochat_jax.cli import settings
+from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
+from nanochat_jax.cli.settings import Maybe, StageConfig, require
+from nanochat_jax.data import rows as data
+from nanochat_jax.data.token_cache import open_caches
+from nanochat_jax.distributed import processes, sharding
+from nanochat_jax.evals.evaluator import chatcore_measurement
+from nanochat_jax.files.paths import base_dir, print0
+from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.optim import groups
 from nanochat_jax.tasks import (
     GSM8K,
     MMLU,
@@ -26,8 +28,10 @@ from nanochat_jax.tasks import (
     TaskMixture,
     load_task,
 )
-from nanochat_jax.token_cache import open_caches
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import preflight
+from nanochat_jax.train.loop import train_on, validation
+from nanochat_jax.train.run import check_settings, open_run, plan_batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,8 +181,8 @@ def main(cfg: SFTConfig) -> int:
     mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
     ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
     schedule = {
-        "lr_multiplier": lambda step: optim.sft_lr_multiplier(step / total, **ratios),
-        "muon_momentum": optim.sft_muon_momentum,
+        "lr_multiplier": lambda step: groups.sft_lr_multiplier(step / total, **ratios),
+        "muon_momentum": groups.sft_muon_momentum,
     }
     where, packed = {"mesh": mesh, "dtype": dtype}, cfg.document_mask
     where["attention"] = choose_attention(cfg.attention, run.model_config, rows.T, packed=packed, **where)
@@ -220,4 +224,4 @@ def validation_rows(tasks: list, cfg: SFTConfig, tokenizer: Tokenizer) -> data.R
 
 
 if __name__ == "__main__":
-    config.run_stage(main, config.parse(SFTConfig, prog="python -m nanochat_jax.sft"))
+    settings.run_stage(main, settings.parse(SFTConfig, prog="python -m nanochat_jax.sft"))

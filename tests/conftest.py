@@ -10,6 +10,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests talk to loopback only
@@ -27,12 +28,13 @@ gc.set_threshold(20_000, 20, 20)  # tracing makes many objects and little garbag
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+TESTS = Path(__file__).parent
 LONGEST = {
-    f"test_{name}"
-    for name in ("processes", "engine", "rl", "tpu_aot", "resume", "tpu_vm", "rl_resume", "meshes", "storage", "train")
+    *("distributed/test_processes", "distributed/test_meshes", "inference/test_engine", "files/test_bucket"),
+    *("train/test_step", "train/test_tpu_aot", "tools/test_tpu_vm", "test_rl", "test_rl_resume", "test_resume"),
 }
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: else one core ends with them while the others wait."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.relative_to(TESTS).with_suffix("").as_posix() not in LONGEST)

@@ -11,9 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import base as stage
-from nanochat_jax import checkpoint, config, optim, scaling, sealed, sft
-from nanochat_jax.metrics import read_metrics
-from tests import tiny
+from nanochat_jax import sft
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import settings as cli_settings
+from nanochat_jax.optim import groups as optim
+from nanochat_jax.train import scaling_laws
+from nanochat_jax.train.metrics import read_metrics
+from tests.support import tiny
 
 STEPS = 6
 
@@ -42,7 +46,7 @@ def flags(*more):
 def run(argv, module=stage, settings=stage.BaseConfig) -> int | str:
     """The exit code, or the error's sentence."""
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(module.main, config.parse(settings, list(argv)))
+        cli_settings.run_stage(module.main, cli_settings.parse(settings, list(argv)))
     return stop.value.code
 
 
@@ -61,15 +65,15 @@ def trained(base):
 def copy_of(trained, tag, steps):
     """The trained run's folder under another tag, with these of its checkpoints."""
     folder = shutil.copytree(trained[0], trained[0].with_name(tag))
-    for step in set(sealed.steps(folder)) - set(steps):
-        sealed.discard(folder / str(step))
+    for step in set(integrity.steps(folder)) - set(steps):
+        integrity.discard(folder / str(step))
     return folder
 
 
 def differing(one, other, step=STEPS):
     found = []
     for item in ("params", "optimizer"):
-        ours, theirs = (checkpoint.read_arrays(folder / str(step), item) for folder in (one, other))
+        ours, theirs = (store.read_arrays(folder / str(step), item) for folder in (one, other))
         found += [f"{item}/{name}" for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
     return found
 
@@ -104,15 +108,22 @@ def test_the_text_is_learned_and_sampled_from(trained):
 
 
 def test_the_checkpoint_is_a_base_model_with_what_fine_tuning_inherits(trained):
-    found = checkpoint.find_model("base")
+    found = store.find_model("base")
     assert (found.folder, found.step, found.ours) == (trained[0], STEPS, True)
-    meta = checkpoint.peek_meta(found)
+    meta = store.peek_meta(found)
     assert (meta["max_seq_len"], meta["device_batch_size"], meta["total_batch_size"]) == (64, 1, 512)
     assert (meta["rows_consumed"], meta["total_steps"], meta["user_config"]["embedding_lr"]) == (48, STEPS, 0.3)
-    config = checkpoint.load_params(found)[0]
-    assert (config.n_embd, config.windows, config.smear, config.padded_vocab) == (64, (128, 64), True, 320)
+    cli_settings = store.load_params(found)[0]
+    assert (cli_settings.n_embd, cli_settings.windows, cli_settings.smear, cli_settings.padded_vocab) == (
+        64,
+        (128, 64),
+        True,
+        320,
+    )
     dials = {"aspect_ratio": 32, "head_dim": 32, "window_pattern": "SL", "max_seq_len": 64, "vocab_size": 265}
-    growth = scaling.scaling_params(config) / scaling.scaling_params(scaling.config_of_depth(12, **dials))
+    growth = scaling_laws.scaling_params(cli_settings) / scaling_laws.scaling_params(
+        scaling_laws.config_of_depth(12, **dials)
+    )
     decay = 0.28 * math.sqrt(512 / 2**19) / growth * 0.5 * (1 + math.cos(math.pi * 5 / 6))  # the last step's
     groups = meta["optimizer_groups"]
     assert groups["matrix"]["weight_decay"] == pytest.approx(decay)
@@ -128,10 +139,10 @@ def test_sft_finds_it_goes_on_from_its_optimizer_and_keeps_the_last_decay(base, 
     for line in (f"Base model: {trained[0]}/6", "Inherited total_batch_size=512", "Loaded the base model's optimizer"):
         assert line in said
     folder = base / "chatsft_checkpoints" / "d2"
-    ours, theirs = (checkpoint.read_meta(f)["optimizer_groups"] for f in (folder / "2", trained[0] / "6"))
+    ours, theirs = (store.read_meta(f)["optimizer_groups"] for f in (folder / "2", trained[0] / "6"))
     assert ours["matrix"]["weight_decay"] == theirs["matrix"]["weight_decay"] > 0
     assert ours["matrix"]["lr"] == pytest.approx(0.8 * 0.02)  # as nanochat: the flag's rate, not the scaled one
-    assert checkpoint.read_arrays(folder / "2", "optimizer")["count/embedding"] == STEPS + 2
+    assert store.read_arrays(folder / "2", "optimizer")["count/embedding"] == STEPS + 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +166,7 @@ def test_eight_devices_train_like_one(base, trained):
     folder = base / "base_checkpoints" / "eight"
     one, eight = (list(losses(f).values()) for f in (trained[0], folder))
     np.testing.assert_allclose(eight, one, rtol=1e-5)  # of a fresh model some gradients are rounding errors only
-    ours, theirs = (checkpoint.read_arrays(f / str(STEPS), "params") for f in (folder, trained[0]))
+    ours, theirs = (store.read_arrays(f / str(STEPS), "params") for f in (folder, trained[0]))
     for name in ("wte", "blocks/1/mlp/c_fc", "blocks/0/attn/c_q"):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-3, err_msg=name)
 
@@ -172,7 +183,7 @@ def test_other_settings_and_other_data_are_not_the_same_run(base, trained, tmp_p
 
 def test_resume_alone_means_the_only_run(base, trained, tmp_path, monkeypatch):
     def tag(*argv):
-        return stage.tag_of(config.parse(stage.BaseConfig, [*argv]))
+        return stage.tag_of(cli_settings.parse(stage.BaseConfig, [*argv]))
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     assert tag("--resume") == tag() == "d20"  # there is none
@@ -199,9 +210,9 @@ def test_a_damaged_shard_costs_no_step_and_can_be_repaired(base, tmp_path, monke
     argv = flags("--model-tag", "damaged", "--data-dir", "shards", "--num-iterations", "9", "--save-every", "-1")
     assert "shard_00001.parquet, row 0 cannot be rendered: UnicodeDecodeError" in run([*argv, "--eval-every", "-1"])
     checkpoints = base / "base_checkpoints" / "damaged"
-    (step,) = sealed.steps(checkpoints)
+    (step,) = integrity.steps(checkpoints)
     assert step == max(losses(checkpoints)) > 1
-    meta = checkpoint.read_meta(checkpoints / str(step))
+    meta = store.read_meta(checkpoints / str(step))
     assert (meta["shards_reached"], meta["user_config"]["data_dir"]) == (1, str(folder))
     pq.write_table(whole, folder / "shard_00001.parquet")
     monkeypatch.chdir(base)  # the folder was given relative to another one, and is not given again
@@ -216,10 +227,10 @@ def test_a_batch_that_was_rounded_for_the_devices_stays_when_they_change(base, m
     argv = ["--depth", "1", *tiny.DIALS[2:-2], "--max-seq-len", "48", "--model-tag", "odd", "--eval-every", "-1"]
     argv += ["--sample-every", "-1", "--warmup-steps", "0", "--num-iterations", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(scaling, "REFERENCE_BATCH", 1024)
+        patch.setattr(scaling_laws, "REFERENCE_BATCH", 1024)
         assert run([*argv, "--mesh", "data=8"]) == 0
     said = capsys.readouterr().out
-    total = checkpoint.read_meta(base / "base_checkpoints" / "odd" / "1")["total_batch_size"]
+    total = store.read_meta(base / "base_checkpoints" / "odd" / "1")["total_batch_size"]
     assert total % (8 * 48) == 0 and f"1 steps of {total:,} tokens from --num-iterations=1" in said
     monkeypatch.setattr(stage, "train_on", lambda *args, **kwargs: 0)
     assert run(["--resume", "--model-tag", "odd", "--mesh", "data=1"]) == 0
@@ -269,7 +280,7 @@ def test_a_run_takes_the_shards_it_downloads_else_all_of_the_folder(base, tmp_pa
         asked.append((n, folder))
         return ["first", "held out"]
 
-    monkeypatch.setattr("nanochat_jax.download.fetch_shards", fetch_shards)
+    monkeypatch.setattr("nanochat_jax.files.download.fetch_shards", fetch_shards)
     assert stage.shards_of(stage.BaseConfig(download=3)) == ["first", "held out"]
     assert stage.shards_of(stage.BaseConfig(download=1, data_dir=tmp_path)) == ["first", "held out"]
     assert asked == [(3, base / "base_data_climbmix"), (1, tmp_path)]
@@ -302,7 +313,7 @@ def test_what_a_model_writes_does_not_reach_the_terminal_as_a_command():
 
 
 def test_rates_are_scaled_but_for_the_fixed_one():
-    recipe = scaling.Recipe(2**17, 0.5, 2.0, 1, "")
+    recipe = scaling_laws.Recipe(2**17, 0.5, 2.0, 1, "")
     cfg = stage.BaseConfig(embedding_lr=0.2, unembedding_lr=0.01, matrix_lr=0.04, scalar_lr=0.6, weight_decay=0.1)
     plain = {"embedding_lr": 0.1, "unembedding_lr": 0.005, "matrix_lr": 0.02, "scalar_lr": 0.3}
     assert stage.groups_of(cfg, 256, recipe) == optim.default_groups(256, **plain, weight_decay=0.2)

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nanochat_jax import chat, config
+from nanochat_jax import chat
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
-from nanochat_jax.samples import Marks, Sampling
+from nanochat_jax.cli import settings as config
+from nanochat_jax.inference.samples import Marks, Sampling
 from nanochat_jax.tokenizer import UnsplittableText
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = tiny.tokenizer()  # of bytes: a character of ASCII is a token

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import config
-from nanochat_jax.gpt import kv_bytes_per_token, parameter_counts
-from nanochat_jax.rollouts import most_rows
-from nanochat_jax.scaling import REFERENCE_DEPTH, config_of_depth, recipe
+from nanochat_jax.cli import settings
+from nanochat_jax.model.gpt import kv_bytes_per_token, parameter_counts
+from nanochat_jax.rollouts.pack import most_rows
+from nanochat_jax.train.scaling_laws import REFERENCE_DEPTH, config_of_depth, recipe
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 MACHINES = {  # devices, and the memory of one in GB
@@ -82,7 +82,7 @@ def estimated_rollout_gb(model, cfg, devices: int, on_cpu: bool) -> float:
 def preset(request):
     """(file, class, devices, GB of one, settings)"""
     cls, devices, memory = stage_of(request.param)
-    return request.param, cls, devices, memory, config.parse(cls, ["--config", str(request.param)])
+    return request.param, cls, devices, memory, settings.parse(cls, ["--config", str(request.param)])
 
 
 def test_there_is_a_preset_for_every_machine():

@@ -12,17 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
-from nanochat_jax import chatcore, config, sandbox, sharding
 from nanochat_jax import eval as evaluation
-from nanochat_jax.chatcore import BASELINES, Examiner, answer_text, chatcore_measurement, make_task, prepare
-from nanochat_jax.decode import Programs
-from nanochat_jax.evals import make_letter_logits
-from nanochat_jax.gpt import abstract_gpt
-from nanochat_jax.samples import Sample, Sampling
-from nanochat_jax.tasks import HumanEval, Task
+from nanochat_jax.cli import settings
+from nanochat_jax.distributed import sharding
+from nanochat_jax.evals import evaluator
+from nanochat_jax.evals.bits_per_byte import make_letter_logits
+from nanochat_jax.evals.evaluator import BASELINES, Examiner, answer_text, chatcore_measurement, make_task, prepare
+from nanochat_jax.inference.decode import Programs
+from nanochat_jax.inference.samples import Sample, Sampling
+from nanochat_jax.model.gpt import abstract_gpt
+from nanochat_jax.tasks import HumanEval, Task, sandbox
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, choice_conversation
-from tests import tiny
-from tests.models import random_params
+from tests.support import tiny
+from tests.support.models import random_params
 
 ONE = sharding.make_mesh("data=1")
 TOKENIZER = tiny.tokenizer()
@@ -226,16 +228,16 @@ def test_programs_of_humaneval_are_run(examiner, datasets, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- ChatCORE
 def test_chatcore_is_the_mean_of_centred_accuracies():
     guessing = dict(BASELINES)
-    assert chatcore.chatcore(guessing) == 0.0
-    assert chatcore.chatcore(dict.fromkeys(BASELINES, 1.0)) == 1.0
+    assert evaluator.chatcore(guessing) == 0.0
+    assert evaluator.chatcore(dict.fromkeys(BASELINES, 1.0)) == 1.0
     # (0.7-0.25)/0.75 = 0.6, (0.4-0.25)/0.75 = 0.2, (0.1-0.25)/0.75 = -0.2, 0.3, 0.1: their mean is 0.2
     accuracies = {"ARC-Easy": 0.7, "ARC-Challenge": 0.4, "MMLU": 0.1, "GSM8K": 0.3, "HumanEval": 0.1, "Other": 1.0}
-    assert chatcore.chatcore(accuracies) == pytest.approx(0.2)
+    assert evaluator.chatcore(accuracies) == pytest.approx(0.2)
     with_spelling = accuracies | {"SpellingBee": 0.8}
-    assert chatcore.chatcore(with_spelling) == pytest.approx(0.2)
-    assert chatcore.chatcore(with_spelling, chatcore.WITH_SPELLING) == pytest.approx(0.3)
+    assert evaluator.chatcore(with_spelling) == pytest.approx(0.2)
+    assert evaluator.chatcore(with_spelling, evaluator.WITH_SPELLING) == pytest.approx(0.3)
     del accuracies["MMLU"]
-    assert chatcore.chatcore(accuracies) is None
+    assert evaluator.chatcore(accuracies) is None
 
 
 # ----------------------------------------------------------------------------------------------- data of all tasks
@@ -283,7 +285,7 @@ def offline_in_base(base, monkeypatch):
 def run(*argv) -> int | str:
     """The exit code, or the error's sentence."""
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(evaluation.main, config.parse(evaluation.EvalConfig, list(argv)))
+        settings.run_stage(evaluation.main, settings.parse(evaluation.EvalConfig, list(argv)))
     return stop.value.code
 
 
@@ -299,12 +301,12 @@ def test_all_tasks_run_and_the_file_tells_what_the_table_shows(datasets, tmp_pat
     argv = [*SHORT, *THREE, "--data-dir", str(datasets), "--json", str(file)]
     assert run(*argv) == 0
     out, report = capsys.readouterr().out, json.loads(file.read_text())
-    assert list(report["tasks"]) == list(chatcore.TASKS) and report["not_run"] == {}
+    assert list(report["tasks"]) == list(evaluator.TASKS) and report["not_run"] == {}
     assert report["model"].endswith("base_checkpoints/d2/7") and report["step"] == 7
     accuracies = {name: task["accuracy"]["value"] for name, task in report["tasks"].items()}
     assert accuracies["HumanEval"] == 1.0 and report["tasks"]["HumanEval"]["right"] == [3, 3]
-    assert report["chatcore"] == pytest.approx(chatcore.chatcore(accuracies))
-    assert report["chatcore_with_spelling"] == pytest.approx(chatcore.chatcore(accuracies, chatcore.WITH_SPELLING))
+    assert report["chatcore"] == pytest.approx(evaluator.chatcore(accuracies))
+    assert report["chatcore_with_spelling"] == pytest.approx(evaluator.chatcore(accuracies, evaluator.WITH_SPELLING))
     assert f"ChatCORE: {report['chatcore']:.4f}" in out and "95 % interval" in out and "pass@3" in out
     for name, task in report["tasks"].items():
         value = task["accuracy"]
@@ -422,7 +424,7 @@ def test_a_device_without_memory_is_told_with_the_flags_of_this_stage(monkeypatc
 def test_measured_in_training_with_limits_and_compiled_once(params, datasets, monkeypatch):
     monkeypatch.setattr(sandbox, "guard_fault", lambda: None)
     monkeypatch.setattr(HumanEval, "evaluate", lambda self, conversation, answer: 1)
-    monkeypatch.setattr(chatcore, "NEW_TOKENS", 4)
+    monkeypatch.setattr(evaluator, "NEW_TOKENS", 4)
     said, compiled = [], []
     measurement = chatcore_measurement(
         50,
@@ -438,9 +440,9 @@ def test_measured_in_training_with_limits_and_compiled_once(params, datasets, mo
     assert measurement.every == 50 and said == []
     found = measurement.measure(params)
     accuracies = {name.removeprefix("chatcore/"): v for name, v in found.items() if name.startswith("chatcore/")}
-    assert accuracies.keys() == chatcore.WITH_SPELLING.keys()
+    assert accuracies.keys() == evaluator.WITH_SPELLING.keys()
     assert all(accuracies[name] in (0, 0.5, 1) for name in CHOICE)
-    assert found["chatcore"] == pytest.approx(chatcore.chatcore(accuracies))
+    assert found["chatcore"] == pytest.approx(evaluator.chatcore(accuracies))
     cat = [(accuracies[name] - 0.25) / 0.75 for name in CHOICE]
     assert found["chatcore_cat"] == pytest.approx(np.mean(cat))
 

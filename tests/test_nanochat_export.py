@@ -13,18 +13,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, config, nanochat_export, optim, torch_save
-from nanochat_jax.gpt import GPTConfig, window_sizes
+from nanochat_jax import nanochat_export
+from nanochat_jax.checkpoints import store
+from nanochat_jax.cli import settings
+from nanochat_jax.files import torch_write
+from nanochat_jax.files.torch_read import read_pt, read_tokenizer_pickle
+from nanochat_jax.files.torch_write import Tensor, write_pt
+from nanochat_jax.interop.nanochat_optimizer import nanochat_groups, read_optimizer, recorded_groups
+from nanochat_jax.model.gpt import GPTConfig, window_sizes
 from nanochat_jax.nanochat_export import EMBEDDING_TYPES, ExportConfig, export, model_config
 from nanochat_jax.nanochat_import import read_model
-from nanochat_jax.nanochat_optimizer import nanochat_groups, read_optimizer, recorded_groups
-from nanochat_jax.safe_pickle import read_pt, read_tokenizer_pickle
+from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat_jax.torch_save import Tensor, write_pt
-from tests import tiny
-from tests.models import tiny_config
-from tests.test_convert import assert_equal, contents
-from tests.test_nanochat_optimizer import write_optimizer
+from tests.interop.test_nanochat_optimizer import write_optimizer
+from tests.support import tiny
+from tests.support.models import tiny_config
+from tests.test_nanochat_import import assert_equal, contents
 
 # torch/_weights_only_unpickler.py: the names that plain tensors need, and the operations it knows (of protocol 2)
 NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch BFloat16Storage"}
@@ -44,7 +48,7 @@ def base(tmp_path_factory):
 
 
 def found_in(base, source="base"):
-    return checkpoint.find_model(source, base=base)
+    return store.find_model(source, base=base)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +65,7 @@ def run(monkeypatch, base, *argv) -> object:
     """The exit code or sentence of the command."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(nanochat_export.main, config.parse(ExportConfig, [*map(str, argv)]))
+        settings.run_stage(nanochat_export.main, settings.parse(ExportConfig, [*map(str, argv)]))
     return stop.value.code
 
 
@@ -72,11 +76,11 @@ def run(monkeypatch, base, *argv) -> object:
 def test_a_model_of_ours_and_its_optimizer_come_back_bit_for_bit(base, exported):
     found, again = found_in(base), found_in(exported / "f32")
     assert (found.ours, again.ours, again.tag, again.step) == (True, False, "d2", 7)
-    (config_1, params_1, _), (config_2, params_2, _) = checkpoint.load_params(found), checkpoint.load_params(again)
+    (config_1, params_1, _), (config_2, params_2, _) = store.load_params(found), store.load_params(again)
     assert config_1 == config_2
-    assert_equal(checkpoint.flat(params_1), checkpoint.flat(params_2))
+    assert_equal(store.flat(params_1), store.flat(params_2))
     empty = optim.default_groups(config_1.n_embd, **RATES)
-    (groups_1, arrays_1), (groups_2, arrays_2) = (checkpoint.load_optimizer(f, config_1, empty) for f in (found, again))
+    (groups_1, arrays_1), (groups_2, arrays_2) = (store.load_optimizer(f, config_1, empty) for f in (found, again))
     assert groups_1 == groups_2
     arrays_1.pop("bad_steps")
     assert_equal(arrays_1, arrays_2)
@@ -117,7 +121,7 @@ def test_nanochats_own_files_of_several_ranks_become_files_of_one(tmp_path):
     _, want, _ = write_optimizer(source, "E", 8)
     meta = json.loads((source / "meta_000007.json").read_text())
     tokenizer = tokenizer_of(meta["model_config"]["vocab_size"])
-    found = checkpoint.find_model("base", base=tmp_path / "theirs")
+    found = store.find_model("base", base=tmp_path / "theirs")
     before = contents(source)
     export(found, tokenizer, folder, EMBEDDING_TYPES["float32"], log=lambda line: None)
     assert contents(source) == before
@@ -170,9 +174,9 @@ def test_pickles_name_and_do_only_what_torch_allows_with_weights_only(exported):
         assert operations[0][1] == 2
 
 
-@pytest.mark.parametrize("zip64_from", [torch_save.ZIP64_FROM, 1])
+@pytest.mark.parametrize("zip64_from", [torch_write.ZIP64_FROM, 1])
 def test_records_are_stored_named_and_aligned_as_torch_has_them(tmp_path, monkeypatch, zip64_from):
-    monkeypatch.setattr(torch_save, "ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(torch_write, "ZIP64_FROM", zip64_from)
     data = {"a": np.arange(5, dtype=np.float32), "b": np.array(2.5, ml_dtypes.bfloat16), "c": {"d": np.ones((2, 3))}}
     path = tmp_path / "model_000007.pt"
     write_pt(path, data)
@@ -262,7 +266,7 @@ def test_a_network_that_todays_nanochat_cannot_build_is_refused_by_its_values(ch
 
 def test_an_older_network_of_ours_is_refused_before_anything_is_read_or_written(tmp_path, monkeypatch):
     tiny.write_base(tmp_path / "ours", config=GPTConfig(**(vars(tiny.CONFIG) | {"rope_base": 10_000.0})))
-    monkeypatch.setattr(checkpoint, "read_arrays", None)
+    monkeypatch.setattr(store, "read_arrays", None)
     message = run(monkeypatch, tmp_path / "ours", "--output", tmp_path / "out")
     assert message.startswith("error: only networks as nanochat builds them") and "rope_base=10000.0" in message
     assert not (tmp_path / "out").exists()
@@ -282,13 +286,13 @@ def folder(base, tmp_path):
 def test_every_source_goes_where_nanochat_looks_for_it(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for source in ("sft", "rl"):
-        shutil.copytree(folder / "base_checkpoints/d2", folder / checkpoint.SOURCES[source] / "my-run")
+        shutil.copytree(folder / "base_checkpoints/d2", folder / store.SOURCES[source] / "my-run")
     for source in ("base", "sft", "rl"):
         assert run(monkeypatch, folder, "--output", out, "--source", source) == 0
     assert run(monkeypatch, folder, "--output", out, "--no-optimizer", "--output-tag", "d2_small") == 0
     made = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     files = ["meta_000007.json", "model_000007.pt", "optim_000007_rank0.pt"]
-    want = {f"{name}/d2/{file}" for name in checkpoint.SOURCES.values() for file in files}
+    want = {f"{name}/d2/{file}" for name in store.SOURCES.values() for file in files}
     want |= {f"base_checkpoints/d2_small/{file}" for file in files[:2]}
     assert made == want | {"tokenizer/tokenizer.pkl", "tokenizer/token_bytes.pt"}
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
@@ -328,14 +332,14 @@ def test_the_model_appears_last_so_that_half_an_export_is_no_checkpoint(base, tm
 
 
 def test_a_failure_leaves_no_file_behind(folder, tmp_path, monkeypatch):
-    out, write = tmp_path / "out", torch_save.write_archive
+    out, write = tmp_path / "out", torch_write.write_archive
 
     def fails_late(path, pickled):
         write(path, pickled)
         if path.name.startswith("optim"):
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch_save, "write_archive", fails_late)
+    monkeypatch.setattr(torch_write, "write_archive", fails_late)
     assert run(monkeypatch, folder, "--output", out) == "error: No space left on device"
     assert contents(out) == {}
     assert run(monkeypatch, folder, "--output", out, "--no-optimizer") == 0
@@ -375,8 +379,8 @@ def test_a_converted_model_gives_back_what_it_was_converted_from(tmp_path):
     meta = {"optimizer_groups": {}, "nanochat_groups": json.loads(json.dumps(state["groups"]))}
     target = tmp_path / "ours/base_checkpoints/d3/7"
     _, params, _ = read_model(source, 7)
-    checkpoint.write(target, checkpoint.flat(params), checkpoint.imported_arrays(state), meta)
-    got = nanochat_export.optimizer_state(checkpoint.Found(target.parent, 7, True), model, meta)
+    store.write(target, store.flat(params), store.imported_arrays(state), meta)
+    got = nanochat_export.optimizer_state(store.Found(target.parent, 7, True), model, meta)
     content = nanochat_export.optimizer_content(got, model, EMBEDDING_TYPES["float32"])
     write_pt(tmp_path / "optim_000007_rank0.pt", content)
     again = read_optimizer(tmp_path, 7, model)

@@ -1,265 +1,199 @@
-"""nanochat's checkpoints of every era, on tiny made-up models: what is read, and what is refused, by name."""
+"""Converting a nanochat base directory once gives what reading it in place gives, bit for bit."""
 
 import json
 import os
+import shutil
+from pathlib import Path
 
-import ml_dtypes
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from nanochat_jax.nanochat_import import (
-    NAMES,
-    era_config,
-    find_era,
-    find_steps,
-    find_tag,
-    nanochat_name,
-    our_path,
-    read_model,
-    tensor_shapes,
-)
-from nanochat_jax.safe_pickle import Refused
-from tests.torch_files import write_pt
+from nanochat_jax import nanochat_import, sft
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import settings
+from nanochat_jax.optim import groups as optim
+from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_jax.train.metrics import read_metrics
+from tests.support import tiny
 
-SIZES = {"sequence_len": 1000, "vocab_size": 100, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
-PATTERN = {"window_pattern": "SSL"}
+GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN", Path(__file__).parents[2] / "shared" / "golden")) / "checkpoints"
+MODELS = sorted(p.name for p in GOLDEN.iterdir()) if GOLDEN.is_dir() else []
+needs_golden = pytest.mark.skipif(not MODELS, reason="the golden checkpoints are not here")
 
 
-def names_and_shapes(era: str, rows: int = 128) -> dict[str, tuple]:
-    """Written out by hand, as the files have them: layers 0 and 2 have a value embedding."""
-    shapes = {"transformer.wte.weight": (rows, 32), "lm_head.weight": (rows, 32)}
-    for i in range(3):
-        attn, mlp = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"
-        shapes |= {f"{attn}.c_q.weight": (32, 32), f"{attn}.c_k.weight": (16, 32), f"{attn}.c_v.weight": (16, 32)}
-        shapes |= {f"{attn}.c_proj.weight": (32, 32)}
-        shapes |= {f"{mlp}.c_fc.weight": (128, 32), f"{mlp}.c_proj.weight": (32, 128)}
-        if era in "CDE" and i != 1:
-            shapes |= {f"{attn}.ve_gate.weight": (2, 32 if era == "C" else 12), f"value_embeds.{i}.weight": (rows, 16)}
-    if era != "A":
-        shapes |= {"resid_lambdas": (3,), "x0_lambdas": (3,)}
-    if era == "E":
-        shapes |= {"smear_gate.weight": (1, 24), "smear_lambda": (1,), "backout_lambda": (1,)}
-    return shapes
+@pytest.fixture
+def source(tmp_path):
+    """nanochat's base directory with one random model."""
+    tiny.write_nanochat_base(tmp_path / "theirs")
+    return tmp_path / "theirs"
 
 
-def model(era: str, rows: int = 128) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(3)
-    return {name: rng.normal(size=shape).astype("f4") for name, shape in names_and_shapes(era, rows).items()}
+@nnx.jit  # one program for the models that are compared, in place of one for each operation
+def logits_of(model, ids):
+    return model(ids)
 
 
-def write_model(folder, tensors, meta=None, step=7):
-    write_pt(folder / f"model_{step:06d}.pt", tensors)
-    meta = {"step": step, "model_config": SIZES | PATTERN} if meta is None else meta
-    (folder / f"meta_{step:06d}.json").write_text(meta if isinstance(meta, str) else json.dumps(meta))
-    return folder
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def leaf(params, path):
-    for part in path:
-        params = params[part]
-    return params
+def main(monkeypatch, *argv) -> object:
+    """The exit code or sentence of the command; None where it ends by itself."""
+    monkeypatch.setattr("sys.argv", ["nanochat_import", *map(str, argv)])
+    try:
+        return nanochat_import.main()
+    except SystemExit as stop:
+        return stop.code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names and eras
+def warm(base, tag):
+    """(groups, arrays) that a run would start with from the base model in `base`."""
+    found = store.find_model("base", tag, base=base)
+    model_config, params, _ = store.load_params(found)
+    rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
+    groups = optim.groups_in_use(optim.default_groups(model_config.n_embd, **rates), params)
+    return found.ours, model_config, params, store.load_optimizer(found, model_config, groups)
 
 
-def test_names_and_paths_are_one_table_read_both_ways():
-    assert our_path("transformer.h.12.attn.c_q.weight") == ("blocks", 12, "attn", "c_q")
-    assert our_path("value_embeds.3.weight") == ("blocks", 3, "attn", "value_embed")
-    assert our_path("x0_lambdas") == ("x0_lambdas",)
-    assert nanochat_name(("blocks", 0, "mlp", "c_proj")) == "transformer.h.0.mlp.c_proj.weight"
-    assert nanochat_name("blocks/10/attn/ve_gate") == "transformer.h.10.attn.ve_gate.weight"
-    for pattern in NAMES:
-        for layer in (0, 7, 31):
-            name = pattern.replace("*", str(layer))
-            assert nanochat_name(our_path(name)) == name
-    for bad in ("transformer.h.*.attn.c_q.weight", "transformer.h.01.attn.c_q.weight", "wte", "", "h.1.2"):
-        with pytest.raises(KeyError):
-            our_path(bad)
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        a, b = np.asarray(one[name]), np.asarray(other[name])
+        assert a.dtype == b.dtype and np.array_equal(a, b), name
 
 
-FIELDS = ("windows", "rope_base", "qk_scale", "residual_lambdas", "value_embed_scale", "value_gate_channels")
-FIELDS += ("smear", "backout")
-ERAS = {  # windows for sequence_len 1000 and the pattern SSL of three layers
-    "A": ((-1, -1, -1), 1e4, 1.0, False, 0.0, 12, False, False),
-    "B": ((500, 500, 1000), 1e4, 1.0, True, 0.0, 12, False, False),
-    "C": ((500, 500, 1000), 1e4, 1.0, True, 2.0, 32, False, False),
-    "D": ((384, 384, 1000), 1e5, 1.15, True, 3.0, 12, False, False),
-    "E": ((256, 256, 1000), 1e5, 1.2, True, 3.0, 12, True, True),
-}
+@needs_golden
+@pytest.mark.parametrize("name", MODELS)
+def test_a_converted_model_and_its_optimizer_are_those_of_the_original(name, tmp_path, monkeypatch):
+    theirs, to = GOLDEN / name, tmp_path / "ours"
+    before = contents(theirs)
+    nanochat_import.convert(theirs, to, log=lambda line: None)
+    assert contents(theirs) == before
+    tag = next((theirs / "base_checkpoints").iterdir()).name
+    ours, config_1, params_1, warm_1 = warm(theirs, tag)
+    converted, config_2, params_2, warm_2 = warm(to, tag)
+    assert (ours, converted) == (False, True)
+    assert config_1 == config_2
+    assert_equal(store.flat(params_1), store.flat(params_2))
+    assert (warm_1 is None) == (warm_2 is None)
+    if warm_1:
+        assert warm_1[0] == warm_2[0]
+        assert_equal(warm_1[1], warm_2[1])
+    logits = []
+    for base in (theirs, to):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+        model, tokenizer, _ = store.load_model("base")
+        ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % tokenizer.vocab_size
+        logits.append(np.asarray(logits_of(model, ids)))
+    assert np.array_equal(*logits)
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("rows", [100, 128])
-@pytest.mark.parametrize("era", ERAS)
-def test_every_era_is_recognised_and_read_exactly(tmp_path, era, rows, prefix):
-    tensors = model(era, rows)
-    assert find_era(tensors) == era
-    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].astype(ml_dtypes.bfloat16)
-    write_model(tmp_path, {prefix + name: tensor for name, tensor in tensors.items()})
-    config, params, meta = read_model(tmp_path, 7)
-    for field, value in (dict(zip(FIELDS, ERAS[era])) | SIZES | {"padded_vocab": rows, "logit_cap": 15.0}).items():
-        assert getattr(config, field) == value, f"{field} of era {era}"
-    assert meta["step"] == 7
-    assert {nanochat_name(path) for path in tensor_shapes(config)} == tensors.keys()
-    for name, tensor in tensors.items():
-        got = leaf(params, our_path(name))
-        assert got.dtype == np.float32 and got.flags.writeable and np.array_equal(got, tensor.astype("f4")), name
+def test_a_second_conversion_changes_nothing_and_an_unsealed_or_damaged_half_is_done_again(source, tmp_path, capsys):
+    to = tmp_path / "ours"
+    assert nanochat_import.convert(source, to) == 1
+    target = to / "base_checkpoints" / "d2" / "7"
+    before = contents(to)
+    nanochat_import.convert(source, to)
+    assert f"{target} is there already" in capsys.readouterr().out
+    assert contents(to) == before
+    for damage in (integrity.SEAL, next((target / "params").glob("*"))):
+        (target / damage).rename(tmp_path / "taken away") if (target / damage).is_file() else shutil.rmtree(damage)
+        (target.parent / "7.orbax-checkpoint-tmp-1").mkdir()
+        nanochat_import.convert(source, to)
+        assert integrity.is_intact(target)
+        assert [p.name for p in target.parent.iterdir()] == ["7"]
 
 
-def test_a_pattern_is_repeated_over_the_layers_and_the_last_layer_is_long():
-    def windows(pattern, n_layer, era="E"):
-        return era_config(era, SIZES | {"window_pattern": pattern, "n_layer": n_layer}, model("E")).windows
-
-    assert windows("SSSL", 6) == (256, 256, 256, 1000, 256, 1000)
-    assert windows("sl", 5) == (256, 1000, 256, 1000, 1000)
-    assert windows("S", 1) == (1000,)
-    assert windows("SSSSSSLL", 3) == (256, 256, 1000)
-
-
-@pytest.mark.parametrize(
-    ("sequence_len", "C", "D", "E"), [(256, 128, 128, 128), (2048, 1024, 768, 512), (513, 256, 256, 256)]
-)
-def test_short_windows_follow_the_rule_of_their_era(sequence_len, C, D, E):
-    for era, short in (("B", C), ("C", C), ("D", D), ("E", E)):
-        got = era_config(era, SIZES | PATTERN | {"sequence_len": sequence_len}, model("E"))
-        assert got.windows == (short, short, sequence_len), era
+def test_models_of_every_stage_are_converted_and_can_be_loaded(source, tmp_path, monkeypatch):
+    base = source / "base_checkpoints" / "d2"
+    for stage in ("chatsft", "chatrl"):
+        shutil.copytree(base, source / f"{stage}_checkpoints" / "d2")
+    meta = source / "chatrl_checkpoints" / "d2" / "meta_000007.json"
+    meta.write_text(json.dumps({"model_config": json.loads(meta.read_text())["model_config"]}))  # all that RL writes
+    to = tmp_path / "ours"
+    assert nanochat_import.convert(source, to, log=lambda line: None) == 3
+    for folder in (source, to):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        models = [store.load_model(s, "d2", 7)[0] for s in ("base", "sft", "rl")]
+        logits = [logits_of(model, jnp.ones((1, 4), jnp.int32)) for model in models]
+        assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
-def test_without_a_window_pattern_early_eras_see_everything_and_later_ones_are_refused(tmp_path):
-    assert era_config("A", SIZES, model("A")).windows == (-1, -1, -1)
-    assert era_config("B", SIZES, model("B")).windows == (1000, 1000, 1000)
-    for era in "CDE":
-        with pytest.raises(Refused, match="window_pattern must be letters S and L, got null"):
-            era_config(era, SIZES, model(era))
+def test_another_tokenizer_in_the_destination_is_refused_and_kept(source, tmp_path, monkeypatch):
+    ranks = {bytes([255 - i]): i for i in range(256)}
+    other = Tokenizer("other", r"\w+|\W", ranks, {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)})
+    other.save(tmp_path / "ours" / "tokenizer")
+    before = contents(tmp_path)
+    message = main(monkeypatch, source, "--to", tmp_path / "ours")
+    assert message.startswith("error: ") and "is another tokenizer: convert to another folder with --to" in message
+    assert contents(tmp_path) == before
 
 
-def test_the_logit_cap_of_early_march_is_passed_on(tmp_path):
-    write_model(tmp_path, model("C"))
-    assert read_model(tmp_path, 7, logit_cap=20.0)[0].logit_cap == 20.0
+def test_a_model_of_our_own_in_the_destination_is_not_replaced(source, tmp_path, monkeypatch):
+    """The same tag and step, but not this model: whoever trained it there keeps it, intact or not."""
+    to = tmp_path / "ours"
+    tiny.write_base(to, seed=5)
+    before = contents(to)
+    for _ in range(2):
+        message = main(monkeypatch, source, "--to", to)
+        assert message.startswith("error: ") and "base_checkpoints/d2/7 is another model: remove it, or" in message
+        assert contents(to) == before
+        (to / "base_checkpoints" / "d2" / "7" / "meta" / "data.json").write_text("damaged")
+        before = contents(to)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
+def test_wrong_folders_are_refused_with_a_sentence_and_nothing_is_written(source, tmp_path, monkeypatch):
+    for wrong in (tmp_path / "nowhere", source / "base_checkpoints", source / "base_checkpoints" / "d2"):
+        message = main(monkeypatch, wrong, "--to", tmp_path / "ours")
+        assert message.startswith("error: ") and "it must be a base directory" in message
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main(monkeypatch, source, "--to", file).startswith("error: ")
+    assert not (tmp_path / "ours").exists() and file.read_text() == "mine"
 
 
-def refuses(folder, match, step=7):
-    with pytest.raises((Refused, FileNotFoundError), match=match) as refusal:
-        read_model(folder, step)
-    assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+def test_converting_in_place_only_adds_files(source, monkeypatch):
+    before = contents(source)
+    for _ in range(2):
+        assert main(monkeypatch, source, "--to", source) is None
+    after = contents(source)
+    assert before.items() <= after.items()
+    assert store.find_model("base", base=source).ours
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"lm_head.weight": None}, "needs lm_head.weight"),
-        ({"transformer.wte.weight": None}, r"needs transformer\.wte\.weight with 2 axes, got None"),
-        ({"transformer.wte.weight": np.ones(5, "f4")}, r"transformer\.wte\.weight with 2 axes, got \(5,\)"),
-        ({"transformer.h.1.mlp.c_fc.weight": None}, r"3 layers needs transformer\.h\.1\.mlp\.c_fc\.weight"),
-        ({"transformer.h.3.mlp.c_fc.weight": np.ones((128, 32), "f4")}, r"has no transformer\.h\.3\.mlp\.c_fc\.weight"),
-        ({"v0_lambdas": np.ones(3, "f4")}, "has no v0_lambdas"),
-        ({"value_embeds.1.weight": np.ones((128, 16), "f4")}, r"has no value_embeds\.1\.weight"),
-        ({"x0_lambdas": np.ones(4, "f4")}, r"x0_lambdas must have shape \(3,\), got \(4,\)"),
-        ({"lm_head.weight": np.ones((100, 32), "f4")}, r"lm_head\.weight must have shape \(128, 32\), got \(100, 32\)"),
-        ({"smear_lambda": np.ones(1)}, "smear_lambda must be float32, bfloat16 or float16, got float64"),
-        ({"smear_lambda": np.ones(1, "i4")}, "smear_lambda must be float32, bfloat16 or float16, got int32"),
-        ({"smear_lambda": np.array([np.nan], "f4")}, "smear_lambda must be finite, but 1 of its numbers"),
-        ({"resid_lambdas": np.array([1, np.inf, -np.inf], "f4")}, "resid_lambdas must be finite, but 2"),
-        ({"resid_lambdas": 3.0}, "resid_lambdas must be a tensor, got float"),
-        ({"_orig_mod.resid_lambdas": np.ones(3, "f4")}, "a tensor twice"),
-        ({3: np.ones(3, "f4")}, "tensors by name"),
-    ],
-)
-def test_a_model_file_that_does_not_fit_is_refused_with_the_tensors_name(tmp_path, change, match):
-    tensors = {name: tensor for name, tensor in (model("E") | change).items() if tensor is not None}
-    refuses(write_model(tmp_path, tensors), rf"model_000007\.pt.*{match}" if "wte" not in match else match)
+def test_a_damaged_model_is_named_and_those_before_it_stay(source, tmp_path, monkeypatch):
+    shutil.copytree(source / "base_checkpoints" / "d2", source / "base_checkpoints" / "d3")
+    model = source / "base_checkpoints" / "d3" / "model_000007.pt"
+    model.write_bytes(model.read_bytes()[:1000])
+    message = main(monkeypatch, source, "--to", tmp_path / "ours")
+    assert message.startswith(f"error: {model}")
+    assert integrity.is_intact(tmp_path / "ours" / "base_checkpoints" / "d2" / "7")
 
 
-def test_gates_of_another_width_belong_to_no_era(tmp_path):
-    tensors = model("D") | {"transformer.h.2.attn.ve_gate.weight": np.ones((2, 16), "f4")}
-    refuses(write_model(tmp_path, tensors), r"ve_gate\.weight must have shape \(2, 12\), got \(2, 16\)")
-    tensors["transformer.h.0.attn.ve_gate.weight"] = np.ones((2, 16), "f4")
-    refuses(write_model(tmp_path, tensors), r"h\.0\.attn\.ve_gate\.weight must have 12 or 32 columns, got 16")
-
-
-def test_a_model_file_of_something_else_is_refused(tmp_path):
-    refuses(write_model(tmp_path, [1, 2]), "tensors by name, got list")
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"n_embd": None}, "has no n_embd"),
-        ({"n_layer": True}, "n_layer must be an integer from 1 to 1,024, got true"),
-        ({"n_layer": "3"}, 'n_layer must be an integer from 1 to 1,024, got "3"'),
-        ({"n_layer": 3.0}, "n_layer must be an integer from 1 to 1,024, got 3.0"),
-        ({"n_layer": 0}, "n_layer must be an integer from 1 to 1,024, got 0"),
-        ({"n_layer": 10**12}, "n_layer must be an integer from 1 to 1,024, got 1000000000000"),
-        ({"n_head": -4}, "n_head must be an integer"),
-        ({"sequence_len": [1]}, r"sequence_len must be an integer from 1 to 16,777,216, got \[1\]"),
-        ({"n_head": 5}, "n_embd must be an even multiple of n_head, got n_embd 32, n_head 5"),
-        ({"n_head": 32}, "n_embd must be an even multiple of n_head, got n_embd 32, n_head 32"),
-        ({"n_kv_head": 3}, "n_head must be a multiple of n_kv_head, got n_head 4, n_kv_head 3"),
-        ({"n_kv_head": 8}, "n_head must be a multiple of n_kv_head"),
-        ({"n_embd": 16}, "n_embd must be at least 24 in era E, got 16"),
-        ({"vocab_size": 129}, "vocab_size must be at most the 128 rows of wte, got 129"),
-        ({"window_pattern": "SXL"}, 'window_pattern must be letters S and L, got "SXL"'),
-        ({"window_pattern": ""}, "window_pattern must be letters S and L"),
-        ({"window_pattern": 3}, "window_pattern must be letters S and L, got 3"),
-        ({"dropout": 0.1}, "fields this reader does not know: dropout"),
-    ],
-)
-def test_an_absurd_model_config_is_refused_with_the_field(tmp_path, change, match):
-    sizes = {key: value for key, value in (SIZES | PATTERN | change).items() if value is not None}
-    refuses(write_model(tmp_path, model("E"), {"model_config": sizes}), rf"meta_000007\.json: model_config.*{match}")
-
-
-@pytest.mark.parametrize("meta", ["", "{", "[]", "{}", '{"model_config": 3}', "[" * 100_000, "\ufffe"])
-def test_a_meta_file_that_is_not_one_is_refused(tmp_path, meta):
-    refuses(write_model(tmp_path, model("E"), meta), r"meta_000007\.json: it ")
-
-
-def test_files_that_do_not_exist_are_named(tmp_path):
-    write_model(tmp_path, model("A"))
-    refuses(tmp_path, r"model_000008\.pt does not exist: pass another --model-step", step=8)
-    (tmp_path / "meta_000007.json").unlink()
-    refuses(tmp_path, r"meta_000007\.json does not exist")
-    (tmp_path / "meta_000007.json").write_bytes(b"\xff\xfe\x00")
-    refuses(tmp_path, r"meta_000007\.json: it is not JSON")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding
-
-
-def test_the_default_tag_is_the_deepest_else_the_newest(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model in"):
-        find_tag(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="NANOCHAT_BASE_DIR"):
-        find_tag(tmp_path)
-    for age, tag in enumerate(["mine", "newest", "older", "depth"]):
-        (tmp_path / tag).mkdir()
-        os.utime(tmp_path / tag, (0, 1000 + age if tag != "newest" else 2000))
-    (tmp_path / "d99").write_text("a file, no folder")
-    assert find_tag(tmp_path) == "newest"
-    for tag in ("d4", "d12_long", "d9", "x30"):
-        (tmp_path / tag).mkdir()
-    assert find_tag(tmp_path) == "d12_long"
-    (tmp_path / "d12").mkdir()
-    assert find_tag(tmp_path) == "d12"
-
-
-def test_steps_are_those_with_both_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--model-tag"):
-        find_steps(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"it has no model_\*\.pt"):
-        find_steps(tmp_path)
-    (tmp_path / "model_000900.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"meta_000900\.json is missing"):
-        find_steps(tmp_path)
-    for step in ("000100", "000020", "1000000"):
-        (tmp_path / f"model_{step}.pt").touch()
-        (tmp_path / f"meta_{step}.json").touch()
-    (tmp_path / "model_best.pt").touch()
-    assert find_steps(tmp_path) == [20, 100, 1000000]
+@needs_golden
+def test_fine_tuning_a_converted_model_gives_the_same_numbers_as_the_original(tmp_path, monkeypatch):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    shutil.copytree(GOLDEN / "c1_master", theirs, copy_function=shutil.copyfile)
+    for folder in (theirs, *theirs.rglob("*/")):
+        folder.chmod(0o755)
+    nanochat_import.convert(theirs, ours, log=lambda line: None)
+    file = tiny.write_conversations(tmp_path / "train.jsonl", 40)
+    argv = [*tiny.FLAGS, "--custom-json", str(file), "--num-iterations", "2", "--mesh", "data=1", "--output-tag", "x"]
+    argv += ["--max-seq-len", "64", "--device-batch-size", "1", "--total-batch-size", "64", "--eval-every", "-1"]
+    before = jax.config.jax_compilation_cache_dir
+    results = []
+    try:
+        for base in (theirs, ours):
+            monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+            assert sft.main(settings.parse(sft.SFTConfig, argv)) == 0
+            folder = base / "chatsft_checkpoints" / "x"
+            losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+            results.append((losses, *(store.read_arrays(folder / "2", k) for k in ("params", "optimizer"))))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len(results[0][0]) == 2 and results[0][0] == results[1][0]
+    assert_equal(results[0][1], results[1][1])
+    assert_equal(results[0][2], results[1][2])

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nanochat_jax import checkpoint, config, engine, quickstart, rl, sealed
+from nanochat_jax import quickstart, rl
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import settings as config
+from nanochat_jax.inference import engine
 from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
 
@@ -60,9 +63,9 @@ def test_every_stage_runs_and_the_table_ends_it(toured):
     assert titles == ["1", "2", "3", "4", "5"]
     assert re.findall(r"^│ ([a-zA-Z ]+?) +│ \d", out, re.MULTILINE) == ["base model", "after SFT", "after RL"]
     assert "Who are you?" in out and "/quickstart-1" in out
-    assert sealed.steps(folder / "base_checkpoints/d2") == [2]
-    assert sealed.steps(folder / "chatsft_checkpoints/d2") == [2]
-    assert sealed.steps(folder / "chatrl_checkpoints/d2") == [2]
+    assert integrity.steps(folder / "base_checkpoints/d2") == [2]
+    assert integrity.steps(folder / "chatsft_checkpoints/d2") == [2]
+    assert integrity.steps(folder / "chatrl_checkpoints/d2") == [2]
     log = (folder / "log.txt").read_text()
     commands = re.findall(r"^\$ (.*)$", log, re.MULTILINE)
     typed = [shlex.split(command) for command in commands]
@@ -79,9 +82,7 @@ def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts
 ):
     monkeypatch.setattr(quickstart.report, "page", lambda runs: "")  # it comes after all models, and takes long to draw
     assert main(QuickstartConfig(seed=3, out=Path("again"))) == 0
-    first, again = (
-        checkpoint.load_params(checkpoint.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again")
-    )
+    first, again = (store.load_params(store.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again"))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert documents(3) == documents(3) != documents(4)
 

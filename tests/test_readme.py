@@ -1,4 +1,4 @@
-"""README's commands can be typed as they are; tools/readme_walk.py runs them.
+"""README's commands can be typed as they are; tools/check/readme_walk.py runs them.
 
 Run: python -m pytest tests/test_readme.py
 """
@@ -7,9 +7,10 @@ import re
 import shlex
 from pathlib import Path
 
-from nanochat_jax import base, chat, config, eval, nanochat_export, report, rl, sft
+from nanochat_jax import base, chat, eval, nanochat_export, report, rl, sft
+from nanochat_jax.cli import settings
 from nanochat_jax.tokenizer.__main__ import Show, Train
-from tools import readme_walk as walk
+from tools.check import readme_walk as walk
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +38,7 @@ def test_every_command_is_one_that_a_stage_takes(monkeypatch):
         if stage != "nanochat_import":  # its parser is its main's
             walked = walk.sized(command).partition(f"nanochat_jax.{stage}")[2]
             for typed in (flags, walked):
-                config.parse(SETTINGS[stage], shlex.split(typed))
+                settings.parse(SETTINGS[stage], shlex.split(typed))
         parsed.add(stage)
     assert parsed == {*SETTINGS, "nanochat_import"}
 

@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed end bit-identical to one left alone; the long version is tools/kill_resume.py."""
+"""Runs that are killed and resumed end bit-identical to one left alone; tools/check/kill_resume.py is longer."""
 
 import dataclasses
 import random
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import runs, sealed
-from nanochat_jax.config import Maybe
-from tests import tiny
-from tools import kill_resume
+from nanochat_jax.checkpoints import integrity
+from nanochat_jax.cli.settings import Maybe
+from nanochat_jax.train import run as runs
+from tests.support import tiny
+from tools.check import kill_resume
 
 STEPS = 16
 
@@ -76,8 +77,8 @@ def test_sigterm_saves_the_step_it_came_in_and_exits_with_143(base, alone):
     process = kill_resume.start(base, "term", 1, flags(base, save_every=-1))
     code, output = kill_resume.run_until(process, kill_resume.at_step(5, STEPS), 0.0, signal.SIGTERM)
     assert code == 143, output
-    (step,) = sealed.steps(folder)
-    assert 5 <= step < STEPS and sealed.is_intact(folder / str(step))
+    (step,) = integrity.steps(folder)
+    assert 5 <= step < STEPS and integrity.is_intact(folder / str(step))
     last = kill_resume.start(base, "term", 1, ["--resume"])  # what is not given is the run's own
     output, _ = last.communicate()
     assert f"Resuming {folder} from step {step}" in output, output
@@ -98,7 +99,7 @@ def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it_and_so_doe
             break
     else:
         pytest.skip("this machine writes a checkpoint faster than one can look")
-    before = sealed.newest_intact(folder)
+    before = integrity.newest_intact(folder)
     assert before == 4
     rng = random.Random(1)
     process, later = kill_resume.start(base, "midsave", 1, ["--resume"]), kill_resume.at_step(rng.randint(7, 13), STEPS)

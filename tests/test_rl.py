@@ -15,13 +15,15 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, config, rl, sealed
-from nanochat_jax.engine import Engine
-from nanochat_jax.metrics import read_metrics
-from nanochat_jax.practice import Exercises, Practice, plan_shape
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax import rl
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import settings
+from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.rollouts.collector import Exercises, Practice, plan_shape
 from nanochat_jax.tasks.task import AdaptedTask
-from tests import tiny
+from nanochat_jax.train.metrics import read_metrics
+from tests.support import tiny
 
 TASKS = '''
 class Early:
@@ -110,7 +112,7 @@ def run(*argv) -> tuple[int | str, str]:
     """(exit code or the error's sentence, what was printed)"""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-        config.run_stage(rl.main, config.parse(rl.RLConfig, [*FLAGS, "--task", "rl_tasks:Early", *argv]))
+        settings.run_stage(rl.main, settings.parse(rl.RLConfig, [*FLAGS, "--task", "rl_tasks:Early", *argv]))
     return stop.value.code, printed.getvalue()
 
 
@@ -137,8 +139,8 @@ def rollouts(folder):
 
 def arrays(folder, step=4):
     found = (
-        checkpoint.read_arrays(folder / str(step), "params"),
-        checkpoint.read_arrays(folder / str(step), "optimizer"),
+        store.read_arrays(folder / str(step), "params"),
+        store.read_arrays(folder / str(step), "optimizer"),
     )
     return {f"{i}/{name}": np.asarray(array) for i, part in enumerate(found) for name, array in part.items()}
 
@@ -208,13 +210,13 @@ def test_the_rollouts_of_the_first_problems_are_kept_whole(trained):
 
 def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
     folder = trained[0]
-    meta = checkpoint.read_meta(folder / "4")
+    meta = store.read_meta(folder / "4")
     assert (meta["step"], meta["problems_consumed"], meta["total_steps"]) == (4, 8, 4)
     assert meta["rollouts_bytes"] == (folder / "rollouts.jsonl").stat().st_size
     assert (meta["user_config"]["model_tag"], meta["user_config"]["model_step"]) == ("d2", 7)
     assert {"data", "tokenizer", "pass@1", "smoothed_reward", "steps_without_signal"} <= meta.keys()
     assert meta["optimizer_groups"]["matrix"]["lr"] == pytest.approx(0.05 * 0.02)
-    model, _, _ = checkpoint.load_model("rl", "trained")
+    model, _, _ = store.load_model("rl", "trained")
     assert model.config == tiny.CONFIG
 
 
@@ -239,7 +241,7 @@ def test_neither_passes_nor_devices_nor_slots_change_the_result(base, trained):
     for ours, theirs in zip(records(folder), records(trained[0]), strict=True):
         for name in ("reward", "entropy", "trained_tokens", "loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
-    start = checkpoint.read_arrays(base / "base_checkpoints" / "d2" / "7", "params")
+    start = store.read_arrays(base / "base_checkpoints" / "d2" / "7", "params")
     ours, theirs = arrays(folder), arrays(trained[0])
     for name, before in start.items():
         if before.size == 1:  # of a lone scalar the gradient may cancel to nothing, and Adam divides by its size
@@ -272,7 +274,7 @@ def test_all_options_of_the_objective_compose_and_resume(base):
     assert {"kl", "clipped", "capped"} <= found[-1].keys()
     assert found[0]["kl"] < 1e-9 < found[-1]["kl"]  # the first step starts from the reference
     assert max(r["groups"] for r in found) > 2  # problems were drawn again
-    assert checkpoint.read_meta(folder / "4")["problems_consumed"] == sum(r["groups"] for r in found)
+    assert store.read_meta(folder / "4")["problems_consumed"] == sum(r["groups"] for r in found)
     assert arrays(folder)["1/count/embedding"] == 8  # two updates a step
     cut = copy_from_step_2(folder, "everything_cut")
     code, printed = run("--resume", "--output-tag", "everything_cut", "--task", "rl_tasks:Rare")
@@ -311,8 +313,8 @@ def test_a_step_without_a_signal_changes_nothing_and_is_counted(base):
     code, printed = run("--output-tag", "hopeless", "--task", "rl_tasks:Hopeless", "--save-every", "-1")
     assert code == 0, printed
     folder = base / "chatrl_checkpoints" / "hopeless"
-    start = checkpoint.read_arrays(base / "base_checkpoints" / "d2" / "7", "params")
-    end = checkpoint.read_arrays(folder / "4", "params")
+    start = store.read_arrays(base / "base_checkpoints" / "d2" / "7", "params")
+    end = store.read_arrays(folder / "4", "params")
     assert all(np.array_equal(start[name], end[name]) for name in start)
     assert [r["steps_without_signal"] for r in records(folder)] == [1, 2, 3, 4]
     assert printed.count("no signal, no update") == 4
@@ -387,7 +389,7 @@ def test_a_signal_during_rollouts_saves_the_step_before_at_once(base, trained, m
     monkeypatch.setattr(Engine, "generate", interrupted)
     code, printed = run("--output-tag", "term", "--save-every", "2", "--log-rollouts", "1")
     assert code == 128 + signal.SIGTERM, printed
-    assert sealed.steps(folder) == [2, 3] and steps[-1] == 3
+    assert integrity.steps(folder) == [2, 3] and steps[-1] == 3
     monkeypatch.setattr(Engine, "generate", generate)
     code, printed = run("--resume", "--output-tag", "term")
     assert code == 0 and "from step 3" in printed, printed
@@ -458,7 +460,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(argv, sentence, monkeypatch
 def test_a_run_does_not_delete_the_model_that_it_starts_from(trained):
     code, _ = run("--source", "rl", "--model-tag", "trained", "--output-tag", "trained", "--overwrite")
     assert "choose another folder for this run with --output-tag" in code
-    assert sealed.steps(trained[0]) == [2, 4]
+    assert integrity.steps(trained[0]) == [2, 4]
 
 
 def test_another_objective_is_not_a_resume(trained):

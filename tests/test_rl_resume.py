@@ -1,13 +1,13 @@
-"""RL that is killed, as users and machines do it, and the record of its rollouts; tools/kill_resume.py is longer."""
+"""RL that is killed, and the record of its rollouts; tools/check/kill_resume.py is longer."""
 
 import random
 import signal
 
 import pytest
 
-from nanochat_jax.rollouts import RolloutLog
-from tests import tiny
-from tools import kill_resume
+from nanochat_jax.rollouts.pack import RolloutLog
+from tests.support import tiny
+from tools.check import kill_resume
 
 STEPS = 8
 

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import checkpoint, config, sealed, sft
-from nanochat_jax.device import start_device
-from nanochat_jax.metrics import read_metrics
+from nanochat_jax import sft
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import settings as config
+from nanochat_jax.cli.device import start_device
 from nanochat_jax.tokenizer import Tokenizer
-from tests import tiny
+from nanochat_jax.train.metrics import read_metrics
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +86,7 @@ def copy_of(trained, tag):
 
 
 def final(folder, step=3):
-    return checkpoint.read_arrays(folder / str(step), "params")
+    return store.read_arrays(folder / str(step), "params")
 
 
 def same(one, other):
@@ -136,20 +138,20 @@ def test_metrics_say_the_same_as_the_console(trained):
 
 def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
     folder = trained[0]
-    assert sealed.steps(folder) == [2, 3]
-    meta = checkpoint.read_meta(folder / "3")
+    assert integrity.steps(folder) == [2, 3]
+    meta = store.read_meta(folder / "3")
     assert (meta["step"], meta["rows_consumed"], meta["total_steps"]) == (3, 24, 3)
     assert meta["user_config"]["matrix_lr"] == 0.03 and meta["user_config"]["max_seq_len"] == 64
     assert meta["user_config"]["scalar_lr"] == 0.25  # from the file
     assert meta["model_config"]["n_layer"] == 2 and "jax" in meta["versions"]
     assert meta["optimizer_groups"]["matrix"]["lr"] == pytest.approx(0.8 * 0.03)
     assert {"data", "tokenizer", "val_bpb", "smoothed_loss"} <= meta.keys()
-    arrays = checkpoint.read_arrays(folder / "3", "optimizer")
+    arrays = store.read_arrays(folder / "3", "optimizer")
     assert arrays["count/embedding"] == 10  # 7 of the base model and 3
 
 
 def test_the_model_can_be_loaded_and_has_learned_something(trained):
-    model, _, _ = checkpoint.load_model("sft", "trained")
+    model, _, _ = store.load_model("sft", "trained")
     assert model.config == tiny.CONFIG
     bits = [r["val_bpb"] for r in read_metrics(trained[0] / "metrics.jsonl") if "val_bpb" in r]
     assert bits[2] < bits[0]
@@ -161,7 +163,7 @@ def test_a_run_that_is_done_can_be_resumed_and_has_nothing_to_do(base, trained, 
     out = capsys.readouterr().out
     assert f"Resuming {folder} from step 3" in out and "All 3 steps are done already" in out
     assert "Inherited num_iterations=3 from the checkpoint" in out  # what is not given is the run's own
-    assert sealed.steps(folder) == [2, 3]
+    assert integrity.steps(folder) == [2, 3]
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, trained):

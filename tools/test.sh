@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up if needed, then run the tests on the CPU, a file on each core. Arguments go to pytest:
-# tools/test.sh tests/test_gpt.py -k smear; -n 0 runs them in one process, as --pdb needs.
+# tools/test.sh tests/model/test_gpt.py -k smear; -n 0 runs them in one process, as --pdb needs.
 set -euo pipefail
 unset CDPATH
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -34,12 +34,12 @@ if __name__ == "__main__" and sys.prefix == sys.base_prefix:  # not in the proje
     os.execv(python, [str(python), *sys.argv])
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from tpu_vm_gcloud import Gcloud, Record, Unreachable, accelerator, check_names, last_error  # noqa: E402
-from tpu_vm_machine import DEAD, HALTED, WORKER, Lost, Machine  # noqa: E402
-from tpu_vm_up import Supervisor, resumed  # noqa: E402
+from tpu_vm.gcloud import Gcloud, Record, Unreachable, accelerator, check_names, last_error  # noqa: E402
+from tpu_vm.machine import DEAD, HALTED, WORKER, Lost, Machine  # noqa: E402
+from tpu_vm.up import Supervisor, resumed  # noqa: E402
 
-from nanochat_jax import config  # noqa: E402
-from nanochat_jax.config import Maybe, require  # noqa: E402
+from nanochat_jax.cli import settings  # noqa: E402
+from nanochat_jax.cli.settings import Maybe, require  # noqa: E402
 
 VERBS = ("up", "create", "run", "logs", "status", "ssh", "stop", "delete")
 WITHOUT_COMMAND = "what to run? Write it after --, such as -- .venv/bin/python -m nanochat_jax.sft"
@@ -49,7 +49,7 @@ WITHOUT_COMMAND = "what to run? Write it after --, such as -- .venv/bin/python -
 class Settings:
     """A TPU, and what to do with it."""
 
-    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
+    settings: Maybe[Path] = None  # TOML file of flags; flags on the command line win
     # the TPU
     name: str = "nanochat"  # of the TPU
     zone: Maybe[str] = None  # such as us-east5-b
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None, sleep=time.sleep) -> int:
         return 0 if {"-h", "--help"} & set(flags) else 2
     require(verb in VERBS, f"{verb} is none of {', '.join(VERBS)}")
     require(not command or verb in ("up", "run", "ssh"), f"{verb} takes no command: drop what stands after --")
-    cfg = config.parse(Settings, flags, prog=f"tools/tpu_vm.py {verb}")
+    cfg = settings.parse(Settings, flags, prog=f"tools/tpu_vm.py {verb}")
     launcher = Launcher(cfg, sleep)
     try:
         if verb in ("up", "run", "ssh"):
@@ -355,4 +355,4 @@ def main(argv: list[str] | None = None, sleep=time.sleep) -> int:
 
 
 if __name__ == "__main__":
-    config.run_stage(main, None)
+    settings.run_stage(main, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.common import print0
+from nanochat_jax.files.paths import print0
 from nanochat_jax.tasks.task import Task, digest_of, message_fault
 
 SHOWN = 20  # bad lines that an error spells out

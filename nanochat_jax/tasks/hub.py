@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax import storage
-from nanochat_jax.common import base_dir, kept_dir, print0, write_atomically
-from nanochat_jax.download import (
+from nanochat_jax.files import bucket
+from nanochat_jax.files.download import (
     HUB,
     DownloadError,
     download,
@@ -34,6 +33,7 @@ from nanochat_jax.download import (
     read_parquet,
     writing,
 )
+from nanochat_jax.files.paths import base_dir, kept_dir, print0, write_atomically
 from nanochat_jax.tasks.custom_json import SOURCES, source_hint
 from nanochat_jax.tasks.task import Task, digest_of
 
@@ -52,7 +52,7 @@ def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None 
     folders = []
     for root in (*_roots(data_dir), kept_dir() / "task_data"):
         for parent in (root, root / "hub"):
-            folder = storage.fetch(parent / repo.replace("/", "--") / subset / split)
+            folder = bucket.fetch(parent / repo.replace("/", "--") / subset / split)
             if (folder / "manifest.json").exists():
                 return _read_manifest(folder)
             folders.append(folder)
@@ -133,7 +133,7 @@ def find_file(name: str, data_dir: Path | str | None = None) -> Path:
     """
     around = [folder for root in _roots(data_dir) for folder in (root, root.parent)]
     folders = (*around, kept_dir())
-    places = [storage.fetch(place) for folder in folders for place in (folder / name, folder / "words" / name)]
+    places = [bucket.fetch(place) for folder in folders for place in (folder / name, folder / "words" / name)]
     if found := next((place for place in places if place.is_file()), None):
         return found
     why = ""

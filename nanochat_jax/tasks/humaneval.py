@@ -71,7 +71,7 @@ class HumanEval(HubTask):
 
         The tests run in the program's own interpreter, as they must to call it: one that sets out to deceive them can.
         """
-        from nanochat_jax import sandbox
+        from nanochat_jax.tasks import sandbox
 
         if not isinstance(answer, str):
             raise ValueError(f"the answer must be text, got {type(answer).__name__}")

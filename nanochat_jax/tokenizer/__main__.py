@@ -22,17 +22,18 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from nanochat_jax import config, storage
-from nanochat_jax.common import base_dir, kept_dir
-from nanochat_jax.config import Maybe, require
-from nanochat_jax.documents import FOLDERS
-from nanochat_jax.download import fetch_shards
+from nanochat_jax.cli import settings as config
+from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.data.documents import FOLDERS
+from nanochat_jax.files import bucket
+from nanochat_jax.files.download import fetch_shards
+from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.tasks import load_task
 from nanochat_jax.tokenizer.bpe import MAX_TOKENS, Tokenizer
 from nanochat_jax.tokenizer.compression import compression_table
 from nanochat_jax.tokenizer.conversation import BadConversation
+from nanochat_jax.tokenizer.corpus import conversation_of, find_files, json_lines, read_texts, training_shards
 from nanochat_jax.tokenizer.show import coloured, visible
-from nanochat_jax.tokenizer.texts import conversation_of, find_files, json_lines, read_texts, training_shards
 from nanochat_jax.tokenizer.training import check_vocab_size, train_tokenizer
 
 PROG = "python -m nanochat_jax.tokenizer"
@@ -77,8 +78,8 @@ class Eval:
 def train(cfg: Train) -> int:
     check_vocab_size(cfg.vocab_size)
     require_at_least(1, cfg, "max_chars", "doc_cap")
-    kept = storage.place(cfg.output) if cfg.output else kept_dir() / "tokenizer"
-    folder = storage.fetch(kept, exact=True)
+    kept = bucket.place(cfg.output) if cfg.output else kept_dir() / "tokenizer"
+    folder = bucket.fetch(kept, exact=True)
     refuse_to_replace(folder, cfg.overwrite)
     require_at_least(0, cfg, "download")
     require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
@@ -96,7 +97,7 @@ def train(cfg: Train) -> int:
             for name in FILES:
                 os.replace(made / name, folder / name)
         for name in FILES:
-            storage.send(folder / name, kept / name)
+            bucket.send(folder / name, kept / name)
         seconds = time.monotonic() - begin
     say(console, f"read {chars:,} characters in {documents:,} documents")
     say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {kept}")

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from nanochat_jax import storage
-from nanochat_jax.common import write_atomically
+from nanochat_jax.files import bucket
+from nanochat_jax.files.paths import write_atomically
+from nanochat_jax.files.torch_write import write_pt
 from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, messages_of, role_of, split_conversation
-from nanochat_jax.torch_save import write_pt
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -81,13 +81,13 @@ class Tokenizer:
 
         FileNotFoundError: neither exists. ValueError: damaged, or both exist and give different ids.
         """
-        folder = storage.fetch(storage.place(folder))
+        folder = bucket.fetch(bucket.place(folder))
         ours, theirs = folder / "tokenizer.json", folder / "tokenizer.pkl"
         found = []
         if ours.exists():
             found.append(cls._from_json(ours))
         if theirs.exists():
-            from nanochat_jax.safe_pickle import read_tokenizer_pickle
+            from nanochat_jax.files.torch_read import read_tokenizer_pickle
 
             state = read_tokenizer_pickle(theirs)
             found.append(
@@ -131,7 +131,7 @@ class Tokenizer:
             "ranks": [base64.b64encode(token).decode() for token in self._bytes[: len(self.mergeable_ranks)]],
             "special_tokens": self.special_tokens,
         }
-        write_atomically(storage.place(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
+        write_atomically(bucket.place(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
 
     def save_for_nanochat(self, folder: Path | str) -> None:
         """Write FOLDER/tokenizer.pkl and FOLDER/token_bytes.pt, which nanochat loads. `save` does not, as a folder

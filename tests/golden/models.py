@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanochat_jax import gpt
-from nanochat_jax.checkpoint import find_model, flat, load_params
-from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
+from nanochat_jax.checkpoints.store import find_model, flat, load_params
+from nanochat_jax.model import gpt
+from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.nanochat_import import nanochat_name, our_path
 from tests.golden import data
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat_jax.calculator import calculate
+from nanochat_jax.inference.calculator import calculate
 
 from . import data
 

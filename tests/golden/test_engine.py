@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import sampling
-from nanochat_jax.engine import Engine
-from nanochat_jax.gpt import GPT, GPTConfig, abstract_gpt
-from nanochat_jax.samples import Sampling
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.inference import sampling
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.tokenizer import Tokenizer
 from tests.golden import data, models
 
@@ -36,7 +36,7 @@ def greedy(file: str):
     config, params, _ = models.load(name)
     prompts, longest = numbered(golden, "prompt"), max(map(len, numbered(golden, "tokens").values()))
     # Two calls where the second is told the token before (smear), else one, which is two programs less to compile: how
-    # keys and values go from call to call does not depend on the era, and tests/test_engine.py is about it.
+    # keys and values go from call to call does not depend on the era, and tests/inference/test_engine.py is about it.
     engine = Engine(config, tokenizer(name), chunk=16 if config.smear else longest, **MESH)
     engine.load(params)
     with models.rotary_tables_of(file):

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanochat_jax.files.torch_read import Refused, read_pt, read_tokenizer_pickle
+from nanochat_jax.interop.nanochat_optimizer import Merge, read_optimizer
 from nanochat_jax.nanochat_import import (
     era_config,
     find_era,
@@ -18,10 +20,8 @@ from nanochat_jax.nanochat_import import (
     strip_prefix,
     tensor_shapes,
 )
-from nanochat_jax.nanochat_optimizer import Merge, read_optimizer
-from nanochat_jax.safe_pickle import Refused, read_pt, read_tokenizer_pickle
 from tests.golden import data
-from tests.torch_files import write_pt
+from tests.support.torch_files import write_pt
 
 
 def checkpoint(name: str) -> tuple[Path, int]:

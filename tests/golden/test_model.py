@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.loss import summed_token_loss, token_logprobs, weighted_nll
+from nanochat_jax.model.loss import summed_token_loss, token_logprobs, weighted_nll
 from tests.golden import data, models
 
 # Most of the time goes into compiling many small programs, each to be run once or a few times.

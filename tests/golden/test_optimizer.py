@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.muon import POLAR_EXPRESS
-from nanochat_jax.optim import AdamW, Muon, default_groups, group_labels, make_optimizer, state_arrays
+from nanochat_jax.optim.groups import AdamW, Muon, default_groups, group_labels, make_optimizer, state_arrays
+from nanochat_jax.optim.muon import POLAR_EXPRESS
 from tests.golden import data, models
 
 STEPS = (1, 2, 3)

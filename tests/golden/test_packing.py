@@ -5,8 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from nanochat_jax.data import assemble
-from nanochat_jax.packing import pack_rows
+from nanochat_jax.data.packing import pack_rows
+from nanochat_jax.data.rows import assemble
 from nanochat_jax.tokenizer import Tokenizer
 from tests.golden import data
 

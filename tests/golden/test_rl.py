@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.engine import Engine
-from nanochat_jax.objective import Objective, advantages, make_score
-from nanochat_jax.optim import Muon, default_groups, make_optimizer, rl_lr_multiplier, scale_rates
-from nanochat_jax.rollouts import nanochat_rows, packed_rows
-from nanochat_jax.samples import Sampling
-from nanochat_jax.sharding import make_mesh, param_shardings, to_global
+from nanochat_jax.distributed.sharding import make_mesh, param_shardings, to_global
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.optim.groups import Muon, default_groups, make_optimizer, rl_lr_multiplier, scale_rates
+from nanochat_jax.rollouts.objective import Objective, advantages, make_score
+from nanochat_jax.rollouts.pack import nanochat_rows, packed_rows
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import abstract_state, init_state, make_train_step, place
+from nanochat_jax.train.step import abstract_state, init_state, make_train_step, place
 from tests.golden import data, models
 
 RATES = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "weight_decay": 0.0}  # nanochat's defaults

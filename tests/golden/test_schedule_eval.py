@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from nanochat_jax.chatcore import BASELINES, Examiner, Problems, chatcore, judge, prepare
-from nanochat_jax.evals import make_bits_per_byte, make_letter_logits
-from nanochat_jax.gpt import GPTConfig
-from nanochat_jax.optim import rl_lr_multiplier, sft_lr_multiplier, sft_muon_momentum
-from nanochat_jax.safe_pickle import read_pt
+from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.evals.bits_per_byte import make_bits_per_byte, make_letter_logits
+from nanochat_jax.evals.evaluator import BASELINES, Examiner, Problems, chatcore, judge, prepare
+from nanochat_jax.files.torch_read import read_pt
+from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.optim.groups import rl_lr_multiplier, sft_lr_multiplier, sft_muon_momentum
 from nanochat_jax.sft import INHERITED, SFTConfig
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tasks.multiple_choice import is_right
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.tokenizer import Tokenizer

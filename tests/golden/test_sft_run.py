@@ -13,15 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import common, config, optim, sft, sharding, train
-from nanochat_jax.evals import make_bits_per_byte
-from nanochat_jax.packing import BUFFER_SIZE
-from nanochat_jax.runs import open_run, plan_batches
+from nanochat_jax import sft
+from nanochat_jax.cli import settings
+from nanochat_jax.data.packing import BUFFER_SIZE
+from nanochat_jax.distributed import sharding
+from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
+from nanochat_jax.files import paths
+from nanochat_jax.optim import groups
 from nanochat_jax.tasks import TaskMixture
 from nanochat_jax.tokenizer import Tokenizer
-from tests import tiny
+from nanochat_jax.train import step as train
+from nanochat_jax.train.run import open_run, plan_batches
 from tests.golden import data, models
 from tests.golden.test_packing import nanochat_batches
+from tests.support import tiny
 
 TRACE = "sft_run/trace.json"
 
@@ -68,11 +73,11 @@ def replay(name: str, attention: str = "chunked", steps: int | None = None) -> d
     """Drive our train step with the recorded multipliers and momenta, so many steps or all -> what it measured."""
     run = recording(name)
     arguments, task_data = run["arguments"], data.path("sft_run/task_data")
-    cfg = dataclasses.replace(config.parse(sft.SFTConfig, [*arguments, *tiny.NO_SPELLING]), data_dir=task_data)
+    cfg = dataclasses.replace(settings.parse(sft.SFTConfig, [*arguments, *tiny.NO_SPELLING]), data_dir=task_data)
     with pytest.MonkeyPatch.context() as patch:
         folder = base_directory(cfg.model_tag, run["final_meta"]["model_config"])
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        tokenizer = Tokenizer.load(common.base_dir() / "tokenizer")
+        tokenizer = Tokenizer.load(paths.base_dir() / "tokenizer")
         opened = open_run(cfg, "sft", tokenizer, sft.HARMLESS, sft.INHERITED, lambda *_: None)
         opened.load(lambda *_: None)
     cfg, mesh = opened.cfg, sharding.make_mesh("data=1")
@@ -98,7 +103,7 @@ def replay(name: str, attention: str = "chunked", steps: int | None = None) -> d
         return jax.tree.map(jnp.linalg.norm, params)
 
     with jax.set_mesh(mesh):
-        tx = optim.make_optimizer(opened.groups)
+        tx = groups.make_optimizer(opened.groups)
         abstract = train.abstract_state(opened.model_config, tx, mesh)
         state = opened.initial_state(tx, abstract)
         how = {"attention": attention, "per_micro_batch": True}
@@ -147,9 +152,9 @@ def test_progress_schedule_and_the_number_of_steps_are_nanochats(name):
     ratios = {key: getattr(ours["cfg"], key) for key in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
     for step, (seen, entry) in enumerate(zip(ours["seen"], steps)):
         assert seen == {"progress": entry["progress"], "epoch": entry["epoch"], "last": step == len(steps) - 1}
-        multiplier = optim.sft_lr_multiplier(entry["progress"], **ratios)
+        multiplier = groups.sft_lr_multiplier(entry["progress"], **ratios)
         np.testing.assert_allclose(multiplier, entry["lr_multiplier"], rtol=1e-9)
-        np.testing.assert_allclose(optim.sft_muon_momentum(step), entry["muon_momentum"], rtol=1e-9)
+        np.testing.assert_allclose(groups.sft_muon_momentum(step), entry["muon_momentum"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -202,7 +202,7 @@ def test_custom_json_accepts_and_refuses_the_same_files(tmp_path):
         path.write_bytes(row["file_text"].encode())
         message = refusal(CustomJSON, path)
         if any(line.lstrip().startswith("{") for line in row["file_text"].split("\n")):
-            continue  # the object form, which nanochat refuses, is deliberately taken: tests/test_tasks.py
+            continue  # the object form, which nanochat refuses, is deliberately taken: tests/tasks/test_tasks.py
         assert (message is None) == row["accepted"], (where, message)
         if row["accepted"]:
             task = CustomJSON(path)

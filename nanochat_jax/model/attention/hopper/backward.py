@@ -1,0 +1,215 @@
+"""The Hopper kernels of flash attention's gradients: dq, and dk with dv. Shapes and units as in `mosaic_gpu`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nanochat_jax.model.attention.hopper.blocks import key_ranges, query_ranges
+from nanochat_jax.model.attention.hopper.primitives import (
+    BLOCK,
+    COMPUTE_REGISTERS,
+    COPY_REGISTERS,
+    DKV,
+    DQ,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    WARPGROUPS,
+    feed,
+    hopper_kernel,
+    iota,
+    left_operand,
+    mask,
+    per_column,
+    per_row,
+    rows,
+    tiled,
+    walk,
+)
+
+
+def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
+    """-> dq [B,T,N,H] in q's type. do is the output's gradient, delta [B,N,T] its products with the output."""
+    B, T, N, H = q.shape
+    G = N // k.shape[2]
+    step, stages = DQ[H]
+    ranges = key_ranges(k_start, BLOCK, step)
+
+    def attention_dq(q_gm, k_gm, v_gm, start_gm, do_gm, lse_gm, delta_gm, *rest, q_sm, do_sm, k_sm, v_sm, **more):
+        *ranges_gm, dq_gm = rest
+        q_in, ready, free = more["q_in"], more["ready"], more["free"]
+        b, n, w = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("warpgroup")
+        i = T // BLOCK - 1 - lax.axis_index("i")
+        visited = tuple(x[b, i] for x in ranges_gm)
+        first, last = visited[0], visited[-1]
+
+        def copy():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            for other in range(WARPGROUPS):
+                plgpu.copy_gmem_to_smem(q_gm.at[b, rows(i, other), n], q_sm.at[other], q_in.at[other])
+                plgpu.copy_gmem_to_smem(do_gm.at[b, rows(i, other), n], do_sm.at[other], q_in.at[other])
+
+            @pl.loop(first, last)
+            def _(j):
+                here = (b, pl.ds(j * step, step), lax.div(n, G))
+                feed(j - first, stages, [(k_gm.at[here], k_sm), (v_gm.at[here], v_sm)], ready, free)
+
+        def compute():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            start = plgpu.load(start_gm.at[b, rows(i, w)], layout=PER_ROW, optimized=False)
+            lse = plgpu.load(lse_gm.at[b, n, rows(i, w)], layout=PER_ROW, optimized=False)
+            delta = plgpu.load(delta_gm.at[b, n, rows(i, w)], layout=PER_ROW, optimized=False)
+            plgpu.barrier_wait(q_in.at[w])
+
+            def accumulate(dq):
+                def visit(j, _, masked):
+                    slot = lax.rem(j - first, stages)
+                    plgpu.barrier_wait(ready.at[slot])
+
+                    def products(s_acc, dp_acc):
+                        plgpu.wgmma(s_acc, q_sm.at[w], k_sm.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_acc, do_sm.at[w], v_sm.at[slot].transpose((1, 0)))
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        if masked:
+                            query, key = iota(s, 0, i * BLOCK + w * ROWS), iota(s, 1, j * step)
+                            s = mask(s, query, key, per_row(start, step))
+                        p = jnp.exp2(s * scale - per_row(lse, step))
+                        return (p * (dp_acc[...] - per_row(delta, step))).astype(q.dtype)
+
+                    acc = plgpu.ACC((ROWS, step), jnp.float32)
+                    ds = pl.run_scoped(products, acc, acc)
+                    plgpu.wgmma(dq, left_operand(ds, more.get("ds_sm"), w), k_sm.at[slot])
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[slot])
+
+                walk(visited, visit, None)
+                return dq[...]
+
+            dq = pl.run_scoped(accumulate, plgpu.ACC((ROWS, H), jnp.float32))
+            q_sm[w] = (dq * (scale * math.log(2))).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_sm.at[w], dq_gm.at[b, rows(i, w), n])
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(w == WARPGROUPS, copy, compute)
+
+    own, ring = tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), tiled(stages, step, H, dtype=q.dtype)
+    memory = {
+        "q_sm": own,
+        "do_sm": own,
+        "k_sm": ring,
+        "v_sm": ring,
+        "q_in": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+        "ready": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+    }
+    staged = {"ds_sm": tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
+    out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    kernel = hopper_kernel(attention_dq, out_type, {"b": B, "n": N, "i": T // BLOCK}, memory, staged, interpret)
+    return kernel(q, k, v, k_start, do, lse, delta, *ranges)
+
+
+def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
+    """-> dk and dv [B,T,K,H] in k's type, each summed over its group of query heads in float32."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    G = N // K
+    step, stages = DKV[H]
+    ranges = query_ranges(k_start, step, BLOCK)
+
+    def attention_dkv(q_gm, k_gm, v_gm, start_gm, do_gm, lse_gm, delta_gm, *rest, k_sm, v_sm, q_sm, do_sm, **more):
+        *ranges_gm, dk_gm, dv_gm = rest
+        start_sm, lse_sm, delta_sm = more["start_sm"], more["lse_sm"], more["delta_sm"]
+        k_in, ready, free = more["k_in"], more["ready"], more["free"]
+        b, m, j, w = (lax.axis_index(x) for x in ("b", "m", "j", "warpgroup"))
+        visited = tuple(x[b, j] for x in ranges_gm)
+        first, last = visited[0], visited[-1]
+
+        def count(g, i):  # blocks before this one, over the heads of the group
+            return g * (last - first) + i - first
+
+        def copy():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            for other in range(WARPGROUPS):
+                plgpu.copy_gmem_to_smem(k_gm.at[b, rows(j, other), m], k_sm.at[other], k_in.at[other])
+                plgpu.copy_gmem_to_smem(v_gm.at[b, rows(j, other), m], v_sm.at[other], k_in.at[other])
+
+            @pl.loop(0, G)
+            def _(g):
+                @pl.loop(first, last)
+                def _(i):
+                    n, here = m * G + g, pl.ds(i * step, step)
+                    copies = [(x.at[b, here, n], y) for x, y in ((q_gm, q_sm), (do_gm, do_sm))]
+                    copies += [(x.at[b, n, here], y) for x, y in ((lse_gm, lse_sm), (delta_gm, delta_sm))]
+                    feed(count(g, i), stages, [*copies, (start_gm.at[b, here], start_sm)], ready, free)
+
+        def compute():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.barrier_wait(k_in.at[w])
+
+            def accumulate(dk, dv):
+                def visit(i, g, masked):
+                    slot = lax.rem(count(g, i), stages)
+                    plgpu.barrier_wait(ready.at[slot])
+
+                    def per_query(x):
+                        return per_column(plgpu.load(x.at[slot], layout=PER_COLUMN), ROWS)
+
+                    def products(s_acc, dp_acc):  # transposed: a row is a key, a column a query
+                        plgpu.wgmma(s_acc, k_sm.at[w], q_sm.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_acc, v_sm.at[w], do_sm.at[slot].transpose((1, 0)))
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        if masked:
+                            query, key = iota(s, 1, i * step), iota(s, 0, j * BLOCK + w * ROWS)
+                            s = mask(s, query, key, per_query(start_sm))
+                        p = jnp.exp2(s * scale - per_query(lse_sm))
+                        plgpu.wgmma(dv, left_operand(p.astype(q.dtype), more.get("p_sm"), w), do_sm.at[slot])
+                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)  # dv's product still runs
+                        return (p * (dp - per_query(delta_sm))).astype(q.dtype)
+
+                    acc = plgpu.ACC((ROWS, step), jnp.float32)
+                    ds = pl.run_scoped(products, acc, acc)
+                    plgpu.wgmma(dk, left_operand(ds, more.get("ds_sm"), w), q_sm.at[slot])
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(free.at[slot])
+                    return g
+
+                @pl.loop(0, G)
+                def _(g):
+                    walk(visited, visit, g)
+
+                return dk[...], dv[...]
+
+            acc = plgpu.ACC((ROWS, H), jnp.float32)
+            dk, dv = pl.run_scoped(accumulate, acc, acc)
+            k_sm[w] = (dk * (scale * math.log(2))).astype(k.dtype)
+            v_sm[w] = dv.astype(v.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(k_sm.at[w], dk_gm.at[b, rows(j, w), m])
+            plgpu.copy_smem_to_gmem(v_sm.at[w], dv_gm.at[b, rows(j, w), m])
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(w == WARPGROUPS, copy, compute)
+
+    own, ring = tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), tiled(stages, step, H, dtype=q.dtype)
+    vector = plgpu.SMEM((stages, step), jnp.float32)
+    memory = {
+        "k_sm": own,
+        "v_sm": own,
+        "q_sm": ring,
+        "do_sm": ring,
+        "start_sm": plgpu.SMEM((stages, step), jnp.int32),
+        "lse_sm": vector,
+        "delta_sm": vector,
+        "k_in": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+        "ready": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+    }
+    staged = dict.fromkeys(("p_sm", "ds_sm"), tiled(WARPGROUPS, ROWS, step, dtype=q.dtype))
+    out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype))
+    kernel = hopper_kernel(attention_dkv, out_type, {"b": B, "m": K, "j": T // BLOCK}, memory, staged, interpret)
+    return kernel(q, k, v, k_start, do, lse, delta, *ranges)

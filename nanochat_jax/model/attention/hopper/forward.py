@@ -1,0 +1,201 @@
+"""Flash attention on Hopper GPUs with our own kernels (Pallas, Mosaic GPU), forward and backward.
+
+The mathematics is FlashAttention-2's (arXiv 2307.08691), the division of labour FlashAttention-3's (arXiv 2407.08608):
+of a program's three warpgroups one only issues TMA copies into a ring of shared-memory stages, two multiply (wgmma) and
+do the softmax in registers. Each kernel visits only the blocks of `attention.blocks` and masks only those that need it.
+No atomics: every output element has one writer, so results repeat bit for bit.
+
+Inside, for all three kernels: q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; lse, delta float32 [B,N,T]; T a
+multiple of BLOCK. Scores are in base 2: `scale` > 0 holds log2(e), and lse is a base-2 logarithm. `interpret` runs the
+same programs, warpgroups and barriers included, on a CPU.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nanochat_jax.model.attention.hopper.backward import grad_keys, grad_queries
+from nanochat_jax.model.attention.hopper.blocks import key_ranges
+from nanochat_jax.model.attention.hopper.primitives import (
+    BLOCK,
+    COMPUTE_REGISTERS,
+    COPY_REGISTERS,
+    FORWARD,
+    PER_ROW,
+    ROWS,
+    WARPGROUPS,
+    WGMMA,
+    accumulate,
+    feed,
+    full,
+    hopper_kernel,
+    iota,
+    left_operand,
+    mask,
+    per_row,
+    rows,
+    tiled,
+    walk,
+)
+from nanochat_jax.model.attention.residuals import LSE, OUT
+
+
+def mosaic_gpu_refuses(q_shape, kv_heads: int, dtype) -> str | None:
+    """Why the kernels cannot take q of shape [B,T,N,H], this many kv heads and this type, as a sentence; else None."""
+    *_, N, H = q_shape
+    if H not in FORWARD:
+        sizes = " or ".join(map(str, FORWARD))
+        return f"the Hopper kernel takes heads of size {sizes}, got {H}"
+    if N % kv_heads:
+        return f"the Hopper kernel takes query heads that are a multiple of the kv heads, got {N} and {kv_heads}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"the Hopper kernel takes bfloat16 or float16, got {jnp.dtype(dtype)}"
+    return None
+
+
+def mosaic_gpu(q, k, v, k_start, scale, window, *, interpret=False):
+    """Causal attention of q [B,T,N,H] over k, v [B,T,K,H] with the keys k_start[t]..t, k_start int32 [B,T] ->
+    [B,T,N,H]. bf16 or f16 in and out, float32 softmax and accumulators; repeats bit for bit, forward and backward.
+
+    `window` is not needed: the blocks that it excludes follow from k_start, as those of other documents do. `interpret`
+    (True or pallas' InterpretGPUParams) runs the kernels on a CPU, slowly. ValueError where `mosaic_gpu_refuses`.
+    """
+    del window
+    if why := mosaic_gpu_refuses(q.shape, k.shape[2], q.dtype):
+        raise ValueError(why)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one type, got {q.dtype}, {k.dtype} and {v.dtype}")
+    scale = float(scale)
+    if not scale > 0:  # the kernels take the largest score before they scale it
+        q, scale = q * jnp.sign(scale).astype(q.dtype), abs(scale) or 1.0
+    if interpret is True:
+        interpret = plgpu.InterpretGPUParams()
+    T = q.shape[1]
+    pad = -T % BLOCK
+    # A padded query sees its own padded key only: a finite softmax, whose zero gradient reaches nothing.
+    k_start = jnp.minimum(jnp.pad(k_start, ((0, 0), (0, pad)), constant_values=T + pad), jnp.arange(T + pad)[None])
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    return _attend(scale * math.log2(math.e), interpret, q, k, v, k_start)[:, :T]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale, interpret, q, k, v, k_start):
+    return _forward(scale, interpret, q, k, v, k_start)[0]
+
+
+def _forward(scale, interpret, q, k, v, k_start):
+    o, lse = forward(q, k, v, k_start, scale, interpret)
+    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
+    return o, (q, k, v, k_start, o, lse)
+
+
+def _backward(scale, interpret, residuals, do):
+    q, k, v, k_start, o, lse = residuals
+    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32)
+    arguments = (q, k, v, k_start, do, lse, delta, scale, interpret)
+    return grad_queries(*arguments), *grad_keys(*arguments), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def forward(q, k, v, k_start, scale, interpret):
+    """-> o [B,T,N,H] in q's type and lse [B,N,T], the base-2 logarithm of each query's sum of exponentials."""
+    B, T, N, H = q.shape
+    G = N // k.shape[2]
+    step, stages = FORWARD[H]
+    ranges = key_ranges(k_start, BLOCK, step)
+
+    def attention_forward(q_gm, k_gm, v_gm, start_gm, *rest, q_sm, k_sm, v_sm, lse_sm, q_in, k_in, v_in, **more):
+        *ranges_gm, o_gm, lse_gm = rest
+        k_free, v_free, turns = more["k_free"], more["v_free"], more["turns"]
+        b, n, w = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("warpgroup")
+        i = T // BLOCK - 1 - lax.axis_index("i")  # the longest first: causality gives block i i + 1 blocks of keys
+        visited = tuple(x[b, i] for x in ranges_gm)
+        first, last = visited[0], visited[-1]
+
+        def copy():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            for other in range(WARPGROUPS):
+                plgpu.copy_gmem_to_smem(q_gm.at[b, rows(i, other), n], q_sm.at[other], q_in.at[other])
+
+            @pl.loop(first, last)
+            def _(j):
+                here = (b, pl.ds(j * step, step), lax.div(n, G))
+                feed(j - first, stages, [(k_gm.at[here], k_sm)], k_in, k_free)
+                feed(j - first, stages, [(v_gm.at[here], v_sm)], v_in, v_free)
+
+        def take_turns():
+            plgpu.barrier_arrive(turns)
+            plgpu.barrier_wait(turns)
+
+        def compute():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            start = plgpu.load(start_gm.at[b, rows(i, w)], layout=PER_ROW, optimized=False)
+
+            def visit(j, carry, masked):
+                o, top, total = carry
+                slot = lax.rem(j - first, stages)
+                plgpu.barrier_wait(k_in.at[slot])
+
+                def scores(acc):
+                    plgpu.wgmma(acc, q_sm.at[w], k_sm.at[slot].transpose((1, 0)))
+                    take_turns()  # the other warpgroup multiplies while this one is at its softmax
+                    return acc[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, step), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                if masked:
+                    query, key = iota(s, 0, i * BLOCK + w * ROWS), iota(s, 1, j * step)
+                    s = mask(s, query, key, per_row(start, step))
+                new_top = jnp.maximum(top, s.max(axis=1) * scale)
+                p = jnp.exp2(s * scale - per_row(new_top, step))
+                shrink = jnp.exp2(top - new_top)
+                total = total * shrink + p.sum(axis=1)
+                # all of the softmax before the other's turn, none of it after
+                p, o, total, top = lax.optimization_barrier((p.astype(q.dtype), o * per_row(shrink, H), total, new_top))
+                plgpu.barrier_arrive(turns)
+                plgpu.barrier_wait(v_in.at[slot])
+                plgpu.barrier_wait(turns)
+                o = accumulate(o, left_operand(p, more.get("p_sm"), w), v_sm.at[slot], interpret)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return o, top, total
+
+            plgpu.barrier_wait(q_in.at[w])
+            pl.when(w == 1)(take_turns)  # half a step behind
+            init = full((ROWS, H), 0.0, WGMMA), full((ROWS,), -1e30, PER_ROW), full((ROWS,), 0.0, PER_ROW)
+            o, top, total = walk(visited, visit, init)
+            pl.when(w == 0)(take_turns)
+            q_sm[w] = (o / per_row(total, H)).astype(q.dtype)
+            lse_sm[w] = top + jnp.log2(total)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_sm.at[w], o_gm.at[b, rows(i, w), n])
+            plgpu.copy_smem_to_gmem(lse_sm.at[w], lse_gm.at[b, n, rows(i, w)])
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(w == WARPGROUPS, copy, compute)
+
+    ring, ready = tiled(stages, step, H, dtype=q.dtype), plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    memory = {
+        "q_sm": tiled(WARPGROUPS, ROWS, H, dtype=q.dtype),
+        "k_sm": ring,
+        "v_sm": ring,
+        "lse_sm": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        "q_in": plgpu.Barrier(num_barriers=WARPGROUPS),
+        "k_in": ready,
+        "v_in": ready,
+        "k_free": free,
+        "v_free": free,
+        "turns": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    }
+    staged = {"p_sm": tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
+    out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
+    grid = {"b": B, "n": N, "i": T // BLOCK}
+    return hopper_kernel(attention_forward, out_type, grid, memory, staged, interpret)(q, k, v, k_start, *ranges)

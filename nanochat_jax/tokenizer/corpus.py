@@ -1,0 +1,138 @@
+"""Documents out of files: text, JSON lines, parquet shards."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from nanochat_jax.data.documents import Documents, find_shards
+from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, split_conversation
+
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # what is read of a folder; a file that is named may have any
+MAX_LINE = 64 << 20  # bytes of a JSON line, so that a file without line ends does not fill the memory
+
+
+def training_shards() -> list[Path]:
+    """The base directory's pretraining shards but the last, which is for validation. FileNotFoundError: none."""
+    return find_shards(advice="give --input FILE or FOLDER, or --download N")[:-1]
+
+
+def find_files(paths: list[Path] | tuple[Path, ...]) -> list[Path]:
+    """The paths, with a folder replaced by the files of known kinds in it, in order of name.
+
+    FileNotFoundError, or ValueError: a path that does not exist, a folder without such files, a shard without text.
+    """
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+            if not found:
+                raise FileNotFoundError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
+            files += found
+        elif not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        else:
+            files.append(path)
+    for path in files:
+        if path.suffix == ".parquet":
+            Documents(path)  # it reads the footer
+    return files
+
+
+def read_texts(files: Iterable[Path], doc_cap: int, max_chars: int) -> Iterator[str]:
+    """The documents of all files, none longer than `doc_cap` characters, up to the one that passes `max_chars`.
+
+    .parquet: the column "text"; .jsonl: the key "text", or the contents of a conversation's messages. What a document
+    has beyond the cap is left out, as nanochat does. Any other file is plain text and loses nothing: it is cut into
+    documents at line ends, within a line only where the line is longer. ValueError names the place of what is no text.
+    """
+    chars = 0
+    for path in files:
+        if path.suffix == ".parquet":
+            documents = _parquet_texts(path)
+        elif path.suffix == ".jsonl":
+            documents = _jsonl_texts(path)
+        else:
+            documents = _plain_texts(path, doc_cap)
+        for document in documents:
+            yield document[:doc_cap]
+            chars += min(len(document), doc_cap)
+            if chars > max_chars:
+                return
+
+
+@contextlib.contextmanager
+def opened(path: Path, mode: str = "r", **how) -> Iterator[IO]:
+    """open(path, mode, **how); what the system refuses then, and while it is read, is an OSError of one sentence."""
+    try:
+        with open(path, mode, **how) as file:
+            yield file
+    except OSError as e:
+        raise type(e)(f"{path} cannot be read ({e.strerror or e})") from e
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, value) of each line that is not white space; `where` names it. ValueError: a line that is no JSON."""
+    with opened(path, "rb") as f:
+        number = 0
+        while line := f.readline(MAX_LINE + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{where}: a line may have at most {MAX_LINE:,} bytes: is this a file of JSON lines?")
+            if not line.strip():
+                continue
+            try:
+                yield where, json.loads(line.decode())
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{where}: not UTF-8: byte 0x{line[e.start]:02x} at column {e.start + 1}") from e
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{where}: not JSON: {e.msg} at column {e.colno}") from e
+            except (RecursionError, ValueError) as e:  # ValueError: a number of thousands of digits
+                raise ValueError(f"{where}: not JSON that can be read: {e}") from e
+
+
+def conversation_of(value: object) -> object:
+    """A line's conversation: an object with "messages", or their bare list. Nothing is checked."""
+    return {"messages": value} if isinstance(value, list) else value
+
+
+def _jsonl_texts(path: Path) -> Iterator[str]:
+    for where, value in json_lines(path):
+        if isinstance(value, dict) and "text" in value:
+            if not isinstance(value["text"], str):
+                raise ValueError(f'{where}: "text" must be a string, got {type(value["text"]).__name__}')
+            yield value["text"]
+        else:
+            try:
+                segments = split_conversation(conversation_of(value))
+            except BadConversation as e:
+                raise ValueError(f'{where}: neither an object with "text" nor a conversation: {e}') from e
+            yield from (piece for piece, flag in segments if flag < SPECIAL)
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    documents = Documents(path)
+    for row in range(len(documents)):
+        try:
+            yield documents[row]
+        except ValueError as e:  # UnicodeDecodeError is one: Arrow does not check that text is UTF-8
+            raise ValueError(f"{path}, row {row}: {e}") from e
+
+
+def _plain_texts(path: Path, doc_cap: int) -> Iterator[str]:
+    document, advice = "", "convert it to UTF-8, or leave it out"
+    with opened(path, encoding="utf-8-sig", newline="") as f:
+        try:
+            while line := f.readline(doc_cap):
+                if "\0" in line:
+                    raise ValueError(f"{path} holds NUL bytes (UTF-16, or no text at all?): {advice}")
+                if len(document) + len(line) > doc_cap:
+                    yield document
+                    document = ""
+                document += line
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path} is not UTF-8 text (byte 0x{e.object[e.start]:02x}): {advice}") from e
+    if document:
+        yield document

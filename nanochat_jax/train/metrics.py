@@ -1,0 +1,150 @@
+"""What a run measured: metrics.jsonl is the truth; the console and wandb show the same numbers."""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from nanochat_jax.files import bucket
+from nanochat_jax.files.paths import process_index
+
+
+class SmoothedLoss:
+    """Exponential moving average, de-biased so that the first value is the first loss."""
+
+    def __init__(self, decay: float = 0.9, total: float = 0.0, weight: float = 0.0):
+        self.decay, self.total, self.weight = decay, total, weight
+
+    def update(self, loss: float) -> float:
+        """The average with this loss in it; a loss that is not finite is left out."""
+        if math.isfinite(loss):
+            self.total = self.decay * self.total + (1 - self.decay) * loss
+            self.weight = self.decay * self.weight + (1 - self.decay)
+        return self.total / self.weight if self.weight else float("nan")
+
+    def state(self) -> list[float]:
+        return [self.total, self.weight]
+
+
+class MetricsLog:
+    """Append-only metrics.jsonl in the run's folder, and wandb where the run has a name other than "dummy".
+
+    A record is {"step": k, ...}. A resumed run begins with {"event": "resume", "step": k}, which takes back what was
+    recorded of later steps, a new one with {"event": "start"}, which takes back everything (see `read_metrics`). In a
+    bucket, where nothing can be appended, the file is put anew by every `sync`.
+    """
+
+    def __init__(self, folder: Path, run: str, config: dict, *, project: str, resumed_at: int | None):
+        self.file = self.wandb = None
+        if process_index():  # process 0 writes for all
+            return
+        bucket.local(folder).mkdir(parents=True, exist_ok=True)
+        self.kept = folder / "metrics.jsonl"
+        path = bucket.fetch(self.kept, exact=True)
+        cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self.file = path.open("a", encoding="utf-8")
+        if cut_off:  # the process before this one was killed while it wrote
+            self.file.write("\n")
+        if run != "dummy":
+            import wandb  # a second to import: only when asked for
+
+            run_id = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{folder.parent.name}-{folder.name}-{run}")
+            names = {"project": project, "name": run, "id": run_id, "dir": str(path.parent)}
+            try:
+                self.wandb = wandb.init(**names, resume="allow", config=config)
+            except wandb.Error as e:
+                self.close()
+                raise ValueError(f"wandb cannot start: {e}; set WANDB_MODE=offline, or leave out --run") from e
+            self.wandb.define_metric("*", step_metric="step")
+        self._write({"event": "start"} if resumed_at is None else {"event": "resume", "step": resumed_at})
+
+    def log(self, step: int, **values: Any) -> None:
+        """One record; values are numbers or short strings."""
+        if self.file:
+            self._write({"step": step, **values})
+        if self.wandb:
+            self.wandb.log({"step": step, **{k: v for k, v in values.items() if isinstance(v, int | float)}})
+
+    def sync(self) -> None:
+        """Force what was logged to disk; called with every checkpoint."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            bucket.send(Path(self.file.name), self.kept)
+
+    def close(self) -> None:
+        if self.file:
+            self.sync()
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def _write(self, record: dict) -> None:
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
+        self.file.write(json.dumps(finite | {"time": round(time.time(), 3)}) + "\n")
+        self.file.flush()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Records of metrics.jsonl in step order, without what later runs took back and without a cut-off line."""
+    records: list[dict] = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("event") == "start":
+            records = []
+        elif record.get("event") == "resume":
+            records = [r for r in records if r["step"] <= record["step"]]
+        else:
+            records.append(record)
+    return records
+
+
+class Reporter:
+    """The console of a training run: a progress bar with the time left on a terminal, plain lines otherwise."""
+
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.enabled, self.progress = total, process_index() == 0, None
+        if self.enabled and sys.stdout.isatty():
+            numbers = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what gives way on a narrow terminal
+            self.progress = Progress(
+                *(BarColumn(10), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True)),
+                TextColumn("{task.description}", markup=False, table_column=numbers),
+                console=Console(),
+                expand=True,
+            )
+            self.task = self.progress.add_task("", total=total, completed=done)
+            self.progress.start()
+
+    def step(self, done: int, text: str) -> None:
+        """After every step: moves the bar, or prints a line."""
+        if self.progress:
+            self.progress.update(self.task, completed=done, description=text)
+        elif self.enabled:
+            print(f"step {done:05d}/{self.total:05d} | {text}", flush=True)
+
+    def doing(self, text: str) -> None:
+        """In the middle of a long step: what the bar shows meanwhile."""
+        if self.progress:
+            self.progress.update(self.task, description=text)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.progress:
+            self.progress.console.print(text, markup=False, highlight=False)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()

@@ -1,0 +1,382 @@
+"""Checkpoints: what is restored is what was saved, damage is found and passed over, and models are found by tag."""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.checkpoints.store import Found, Saver, find_model, load_model
+from nanochat_jax.distributed import sharding
+from nanochat_jax.model.gpt import GPT
+from nanochat_jax.optim import groups as optim
+from nanochat_jax.train import step as train
+from tests.support import tiny
+
+GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint at step 7 and what is in it. Copy the folder before changing it."""
+    base = tmp_path_factory.mktemp("saved")
+    folder = tiny.write_base(base)
+    state, groups = tiny.random_state()
+    return folder, state, groups
+
+
+def copy_of(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def mesh_of(n):
+    return sharding.make_mesh(devices=jax.devices()[:n])
+
+
+def abstract_on(n, groups):
+    return train.abstract_state(tiny.CONFIG, optim.make_optimizer(groups), mesh_of(n))
+
+
+def assert_same(one, other):
+    a, b = (store.flat(tree) for tree in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert np.array_equal(np.asarray(a[name]), np.asarray(b[name])), name
+
+
+def simple_saves(folder, steps, keep=9):
+    """Checkpoints of one small array; only what surrounds arrays is of interest."""
+    saver = Saver(folder, keep)
+    tx = optim.make_optimizer({"embedding": optim.AdamW(0.1, 0.9, 0.9, 0.0)})
+    state = train.init_state({"wte": jnp.zeros((2, 2))}, tx)
+    for step in steps:
+        saver.save(step, state, {"step": step})
+    saver.wait()
+    return saver
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save and restore
+
+
+def test_a_state_comes_back_on_every_mesh_bit_for_bit(tmp_path, saved):
+    _, state, groups = saved
+    for n, source in ((8, 1), (1, 8), (4, 1)):
+        folder = tmp_path / f"{source}-{n}"
+        placed = train.place(state, abstract_on(source, groups))
+        saver = Saver(folder)
+        saver.save(7, placed._replace(bad_steps=placed.bad_steps + 3), tiny.meta(groups))
+        saver.wait()
+        like = abstract_on(n, groups)
+        restored = store.restore_state(folder / "7", like)
+        assert_same(restored._replace(step=0, bad_steps=0), state._replace(step=0, bad_steps=0))
+        assert (int(restored.step), int(restored.bad_steps)) == (7, 3)
+        assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, like)
+
+
+def test_parameters_are_sharded_on_eight_devices(saved):
+    folder, _, groups = saved
+    restored = store.restore_state(folder, abstract_on(8, groups))
+    assert not restored.params["wte"].is_fully_replicated
+
+
+def test_a_save_holds_the_state_as_it_was_although_the_next_step_overwrites_it(tmp_path, saved):
+    _, state, groups = saved
+    for n in (1, 8):
+        live = train.place(state, abstract_on(n, groups))
+
+        @partial(jax.jit, donate_argnums=0)
+        def step(state):
+            return jax.tree.map(lambda a: a + 1, state)
+
+        saver = Saver(tmp_path / str(n))
+        saver.save(1, live, tiny.meta(groups))
+        for _ in range(3):
+            live = step(live)
+        jax.block_until_ready(live)
+        saver.wait()
+        assert_same(store.restore_state(tmp_path / str(n) / "1", abstract_on(n, groups)).params, state.params)
+
+
+def test_meta_comes_back_as_it_was(tmp_path, saved):
+    folder, _, groups = saved
+    meta = store.read_meta(folder)
+    assert store.groups_from(meta["optimizer_groups"]) == groups
+    assert type(tiny.CONFIG)(**meta["model_config"]) == tiny.CONFIG
+    assert meta["user_config"] == tiny.SETTINGS
+    assert {"jax", "nanochat_jax", "orbax-checkpoint"} <= store.versions().keys()
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    simple_saves(tmp_path, [1, 2, 30, 4, 100], keep=2)  # 4 after 30: a run that went on from 2
+    assert integrity.steps(tmp_path) == [30, 100]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["100", "30"]
+    with pytest.raises(ValueError, match="--keep-checkpoints must be at least 1, got 0"):
+        Saver(tmp_path, 0)
+
+
+def test_a_later_damaged_checkpoint_does_not_push_out_the_good_ones(tmp_path):
+    simple_saves(tmp_path, [10, 20, 30])
+    (tmp_path / "30" / "commit_success.txt").unlink()
+    simple_saves(tmp_path, [25], keep=1)
+    assert integrity.newest_intact(tmp_path, str) == 25
+
+
+def test_a_step_that_is_saved_again_replaces_a_damaged_one(tmp_path):
+    simple_saves(tmp_path, [5])
+    (tmp_path / "5" / "commit_success.txt").unlink()
+    simple_saves(tmp_path, [5])
+    assert integrity.is_intact(tmp_path / "5")
+
+
+def test_a_failed_background_save_raises_at_the_next_save_or_wait(tmp_path, monkeypatch):
+    saver = simple_saves(tmp_path, [1])
+    tx = optim.make_optimizer({"embedding": optim.AdamW(0.1, 0.9, 0.9, 0.0)})
+    state = train.init_state({"wte": jnp.zeros((2, 2))}, tx)
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(integrity, "seal", full)
+    for surface in (saver.wait, lambda: saver.save(3, state, {})):
+        saver.save(2, state, {})
+        with pytest.raises(OSError, match=r"could not be written to .*No space left on device"):
+            surface()
+    saver.wait()  # it was told once
+    assert saver.newest().endswith(f"{tmp_path}/1")
+    monkeypatch.undo()
+    saver.save(2, state, {})
+    saver.wait()
+    assert integrity.steps(tmp_path) == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The seal
+
+
+def test_every_flipped_byte_truncation_and_deletion_is_found(tmp_path, saved):
+    folder = copy_of(saved[0], tmp_path / "7")
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+    kinds = {p.relative_to(folder).parts[0] for p in files}
+    assert kinds == {"params", "optimizer", "meta", "_CHECKPOINT_METADATA", "commit_success.txt", integrity.SEAL}
+    for path in files:
+        good = path.read_bytes()
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        for bad in (bytes(flipped), good[:-1], b""):
+            path.write_bytes(bad)
+            assert not integrity.is_intact(folder), (path, len(bad))
+        path.unlink()
+        assert not integrity.is_intact(folder), path
+        path.write_bytes(good)
+        assert integrity.is_intact(folder)
+
+
+def test_a_seal_that_is_not_one_seals_nothing(tmp_path, saved):
+    folder = copy_of(saved[0], tmp_path / "7")
+    for data in (b"", b"{}", b"[]", b"3", b'{"meta": 3}', b'{"meta": "x"}', b'{"meta/data.json": null}', b"\xff"):
+        (folder / integrity.SEAL).write_bytes(data)
+        assert not integrity.is_intact(folder), data
+
+
+def test_a_file_of_the_users_beside_those_that_were_sealed_does_no_harm(tmp_path, saved):
+    folder = copy_of(saved[0], tmp_path / "7")
+    (folder / "notes.txt").write_text("my best one")
+    assert integrity.is_intact(folder)
+
+
+def test_the_newest_damaged_one_is_named_and_the_one_before_it_is_used(tmp_path):
+    simple_saves(tmp_path, [1, 2, 10])
+    said = []
+    assert integrity.newest_intact(tmp_path, said.append) == 10 and not said
+    (tmp_path / "10" / "meta" / "data.json").write_text('{"step": 11}')
+    assert integrity.newest_intact(tmp_path, said.append) == 2
+    assert said == [f"WARNING: checkpoint {tmp_path}/10 is damaged; using the one before it"]
+    for step in (1, 2):
+        (tmp_path / str(step) / "meta" / "data.json").unlink()
+    assert integrity.newest_intact(tmp_path, said.append) is None
+
+
+def test_what_killed_saves_leave_behind_is_ignored_and_swept_away_but_nothing_else(tmp_path):
+    simple_saves(tmp_path, [1])
+    for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-1700", "4.deleted", "5", "mine.deleted", "notes"):
+        (tmp_path / name / "params").mkdir(parents=True)
+    assert integrity.steps(tmp_path) == [1] and integrity.newest_intact(tmp_path) == 1
+    integrity.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "5", "mine.deleted", "notes"]
+    simple_saves(tmp_path, [5])
+    assert integrity.newest_intact(tmp_path) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a model
+
+
+def fake_nanochat(folder, *steps):
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        (folder / f"model_{step:06d}.pt").touch()
+        (folder / f"meta_{step:06d}.json").touch()
+
+
+def test_the_default_is_the_deepest_model_and_its_last_step(base):
+    for tag, steps in {"d4": [100, 20], "d20": [7, 5], "d3": [999], "notes": [1000]}.items():
+        fake_nanochat(base / "base_checkpoints" / tag, *steps)
+    root = base / "base_checkpoints"
+    assert find_model("base") == Found(root / "d20", 7, False)
+    assert find_model("base", "d4") == Found(root / "d4", 100, False)
+    assert find_model("base", "d4", 20) == Found(root / "d4", 20, False)
+    assert find_model("base", base=base).tag == "d20"
+    (root / "d20" / "meta_000007.json").unlink()  # nanochat was killed while it saved
+    assert find_model("base").step == 5
+
+
+def test_of_both_formats_the_later_step_counts_and_of_equal_ones_ours(base):
+    folder = base / "chatsft_checkpoints" / "d2"
+    simple_saves(folder, [5, 30])
+    fake_nanochat(folder, 7, 200, 30)
+    assert find_model("sft") == Found(folder, 200, False)
+    (folder / "model_000200.pt").unlink()
+    assert find_model("sft") == Found(folder, 30, True)
+    assert find_model("sft", step=7) == Found(folder, 7, False)
+    assert find_model("sft", step=5) == Found(folder, 5, True)
+
+
+def test_a_damaged_checkpoint_of_ours_is_named_and_passed_over(base, capsys):
+    folder = base / "chatsft_checkpoints" / "d2"
+    simple_saves(folder, [5, 30])
+    (folder / "30" / "meta" / "data.json").unlink()
+    assert find_model("sft").step == 5
+    assert f"WARNING: checkpoint {folder}/30 is damaged and is passed over" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"no intact checkpoint in .* at --model-step=30"):
+        find_model("sft", step=30)
+    (folder / "5" / "meta" / "data.json").unlink()
+    fake_nanochat(folder, 2)
+    assert find_model("sft") == Found(folder, 2, False)
+
+
+def test_what_is_missing_is_named_with_what_there_is(base):
+    with pytest.raises(FileNotFoundError, match=r"no base model: .* set NANOCHAT_BASE_DIR to the folder that"):
+        find_model("base")
+    fake_nanochat(base / "base_checkpoints" / "d4", 3, 9)
+    (base / "base_checkpoints" / "d6").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"--model-tag=d5: .* does not exist; tags in .*: d4, d6"):
+        find_model("base", "d5")
+    with pytest.raises(FileNotFoundError, match=r"--model-step=4 is not in .*; its steps: \[3, 9\]"):
+        find_model("base", "d4", 4)
+    with pytest.raises(FileNotFoundError, match=r"no intact checkpoint in .*d6: pass another --model-tag"):
+        find_model("base")
+    (base / "base_checkpoints" / "d6" / "model_000001.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"meta_000001.json is missing"):
+        find_model("base")
+    with pytest.raises(ValueError, match="must be one of base, sft, rl, got 'mid'"):
+        find_model("mid")
+
+
+def test_a_meta_file_without_its_sizes_is_refused_by_name(base):
+    folder = base / "base_checkpoints" / "d4"
+    fake_nanochat(folder, 3)
+    (folder / "meta_000003.json").write_text(json.dumps({"model_config": {"n_layer": 4, "vocab_size": 9}}))
+    with pytest.raises(ValueError, match=r"meta_000003.json: model_config must have an integer sequence_len"):
+        store.peek_meta(find_model("base"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading a model, and starting from one
+
+
+def logits_of(params):
+    graphdef, _ = store.abstract_gpt(tiny.CONFIG)
+    model: GPT = store.nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+    return jax.jit(lambda ids: model(ids))(IDS)
+
+
+IDS = jnp.arange(32, dtype=jnp.int32).reshape(2, 16) * 7
+
+
+def test_load_model_gives_the_same_model_from_our_format_and_from_nanochats(base):
+    params = tiny.write_nanochat_base(base)
+    tiny.write_base(base, "d1")
+    (base / "base_checkpoints" / "d1").rename(base / "chatsft_checkpoints_d1")
+    (base / "chatsft_checkpoints").mkdir()
+    (base / "chatsft_checkpoints_d1").rename(base / "chatsft_checkpoints" / "d2")
+    expected = logits_of(params)
+    for source in ("base", "sft"):
+        model, tokenizer, meta = load_model(source)
+        logits = jax.jit(lambda ids, model=model: model(ids))(IDS)
+        assert logits.shape == (2, 16, 265) and logits.dtype == jnp.float32
+        assert np.array_equal(np.asarray(logits), np.asarray(expected)), source
+        assert tokenizer.digest() == tiny.tokenizer().digest()
+        assert meta["user_config"] == tiny.SETTINGS
+    in_bfloat16 = load_model("sft", dtype=jnp.bfloat16)[0]
+    assert in_bfloat16.dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda ids: in_bfloat16(ids), IDS).dtype == jnp.float32
+
+
+def test_the_files_of_nanochat_are_not_touched_by_reading_them(base):
+    tiny.write_nanochat_base(base)
+    folder = base / "base_checkpoints" / "d2"
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+    load_model("base")
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
+
+
+def test_a_warm_start_takes_our_optimizer_state_and_its_betas_but_not_its_rates(base, saved):
+    folder, state, groups = saved
+    ours = optim.scale_rates(groups, 0.1)
+    ours["embedding"] = optim.AdamW(0.5, 0.1, 0.2, 0.3)
+    got, arrays = store.load_optimizer(Found(folder.parent, 7, True), tiny.CONFIG, ours)
+    assert got["embedding"] == optim.AdamW(0.5, groups["embedding"].b1, groups["embedding"].b2, 0.001)
+    assert got["matrix"].lr == ours["matrix"].lr
+    like = abstract_on(8, got).opt_state
+    placed = train.place(optim.with_state_arrays(like, arrays), like)
+    assert_same(placed, state.opt_state)
+
+
+def test_a_checkpoint_without_optimizer_gives_none(tmp_path, saved):
+    folder = copy_of(saved[0], tmp_path / "7")
+    shutil.rmtree(folder / "optimizer")
+    assert store.load_optimizer(Found(tmp_path, 7, True), tiny.CONFIG, saved[2]) is None
+    tiny.write_nanochat_base(tmp_path)
+    assert store.load_optimizer(find_model("base"), tiny.CONFIG, saved[2]) is None
+
+
+def test_optimizer_state_of_nanochats_is_filed_as_ours_and_what_the_oldest_lacks_starts_from_zero():
+    state = {
+        "exp_avg": {"wte": np.ones((4, 2)), "lm_head": np.ones((4, 2))},
+        "exp_avg_sq": {"wte": np.ones((4, 2)), "lm_head": np.ones((4, 2))},
+        "momentum": {"blocks/0/attn/c_q": np.ones((2, 2)), "blocks/0/mlp/c_proj": np.ones((2, 8))},
+        "second_momentum": {"blocks/0/attn/c_q": np.ones((2, 1))},
+        "count": {"wte": 3, "lm_head": 4},
+    }
+    arrays = store.imported_arrays(state)
+    assert arrays["second_momentum/blocks/0/mlp/c_proj"].shape == (1, 8)
+    assert not arrays["second_momentum/blocks/0/mlp/c_proj"].any() and arrays["second_momentum/blocks/0/attn/c_q"].all()
+    assert (int(arrays["count/embedding"]), int(arrays["count/unembedding"])) == (3, 4)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs nanochat's own files: ../shared/golden or NANOCHAT_GOLDEN")
+def test_a_warm_start_from_nanochats_own_files():
+    found = find_model("base", base=GOLDEN / "checkpoints" / "c1_master")
+    config, params, _ = store.load_params(found)
+    rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
+    groups = optim.default_groups(config.n_embd, **rates)
+    got, arrays = store.load_optimizer(found, config, groups)
+    assert {name: group.lr for name, group in got.items()} == {name: group.lr for name, group in groups.items()}
+    like = train.abstract_state(config, optim.make_optimizer(got), mesh_of(8))
+    opt_state = train.place(optim.with_state_arrays(like.opt_state, arrays), like.opt_state)
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(opt_state))
+    train.place(params, like.params)

@@ -1,0 +1,431 @@
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from nanochat_jax.data.rows import ConversationStore, RowSource, assemble, fixed_batches, shuffled, train_batches
+from nanochat_jax.data.token_cache import BATCH, TokenCache, _checksum, open_caches
+
+BOS, END = 256, 257
+
+
+class StubTask(list):
+    """Conversations are (user text, assistant text)."""
+
+    name = "stub/task"
+
+    def fingerprint(self):
+        return hashlib.sha256(json.dumps(list(self)).encode()).hexdigest()
+
+
+class StubTokenizer:
+    """Bytes; bos, the user's (mask 0), the assistant's and an end token (mask 1)."""
+
+    bos, vocab_size = 256, 300
+
+    def digest(self):
+        return "stub"
+
+    def render_conversation(self, conversation, max_tokens=2048):
+        user, assistant = conversation
+        if not user:
+            raise ValueError("no user message")
+        ids = [256, *user.encode(), *assistant.encode(), 257]
+        mask = [0] * (1 + len(user.encode())) + [1] * (len(assistant.encode()) + 1)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_many(self, conversations, max_tokens=2048):
+        return [self.render_conversation(conversation, max_tokens) for conversation in conversations]
+
+
+class SilentTokenizer(StubTokenizer):
+    """Trains on nothing."""
+
+    def digest(self):
+        return "silent"
+
+    def render_conversation(self, conversation, max_tokens=2048):
+        ids, mask = super().render_conversation(conversation, max_tokens)
+        return ids, [0] * len(mask)
+
+
+def make_task(n, seed=0, longest=30):
+    rng = np.random.default_rng(seed)
+    return StubTask(
+        ["q" * rng.integers(1, longest), "".join(chr(c) for c in rng.integers(97, 122, rng.integers(1, longest)))]
+        for _ in range(n)
+    )
+
+
+def make_rows(folder, n=60, T=64, seed=0):
+    cache = TokenCache.open_or_build(make_task(n), StubTokenizer(), folder, log=str)
+    return RowSource(ConversationStore([cache], [(0, i) for i in range(n)]), T, seed=seed)
+
+
+def take(n, batches):
+    taken = [next(batches) for _ in range(n)]
+    batches.close()
+    return taken
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+# ---------------------------------------------------------------------------------------------------- the token cache
+
+
+def test_a_cache_gives_back_what_was_rendered(tmp_path):
+    task, tokenizer, said = make_task(BATCH + 77), StubTokenizer(), []
+    built = TokenCache.open_or_build(task, tokenizer, tmp_path, log=said.append)
+    opened = TokenCache.open_or_build(task, tokenizer, tmp_path, log=said.append)
+    assert len(said) == 1 and "stub/task" in said[0]
+    for cache in (built, opened):
+        rendered = [tokenizer.render_conversation(conversation, None) for conversation in task]
+        for i, (ids, mask) in enumerate(rendered):
+            got_ids, got_mask = cache.get(i)
+            assert got_ids.dtype == np.uint16 and got_ids.tolist() == ids and got_mask.tolist() == mask
+        got_ids, got_mask = cache.get(5, limit=4)
+        assert got_ids.tolist() == rendered[5][0][:4] and got_mask.tolist() == rendered[5][1][:4]
+        assert cache.lengths.tolist() == [len(ids) for ids, _ in rendered]
+        assert cache.trained.tolist() == [sum(mask) for _, mask in rendered]
+        assert cache.n_tokens == sum(len(ids) for ids, _ in rendered)
+        assert (len(cache), cache.bos, cache.name) == (len(task), BOS, "stub/task")
+
+
+def test_renderings_are_stored_whole_and_wide_vocabularies_take_four_bytes(tmp_path):
+    tokenizer = StubTokenizer()
+    tokenizer.vocab_size = 65_537
+    cache = TokenCache.open_or_build(StubTask([["q", "x" * 5000]]), tokenizer, tmp_path, log=str)
+    assert len(cache.get(0)[0]) == 5003 and cache.get(0)[0].dtype == np.uint32
+
+
+def test_the_cache_of_an_empty_task_opens(tmp_path):
+    for _ in range(2):
+        cache = TokenCache.open_or_build(StubTask(), StubTokenizer(), tmp_path, log=str)
+        assert len(cache) == 0 and cache.n_tokens == 0
+    with pytest.raises(IndexError, match="has 0 conversations"):
+        cache.get(0)
+
+
+def test_one_changed_character_or_another_tokenizer_makes_another_cache(tmp_path):
+    task, other = StubTask([["hello", "you"]]), StubTask([["hello", "yoo"]])
+    first = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
+    second = TokenCache.open_or_build(other, StubTokenizer(), tmp_path, log=str)
+    third = TokenCache.open_or_build(task, SilentTokenizer(), tmp_path, log=str)
+    assert len({first.key, second.key, third.key}) == 3
+    assert len({first.folder, second.folder, third.folder}) == 3
+    assert first.get(0)[0].tolist() != second.get(0)[0].tolist()
+
+
+def test_a_task_named_twice_is_opened_once(tmp_path):
+    task = make_task(4)
+    first, second, third = open_caches([task, make_task(4, seed=1), make_task(4)], StubTokenizer(), tmp_path, log=str)
+    assert first is third and first is not second
+
+
+def test_a_row_that_cannot_be_rendered_is_named_and_leaves_nothing_behind(tmp_path):
+    task = make_task(BATCH + 9)
+    task[BATCH + 4] = ["", "answer"]
+    with pytest.raises(ValueError, match=rf"stub/task, row {BATCH + 4} cannot be rendered: .*no user message"):
+        TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def cut_short(folder):
+    path = folder / "ids.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_byte(folder):
+    path = folder / "mask.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 255
+    path.write_bytes(data)
+
+
+def lose_a_file(folder):
+    (folder / "offsets.npy").unlink()
+
+
+def break_the_meta_file(folder):
+    (folder / "meta.json").write_text("{")
+
+
+def forget_a_field(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "files": {}}))
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_byte, lose_a_file, break_the_meta_file, forget_a_field])
+def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, damage):
+    task, said = make_task(20), []
+    before = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
+    wanted = [(ids.tolist(), mask.tolist()) for ids, mask in map(before.get, range(20))]
+    damage(before.folder)
+    after = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=said.append)
+    assert [(ids.tolist(), mask.tolist()) for ids, mask in map(after.get, range(20))] == wanted
+    assert len(said) == 2 and str(before.folder) in said[0] and "damaged" in said[0]
+
+
+def test_the_checksum_of_a_large_file_sees_its_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat_jax.data.token_cache.CHECKED_BLOCKS", 3)
+    monkeypatch.setattr("nanochat_jax.data.token_cache.BLOCK", 10)
+    sums = set()
+    for place in (None, 0, 99):
+        data = bytearray(100)
+        if place is not None:
+            data[place] = 1
+        (tmp_path / "file").write_bytes(data)
+        sums.add(_checksum(tmp_path / "file"))
+    assert len(sums) == 3
+
+
+def start_builder(folder, n, in_a_batch):
+    """A process that builds the cache of make_task-like data; `in_a_batch` is run for each batch rendered."""
+    program = f"""
+import hashlib, json, os, signal, sys, time
+from pathlib import Path
+from nanochat_jax.token_cache import TokenCache
+{inspect.getsource(StubTask)}
+{inspect.getsource(StubTokenizer)}
+class Tokenizer(StubTokenizer):
+    batches = 0
+    def render_many(self, conversations, max_tokens=2048):
+        self.batches += 1
+        {in_a_batch}
+        return super().render_many(conversations, max_tokens)
+folder = Path({str(folder)!r})
+cache = TokenCache.open_or_build(StubTask([["q", str(i)] for i in range({n})]), Tokenizer(), folder, log=print)
+print("opened", len(cache), cache.n_tokens)
+"""
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_at_once_build_a_cache_once(tmp_path):
+    builders = [start_builder(tmp_path, 50, "time.sleep(1.5)") for _ in range(2)]
+    outputs = [builder.communicate(timeout=60)[0] for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0]
+    assert sum("tokenized stub/task" in output for output in outputs) == 1
+    assert len({output.splitlines()[-1] for output in outputs}) == 1 and "opened 50" in outputs[0]
+
+
+def test_what_a_killed_build_left_is_cleaned_up(tmp_path):
+    n = BATCH + 5
+    killed = start_builder(tmp_path, n, "if self.batches == 2: os.kill(os.getpid(), signal.SIGKILL)")
+    killed.communicate(timeout=60)
+    assert killed.returncode == -9
+    (left,) = tmp_path.glob("*.building")
+    assert (left / "ids.npy").exists()
+    cache = TokenCache.open_or_build(StubTask(["q", str(i)] for i in range(n)), StubTokenizer(), tmp_path, log=str)
+    assert len(cache) == n and not left.exists()
+
+
+def test_only_builds_that_nobody_is_at_are_swept(tmp_path):
+    for name in ("dead-1", "alive-2"):
+        (tmp_path / f"{name}.building").mkdir()
+    with FileLock(tmp_path / ".alive-2.lock"):
+        TokenCache.open_or_build(make_task(3), StubTokenizer(), tmp_path, log=str)
+    assert [p.name for p in tmp_path.glob("*.building")] == ["alive-2.building"]
+
+
+def test_a_cache_that_is_there_is_opened_without_the_tokenizers_work(tmp_path, monkeypatch):
+    task = make_task(30)
+    built = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
+    for name in ("render_conversation", "render_many"):
+        monkeypatch.delattr(StubTokenizer, name)
+    assert len(TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)) == len(built) == 30
+
+
+# -------------------------------------------------------------------------------------------------------- the mixture
+
+
+def test_a_store_gathers_its_sources_and_reports_their_shares(tmp_path):
+    short, long = StubTask([["a", "bc"]]), StubTask([["d", "e" * 100], ["f", "g"]])
+    caches = open_caches([short, long, short], StubTokenizer(), tmp_path, log=str)
+    store = ConversationStore(caches, np.array([(1, 0), (0, 0), (2, 0), (1, 1)]))
+    assert store.lengths().tolist() == [103, 5, 5, 4] and store.lengths(10).tolist() == [10, 5, 5, 4]
+    assert store.trained().tolist() == [101, 3, 3, 2] and store.trained(10).tolist() == [8, 3, 3, 2]
+    assert store.get(2)[0].tolist() == [BOS, *b"abc", END]
+    assert store.report(10) == [
+        {"name": "stub/task", "conversations": 1, "tokens": 5, "trained_tokens": 3},
+        {"name": "stub/task", "conversations": 2, "tokens": 14, "trained_tokens": 10},
+        {"name": "stub/task", "conversations": 1, "tokens": 5, "trained_tokens": 3},
+    ]
+
+
+def test_impossible_mixtures_are_refused(tmp_path):
+    cache = TokenCache.open_or_build(make_task(3), StubTokenizer(), tmp_path, log=str)
+    silent = TokenCache.open_or_build(make_task(3), SilentTokenizer(), tmp_path, log=str)
+    with pytest.raises(ValueError, match="no conversations"):
+        ConversationStore([cache], np.zeros((0, 2)))
+    for pair in [(0, 3), (1, 0), (0, -1)]:
+        with pytest.raises(ValueError, match=rf"\(source {pair[0]}, conversation {pair[1]}\)"):
+            ConversationStore([cache], [(0, 0), pair])
+    with pytest.raises(ValueError, match="different tokenizers"):
+        ConversationStore([cache, silent], [(0, 0)])
+    with pytest.raises(ValueError, match="no conversation of stub/task has a token to train on"):
+        RowSource(ConversationStore([silent], [(0, 0)]), 64)
+
+
+def test_what_lies_beyond_the_cut_is_not_training_data(tmp_path):
+    cache = TokenCache.open_or_build(StubTask([["q" * 100, "answer"]]), StubTokenizer(), tmp_path, log=str)
+    store = ConversationStore([cache], [(0, 0)])
+    assert RowSource(store, 128).n_cut == 0
+    with pytest.raises(ValueError, match="within its first 65 tokens"):
+        RowSource(store, 64)
+
+
+@pytest.mark.parametrize(("T", "limit"), [(64, 65), (2047, 2048), (2048, 2048), (3000, 3000)])
+def test_a_conversation_is_cut_to_the_render_limit_then_to_the_row(tmp_path, T, limit):
+    cache = TokenCache.open_or_build(StubTask([["q", "x" * 5000], ["q", "x"]]), StubTokenizer(), tmp_path, log=str)
+    rows = RowSource(ConversationStore([cache], [(0, 0), (0, 1)]), T)
+    assert rows.lengths.tolist() == [limit, 4]
+    assert (rows.n_cut, rows.limit) == (1, limit)
+    assert rows.batch([0])["weights"].sum() == limit - 2  # not the bos, not the question
+
+
+# ----------------------------------------------------------------------------------------------------------- the rows
+
+
+def test_a_row_tells_targets_weights_and_where_each_document_starts():
+    conversations = [([9, 1, 2, 3], [0, 0, 1, 1]), ([9, 4, 5], [0, 1, 1])]
+    batch = assemble([conversations, [([9] + [7] * 8, [0] + [1] * 8)], []], T=8, bos=9)
+    assert batch["inputs"].tolist() == [[9, 1, 2, 3, 9, 4, 5, 9], [9, 7, 7, 7, 7, 7, 7, 7], [9] * 8]
+    assert batch["targets"].tolist() == [[1, 2, 3, 9, 4, 5, 9, 9], [7] * 8, [9] * 8]
+    assert batch["weights"].tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [1] * 8, [0] * 8]
+    assert batch["document_start"].tolist() == [[0, 0, 0, 0, 4, 4, 4, 7], [0] * 8, [0] * 8]
+    assert {name: leaf.dtype for name, leaf in batch.items()} == {
+        "inputs": np.int32,
+        "targets": np.int32,
+        "weights": np.float32,
+        "document_start": np.int32,
+    }
+    assert all(leaf.flags.c_contiguous for leaf in batch.values())
+
+
+def test_a_conversation_that_starts_at_the_rows_last_token_is_only_a_target():
+    batch = assemble([[([9, 1, 2], [0, 1, 1]), ([9], [0])]], T=3, bos=9)
+    assert batch["targets"].tolist() == [[1, 2, 9]] and batch["document_start"].tolist() == [[0, 0, 0]]
+
+
+def test_each_epoch_holds_each_conversation_once_in_another_order(tmp_path):
+    rows = make_rows(tmp_path)
+    plans = [rows.plan(e) for e in range(3)]
+    assert all(sorted(plan.items.tolist()) == list(range(60)) for plan in plans)
+    assert len({tuple(plan.items.tolist()) for plan in plans}) == 3
+    assert rows.plan(1).items.tolist() == plans[1].items.tolist()
+    assert make_rows(tmp_path, seed=1).plan(1).items.tolist() != plans[1].items.tolist()
+    assert make_rows(tmp_path, seed=1).plan(0).items.tolist() == plans[0].items.tolist()
+
+
+def test_the_order_of_an_epoch_never_changes():
+    """A literal: another order after an upgrade would make a resumed run see other data."""
+    assert shuffled(8, 42, 0).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert shuffled(8, 42, 1).tolist() == [1, 2, 5, 3, 6, 0, 4, 7]
+    assert shuffled(8, 42, 2).tolist() == [2, 6, 0, 3, 4, 7, 5, 1]
+
+
+def test_a_row_number_finds_its_epoch(tmp_path):
+    rows = make_rows(tmp_path)
+    first, second = rows.rows_in_epoch(0), rows.rows_in_epoch(1)
+    assert rows.locate(0) == (0, 0) and rows.locate(first - 1) == (0, first - 1)
+    assert rows.locate(first) == (1, 0) and rows.locate(first + second) == (2, 0)
+    assert rows.epoch_and_progress(0) == (1, 0.0)
+    assert rows.epoch_and_progress(first + 1) == (2, 1 / second)
+    assert make_rows(tmp_path).locate(first + second) == (2, 0)  # asked for at once, as after a resume
+    with pytest.raises(IndexError):
+        rows.locate(-1)
+
+
+def test_rows_of_other_data_have_another_fingerprint(tmp_path):
+    base = make_rows(tmp_path)
+    assert base.fingerprint() == make_rows(tmp_path).fingerprint()
+    cache = base.store.caches[0]
+    others = [
+        make_rows(tmp_path, T=65),
+        make_rows(tmp_path, seed=1),
+        make_rows(tmp_path, n=59),
+        RowSource(base.store, 64, buffer_size=99),
+        RowSource(ConversationStore([cache], base.store.pairs[::-1]), 64),
+    ]
+    assert len({rows.fingerprint() for rows in [base, *others]}) == 6
+
+
+def test_weights_count_every_trained_token_of_an_epoch(tmp_path):
+    rows = make_rows(tmp_path)
+    batch = rows.batch(range(rows.rows_in_epoch(0)))
+    assert batch["weights"].sum() == rows.store.report()[0]["trained_tokens"]
+
+
+# -------------------------------------------------------------------------------------------------------- the batches
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_processes_batches_joined_are_the_batch_of_one_process(tmp_path, processes):
+    rows = make_rows(tmp_path)
+    split = {"start_row": 3, "rows_per_step": 16, "micro_batches": 2}
+    shares = [take(4, train_batches(rows, **split, process_index=p, process_count=processes)) for p in range(processes)]
+    for step in range(4):
+        joined = {name: np.concatenate([share[step][name] for share in shares], axis=1) for name in shares[0][step]}
+        assert joined["inputs"].shape == (2, 8, 64)
+        expected = rows.batch(range(3 + 16 * step, 3 + 16 * (step + 1)))
+        assert_equal(joined, {name: leaf.reshape(2, 8, 64) for name, leaf in expected.items()})
+
+
+def test_resuming_at_any_row_continues_the_stream(tmp_path):
+    rows = make_rows(tmp_path)
+    R, steps = 5, 3 * rows.rows_in_epoch(0) // 5 + 1  # into the fourth epoch
+    whole = take(steps, train_batches(rows, start_row=0, rows_per_step=R))
+    for step in range(0, steps, 2):
+        (resumed,) = take(1, train_batches(make_rows(tmp_path), start_row=step * R, rows_per_step=R))
+        assert_equal(resumed, whole[step])
+    single = take(2 * R, train_batches(make_rows(tmp_path), start_row=R, rows_per_step=1, prefetch=0))
+    for name in ("inputs", "document_start"):  # the batch size may change on the way
+        joined = np.concatenate([batch[name] for batch in single], axis=1)
+        np.testing.assert_array_equal(joined, np.concatenate([whole[1][name], whole[2][name]], axis=1))
+
+
+def test_a_batch_may_be_larger_than_the_data(tmp_path):
+    rows = make_rows(tmp_path, n=2)
+    assert rows.rows_in_epoch(0) <= 2
+    (batch,) = take(1, train_batches(rows, start_row=0, rows_per_step=8, micro_batches=2))
+    assert batch["inputs"].shape == (2, 4, 64)
+    assert batch["weights"].sum() == rows.batch(range(8))["weights"].sum() > 0
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(tmp_path):
+    rows = make_rows(tmp_path)
+    with pytest.raises(ValueError, match="must be a multiple of 6"):
+        train_batches(rows, start_row=0, rows_per_step=16, micro_batches=3, process_count=2)
+    with pytest.raises(ValueError, match="must be a multiple of 1"):
+        train_batches(rows, start_row=0, rows_per_step=0)
+    with pytest.raises(ValueError, match=r"in 0\.\.1"):
+        train_batches(rows, start_row=0, rows_per_step=4, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="at least 0"):
+        train_batches(rows, start_row=-1, rows_per_step=4)
+
+
+def test_validation_rows_are_the_same_each_time_and_come_once(tmp_path):
+    rows = make_rows(tmp_path)
+    n = rows.rows_in_epoch(0)
+    first, again = (list(fixed_batches(rows, n_rows=10**6, rows_per_batch=8)) for _ in range(2))
+    assert len(first) == -(-n // 8) and all(batch["inputs"].shape == (8, 64) for batch in first)
+    for a, b in zip(first, again, strict=True):
+        assert_equal(a, b)
+    joined = {name: np.concatenate([batch[name] for batch in first]) for name in first[0]}
+    assert_equal({name: leaf[:n] for name, leaf in joined.items()}, rows.batch(range(n)))
+    assert not joined["weights"][n:].any()
+    halves = [list(fixed_batches(rows, n_rows=10, rows_per_batch=8, process_index=p, process_count=2)) for p in (0, 1)]
+    inputs = np.concatenate([np.concatenate([h[k]["weights"] for h in halves]) for k in range(2)])
+    np.testing.assert_array_equal(inputs[:10], rows.batch(range(10))["weights"])
+    assert not inputs[10:].any()

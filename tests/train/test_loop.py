@@ -1,0 +1,318 @@
+"""The loop around a train step that is made up: what it reports, evaluates, saves, skips, and how it stops."""
+
+import functools
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax.train.loop import MAX_BAD_STEPS, Loop, Measurement, explaining_memory, throughput
+from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedLoss, read_metrics
+from nanochat_jax.train.step import TrainState
+
+
+class FakeSaver:
+    def __init__(self, folder):
+        self.folder, self.saved, self.metas, self.waited = folder, [], {}, 0
+
+    def save(self, step, state, meta):
+        assert int(state.step) == step
+        self.saved.append(step)
+        self.metas[step] = meta
+
+    def wait(self):
+        self.waited += 1
+
+    def newest(self):
+        return f"the last good checkpoint is {self.folder / str(self.saved[-1])}" if self.saved else "there is none"
+
+
+class Training:
+    """A loop over `total` steps. losses: step (from 1) -> loss, default 1; on_step(k) is called inside step k."""
+
+    def __init__(
+        self, folder, total=10, *, losses=None, on_step=str, start=0, bad_steps=0, eval_every=-1, others=(), **fields
+    ):
+        self.saver, self.evaluated, self.seen, self.folder = FakeSaver(folder), [], [], folder
+        self.losses, self.on_step = losses or {}, on_step
+        self.state = TrainState(np.int32(start), {"w": np.float32(start)}, None, np.int32(bad_steps))
+        self.log = MetricsLog(folder, "dummy", {}, project="test", resumed_at=start or None)
+        smoothed = SmoothedLoss()
+        sizes = {"total": total, "tokens_per_step": 1000, "flops_per_token": 10, "peak_flops": 1e6}
+        self.loop = Loop(
+            train_step=self.step,
+            next_batch=lambda state: {"inputs": np.full((1, 1, 2), int(state.step))},
+            total=total,
+            schedule=lambda step: (1 - step / total, 0.9),
+            measurements=[Measurement(eval_every, lambda params: self.evaluate(params), at_start=True), *others],
+            saver=self.saver,
+            meta=lambda step: {"rows": 2 * step, "smoothed_loss": smoothed.state()},
+            log=self.log,
+            reporter=Reporter(total, start),
+            report=functools.partial(throughput, smoothed=smoothed, epoch_of=lambda step: 1 + step // 6, **sizes),
+            **({"save_every": -1} | fields),
+        )
+
+    def step(self, state, batch, multiplier, momentum):
+        k = int(state.step) + 1
+        self.seen.append((k, int(batch["inputs"][0, 0, 0]), float(multiplier)))
+        self.on_step(k)
+        loss = self.losses.get(k, 1.0)
+        ok = np.isfinite(loss)
+        metrics = {"loss": loss, "grad_norm": 2.0, "tokens": 5.0 if loss else 0.0, "ok": float(ok)}
+        return TrainState(np.int32(k), state.params, None, np.int32(0 if ok else state.bad_steps + 1)), metrics
+
+    def evaluate(self, params):
+        self.evaluated.append(len(self.seen))
+        return {"val_bpb": 1.5}
+
+    def run(self):
+        return self.loop.run(self.state)
+
+    def records(self):
+        return read_metrics(self.folder / "metrics.jsonl")
+
+
+def test_evaluation_and_saving_come_every_so_often_and_at_the_end(tmp_path):
+    training = Training(tmp_path, eval_every=4, save_every=3)
+    assert training.run() == 0
+    assert training.evaluated == [0, 4, 8, 10]
+    assert training.saver.saved == [3, 6, 9, 10]
+    assert training.saver.waited == 1
+    assert training.saver.metas[9] == {
+        "step": 9,
+        "val_bpb": 1.5,
+        "skipped": 0,
+        "smoothed_loss": training.saver.metas[9]["smoothed_loss"],
+        "rows": 18,
+    }
+    assert "val_bpb" in training.saver.metas[3] and training.saver.metas[3]["smoothed_loss"] != [0, 0]
+
+
+def test_measurements_have_their_own_rhythm_and_texts_stay_out_of_the_checkpoint(tmp_path, capsys):
+    seen = []
+
+    def samples(params):
+        seen.append(len(training.seen))
+        return {"samples": ["a b", "[red]c"], "length": 2.0}
+
+    training = Training(
+        tmp_path, 5, eval_every=4, others=[Measurement(2, samples), Measurement(-1, None)], save_every=2
+    )
+    training.run()
+    assert (training.evaluated, seen) == ([0, 4, 5], [2, 4, 5])  # not before the first step, but at the end
+    meta = training.saver.metas[2]
+    assert (meta["val_bpb"], meta["length"]) == (1.5, 2.0) and "samples" not in meta
+    assert [r["step"] for r in training.records() if r.get("samples") == ["a b", "[red]c"]] == [2, 4, 5]
+    assert "step 00002 | samples | [red]c" in capsys.readouterr().out.splitlines()
+
+
+def test_minus_one_means_no_evaluation_and_a_checkpoint_at_the_end_only(tmp_path):
+    training = Training(tmp_path)
+    training.run()
+    assert (training.evaluated, training.saver.saved) == ([], [10])
+
+
+def test_every_step_takes_its_own_batch_and_rate_and_is_recorded_once(tmp_path, capsys):
+    training = Training(tmp_path, 4, losses={1: 4.0, 2: 2.0})
+    training.run()
+    assert [(k, batch) for k, batch, _ in training.seen] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert [rate for *_, rate in training.seen] == [1.0, 0.75, 0.5, 0.25]
+    records = training.records()
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert [r["loss"] for r in records] == [4.0, 2.0, 1.0, 1.0]
+    assert records[0]["smoothed_loss"] == 4.0
+    first = records[0]
+    assert (first["lr_multiplier"], first["percent"], first["epoch"], first["trained_tokens"]) == (1.0, 25.0, 1, 5)
+    assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 10 / 1e6)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 00001/00004 | loss 4.0000 | lrm 1.000 | ")
+    for part in (" tok/s | mfu ", "% | 25.0% | epoch 1"):
+        assert part in lines[0]
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, capsys):
+    training = Training(tmp_path, losses={3: np.nan, 7: np.inf}, save_every=5)
+    assert training.run() == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "step 00003/00010 | loss 1.0000" in printed[2]  # the average without it
+    lines = [line for line in printed if "WARNING" in line]
+    assert len(lines) == 2
+    assert (
+        "step 3 skipped, its update is not finite (loss nan, gradient norm 2.0); 1 skipped so far, 1 in a row"
+        in lines[0]
+    )
+    assert "step 7 skipped" in lines[1] and "2 skipped so far, 1 in a row" in lines[1]
+    events = [r for r in training.records() if r.get("event") == "skipped"]
+    assert [(r["step"], r["skipped"]) for r in events] == [(3, 1), (7, 2)]
+    assert [training.saver.metas[step]["skipped"] for step in (5, 10)] == [1, 2]
+    assert training.saver.metas[10]["smoothed_loss"][0] < 1  # the average has no NaN in it
+
+
+def test_a_step_without_trained_tokens_does_not_pull_the_shown_loss_to_zero(tmp_path):
+    training = Training(tmp_path, losses={3: 0.0, 4: 0.0})
+    assert training.run() == 0
+    assert [r["loss"] for r in training.records()][2:4] == [0.0, 0.0]
+    assert [r["smoothed_loss"] for r in training.records()] == pytest.approx([1.0] * 10)
+
+
+def test_five_in_a_row_are_borne_and_a_sixth_stops_the_run_with_the_last_good_checkpoint_named(tmp_path):
+    bad = dict.fromkeys(range(4, 9), np.nan)
+    assert Training(tmp_path / "five", 12, losses=bad).run() == 0
+    training = Training(tmp_path / "six", 12, losses=bad | {9: np.nan}, save_every=1)
+    with pytest.raises(FloatingPointError) as stop:
+        training.run()
+    assert str(stop.value).startswith(
+        f"{MAX_BAD_STEPS + 1} updates in a row were not finite, the last at step 9: lower"
+    )
+    assert str(stop.value).endswith(f"the last good checkpoint is {tmp_path}/six/3")
+    assert training.saver.saved == [1, 2, 3]  # nothing is saved over the good ones
+    assert training.saver.waited
+
+
+def test_skipped_steps_before_a_resume_count(tmp_path):
+    bad = dict.fromkeys(range(6, 9), np.nan)
+    with pytest.raises(FloatingPointError, match=r"^6 updates in a row were not finite, the last at step 8"):
+        Training(tmp_path, losses=bad, start=5, bad_steps=3, skipped=3).run()
+
+
+def test_a_resumed_run_goes_on_with_the_next_step_and_does_not_evaluate_first(tmp_path):
+    training = Training(tmp_path, start=6, eval_every=8, save_every=3)
+    training.run()
+    assert [k for k, *_ in training.seen] == [7, 8, 9, 10]
+    assert len(training.evaluated) == 2 and training.saver.saved == [9, 10]
+
+
+def test_a_run_that_is_done_says_so_and_saves_nothing(tmp_path, capsys):
+    training = Training(tmp_path, start=10, save_every=1)
+    assert training.run() == 0
+    assert (training.seen, training.saver.saved) == ([], [])
+    assert "All 10 steps are done already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_it_and_is_returned(tmp_path, number):
+    before = signal.getsignal(number)
+    training = Training(tmp_path, on_step=lambda k: k == 4 and os.kill(os.getpid(), number), eval_every=4)
+    assert training.run() == number
+    assert training.saver.saved == [4] and training.saver.waited == 1
+    assert training.evaluated == [0]  # an evaluation may take longer than whoever sent the signal waits
+    assert [r["step"] for r in training.records() if "loss" in r] == [1, 2, 3, 4]
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_save(tmp_path):
+    training = Training(tmp_path, eval_every=5)
+    training.evaluate = lambda params: os.kill(os.getpid(), signal.SIGTERM) or {}
+    assert training.run() == signal.SIGTERM
+    assert (training.seen, training.saver.saved) == ([], [])
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
+    def twice(k):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    training = Training(tmp_path, on_step=twice)
+    with pytest.raises(KeyboardInterrupt):
+        training.run()
+
+
+def test_a_signal_in_the_middle_of_a_batch_gives_it_up_and_saves_what_was_before(tmp_path):
+    training = Training(tmp_path, report_late=False)
+    make = training.loop.next_batch
+
+    def interrupted(state):
+        if int(state.step) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            training.loop.signals.check()
+        return make(state)
+
+    training.loop.next_batch = interrupted
+    assert training.run() == signal.SIGTERM
+    assert training.saver.saved == [4] and [k for k, *_ in training.seen] == [1, 2, 3, 4]
+
+
+def test_a_step_is_reported_at_once_where_the_next_batch_waits_for_it_anyway(tmp_path):
+    for late, known in ((True, [0, 0, 1]), (False, [0, 1, 2])):
+        reported = []
+        training = Training(tmp_path / str(late), 3, report_late=late)
+        make = training.loop.next_batch
+
+        def counting(state, make=make, reported=reported, training=training):
+            reported.append(len([r for r in training.records() if "loss" in r]))
+            return make(state)
+
+        training.loop.next_batch = counting
+        training.run()
+        assert reported == known
+
+
+def test_a_measurement_may_say_what_the_console_shows_of_it(tmp_path, capsys):
+    found = {"pass@1": 0.5, "pass@1_low": 0.25}
+    training = Training(
+        tmp_path, 2, others=[Measurement(2, lambda params: found, shown=lambda n: f"pass {n['pass@1']}")]
+    )
+    training.run()
+    assert "step 00002 | pass 0.5" in capsys.readouterr().out.splitlines()
+    assert training.saver.metas[2]["pass@1_low"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "text", ["RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9\nmore", "CUDA out of memory"]
+)
+def test_out_of_memory_is_one_paragraph_with_the_sizes_and_the_flags_to_lower(text):
+    with pytest.raises(MemoryError) as error:
+        with explaining_memory({"device_batch_size": 32, "max_seq_len": 2048, "total_batch_size": 524288}):
+            raise jax.errors.JaxRuntimeError(text)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in ("--device-batch-size=32, --max-seq-len=2048, --total-batch-size=524288", "Lower --device-batch-size"):
+        assert part in message
+    assert message.endswith(text.splitlines()[0])
+
+
+def test_other_errors_of_the_device_stay_what_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        with explaining_memory({}):
+            raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+
+@pytest.mark.parametrize(("losses", "saved"), [({}, [3, 5]), ({5: np.nan}, [3])])
+def test_data_that_cannot_be_read_end_the_run_with_what_is_good_saved(tmp_path, losses, saved):
+    training = Training(tmp_path, losses=losses, save_every=3)
+    make = training.loop.next_batch
+
+    def fail(state):
+        if int(state.step) == 5:
+            raise ValueError("b.parquet, row 7")
+        return make(state)
+
+    training.loop.next_batch = fail
+    with pytest.raises(ValueError, match=r"b\.parquet, row 7"):
+        training.run()
+    assert (training.saver.saved, training.saver.waited) == (saved, 1)
+    assert [r["step"] for r in training.records() if "loss" in r] == [1, 2, 3, 4, 5]
+
+
+def test_data_that_fail_in_the_middle_end_the_run_when_the_last_save_is_on_disk(tmp_path):
+    def fail(k):
+        if k == 5:
+            raise ValueError("row 7 cannot be rendered")
+
+    training = Training(tmp_path, on_step=fail, save_every=4)
+    with pytest.raises(ValueError, match="row 7"):
+        training.run()
+    assert (training.saver.saved, training.saver.waited) == ([4], 1)
+
+
+def test_the_first_step_of_a_run_tells_how_long_it_took(tmp_path, capsys):
+    training = Training(tmp_path, 3)
+    training.run()
+    first, *others = training.records()
+    assert first["seconds_to_first_step"] == first["seconds"] and first["warm_compilation_cache"] in (True, False)
+    assert not any("seconds_to_first_step" in record for record in others)
+    lines = capsys.readouterr().out.splitlines()
+    assert [" first step after " in line for line in lines[:3]] == [True, False, False]

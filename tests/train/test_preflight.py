@@ -1,0 +1,192 @@
+"""--preflight: what a run would hold, without data, for devices that are here or not.
+
+Run: python -m pytest tests/train/test_preflight.py
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from nanochat_jax import base, rl, sft
+from nanochat_jax.cli import settings
+from nanochat_jax.train import preflight
+from nanochat_jax.train.remat import asked_and_had, bytes_on_device, device_memory
+from tests.support import tiny
+
+ROOT = Path(__file__).parents[2]
+TPU = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: tools/setup.sh --extra aot"
+)
+
+
+SFT = ("--mesh", "data=1", "--device-batch-size", "4")  # one program for three tests
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.write_base(folder)
+    return folder
+
+
+@pytest.fixture
+def home(written, monkeypatch):
+    """A base directory with a model and a tokenizer, and nothing to train on. A preflight leaves it as it was, so that
+    tests share it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(written))
+    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+    return written
+
+
+@pytest.fixture(scope="module")
+def alone(written):
+    """SFT on one device: (exit code, what it printed, files before, files after)."""
+
+    def files():
+        return {path for path in written.rglob("*") if "compilation_cache" not in path.parts}
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setenv("NANOCHAT_BASE_DIR", str(written))
+        patch.delenv("NANOCHAT_DATA_DIR", raising=False)
+        before, code = files(), run(sft, sft.SFTConfig, *SFT)
+    return code, printed.getvalue(), before, files()
+
+
+def run(stage, cls, *flags):
+    return stage.main(settings.parse(cls, ["--preflight", *flags], prog="test"))
+
+
+def table(text):
+    """Name -> number of the last table's lines."""
+    lines = text.split("nothing was run")[1].splitlines()
+    parts = [line.rsplit(maxsplit=1) for line in lines if line.startswith("  ") and " total " not in line]
+    return {name.strip(): float(number) for name, number in parts}
+
+
+def test_the_flag_stands_alone_or_names_a_slice(tmp_path):
+    def parsed(*argv):
+        return settings.parse(sft.SFTConfig, list(argv), prog="test").preflight
+
+    assert parsed() is None
+    assert parsed("--preflight") == parsed("--preflight", "--seed", "1") == "here"
+    assert parsed("--preflight", "v5e-8") == parsed("--preflight=v5e-8", "--resume") == "v5e-8"
+    file = tmp_path / "a.toml"
+    file.write_text('preflight = "v6e-8"\n')
+    assert parsed("--config", str(file)) == "v6e-8"
+
+
+def test_sft_is_checked_without_data_and_leaves_nothing_behind(alone):
+    code, text, before, after = alone
+    assert code == 0 and after == before
+    found = table(text)
+    assert found["parameters"] == pytest.approx(4 * 159798 / 2**20, abs=1e-3)  # float32
+    assert found["gradients"] == found["parameters"] and found["activations and the rest"] > 0
+    assert {"optimizer", "batch", "loss"} <= found.keys()
+
+
+def test_parameters_are_split_over_devices(home, alone, capsys):
+    run(sft, sft.SFTConfig, "--mesh", "data=8")
+    assert table(capsys.readouterr().out)["optimizer"] < 0.2 * table(alone[1])["optimizer"]
+
+
+def test_rl_shows_the_cache_too(home, capsys):
+    sizes = ("--examples-per-step", "2", "--num-samples", "4", "--slots", "8", "--max-new-tokens", "16")
+    assert run(rl, rl.RLConfig, "--source", "base", "--mesh", "data=1", *sizes) == 0
+    text = capsys.readouterr().out
+    found = table(text)
+    assert text.index("rollouts  ") < text.index("training  ")
+    assert found["cache"] > 0 and found["copy of the weights"] == found["parameters"]
+
+
+def test_base_needs_neither_model_nor_tokenizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert run(base, base.BaseConfig, *tiny.BASE_FLAGS, "--mesh", "data=8") == 0
+    text = capsys.readouterr().out
+    assert "a vocabulary of 32,768 is assumed" in text and "fits" in text
+
+
+def test_a_depth_is_assumed_where_there_is_no_such_model(home):
+    cfg = settings.parse(sft.SFTConfig, ["--model-tag", "d3", "--max-seq-len", "128"], prog="test")
+    model, filled = preflight.model_for(cfg, "base", sft.INHERITED, lambda: None)
+    assert (model.n_layer, model.n_embd, model.vocab_size, filled.device_batch_size) == (3, 256, 265, 32)
+    with pytest.raises(FileNotFoundError, match="name a depth to assume, such as --model-tag d20"):
+        preflight.model_for(dataclasses.replace(cfg, model_tag="mine"), "base", sft.INHERITED, lambda: None)
+
+
+def test_what_does_not_fit_is_a_line_with_the_flags_to_change(home, capsys):
+    cfg = settings.parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
+    place = preflight.start(cfg)._replace(memory=10**6)
+    model, cfg = preflight.model_for(cfg, "base", sft.INHERITED, lambda: None)
+    assert preflight.rows_fit(cfg, place, model, sft.plan_batches(cfg, place.mesh, print)) == 1
+    said = "DOES NOT FIT: lower --device-batch-size (now 4), or try --max-seq-len, or try --remat block"
+    assert said in capsys.readouterr().out
+
+
+def test_an_unknown_slice_is_a_sentence():
+    for name in ("v5e-7", "h100", "v5e", "v4-8", "", "v5e:2by4"):
+        with pytest.raises(ValueError, match=r"--preflight must name no device .* or a TPU slice \(v5e-\{1,4,8"):
+            preflight.slice_devices(name)
+
+
+def test_memory_is_read_from_what_compilers_say():
+    for said, numbers in (
+        ("needed for HLO temporaries (22.14G) exceeds available HBM (15.75G).", (22.14 * 2**30, 15.75 * 2**30)),
+        ("Used 1.50T of 31.24G hbm. Exceeded by", (1.5 * 2**40, 31.24 * 2**30)),
+        ("something else", (None, None)),
+    ):
+        assert asked_and_had(RuntimeError(said)) == tuple(n if n is None else int(n) for n in numbers)
+
+
+def test_a_cpu_device_has_its_share_of_the_machine():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert device_memory(jax.devices()[0]) == total // 8
+
+
+def test_bytes_on_a_device_follow_the_sharding():
+    mesh = sft.sharding.make_mesh("data=8")
+    x = jax.ShapeDtypeStruct((16, 4), "float32", sharding=sft.sharding.fit(jax.P("data"), (16, 4), mesh))
+    y = jax.ShapeDtypeStruct((16, 4), "float32", sharding=sft.sharding.replicated(mesh))
+    assert bytes_on_device([x, y]) == 2 * 4 * 4 + 16 * 4 * 4
+
+
+COMMANDS = """
+import json, runpy, sys
+
+for flags in json.loads(sys.argv[1]):  # each as `python -m nanochat_jax.base` has it
+    sys.argv = ["base", *flags]
+    try:
+        runpy.run_module("nanochat_jax.base", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print("exit code", end.code)
+"""
+
+
+@TPU
+def test_a_slice_that_is_elsewhere_fits_or_does_not(tmp_path):
+    """In a process of their own, as a user has it: libtpu reads its environment once. One for both: it starts once."""
+    tiny.tokenizer().save(tmp_path / "tokenizer")  # a small vocabulary, which is compiled in half the time
+    rows = 1 << 20
+    large = ("--num-iterations=1", f"--device-batch-size={rows}", f"--total-batch-size={64 * rows}")
+    commands = [["--preflight", "v5e-1", *tiny.BASE_FLAGS, *flags] for flags in ((), large)]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    fits, between, not_fits = done.stdout.partition("exit code 0\n")
+    assert between, done.stdout + done.stderr
+    assert "1 x TPU v5 lite" in fits and "of 16128.000: fits" in fits
+    assert "DOES NOT FIT: lower --device-batch-size (now 1048576)" in not_fits
+    assert not_fits.endswith("exit code 1\n"), done.stdout + done.stderr
