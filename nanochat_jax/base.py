@@ -11,15 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import Maybe, StageConfig
 from nanochat_jax.data import documents
-from nanochat_jax.distributed import processes, sharding
-from nanochat_jax.files.paths import base_dir, kept_dir, print0
+from nanochat_jax.data import shards as data_shards
+from nanochat_jax.distributed import mesh as sharding
+from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.optim import groups as optim
+from nanochat_jax.optim import groups as optim_groups
+from nanochat_jax.optim import schedules
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight, scaling_laws
 from nanochat_jax.train.loop import Measurement, train_on, validation
@@ -140,9 +145,9 @@ def main(cfg: BaseConfig) -> int:
     shape = {"warmdown_ratio": cfg.warmdown_ratio}
     warm = {"warmup_steps": cfg.warmup_steps, "final_lr_frac": cfg.final_lr_frac}
     schedule = {
-        "lr_multiplier": lambda step: optim.base_lr_multiplier(step, total, **shape, **warm),
-        "muon_momentum": lambda step: optim.base_muon_momentum(step, total, **shape),
-        "decay_multiplier": lambda step: optim.base_decay_multiplier(step, total),
+        "lr_multiplier": lambda step: schedules.base_lr_multiplier(step, total, **shape, **warm),
+        "muon_momentum": lambda step: schedules.base_muon_momentum(step, total, **shape),
+        "decay_multiplier": lambda step: schedules.base_decay_multiplier(step, total),
     }
     where, packed = {"mesh": mesh, "dtype": dtype}, cfg.document_mask
     where["attention"] = choose_attention(cfg.attention, run.model_config, rows.T, packed=packed, **where)
@@ -152,7 +157,7 @@ def main(cfg: BaseConfig) -> int:
     def meta(step):
         """What fine-tuning inherits: the sizes in force, and the last step's decay, as in nanochat's files."""
         groups = {name: dataclasses.asdict(group) for name, group in run.groups.items()}
-        groups["matrix"]["weight_decay"] *= optim.base_decay_multiplier(step - 1, total)
+        groups["matrix"]["weight_decay"] *= schedules.base_decay_multiplier(step - 1, total)
         per_device = batch.rows_per_pass // sharding.row_shards(mesh)
         sizes = {"device_batch_size": per_device, "total_batch_size": batch.tokens_per_step}
         return {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
@@ -175,10 +180,10 @@ def tag_of(cfg: BaseConfig) -> str:
 def shards_of(cfg: BaseConfig) -> list[Path]:
     """The parquet files of the run, the last for validation: those that --download names, else all of the folder."""
     if not cfg.download:
-        return documents.find_shards(cfg.data_dir)
-    from nanochat_jax.files.download import fetch_shards
+        return data_shards.find_shards(cfg.data_dir)
+    from nanochat_jax.data.shards import fetch_shards
 
-    folder = cfg.data_dir.expanduser() if cfg.data_dir else base_dir() / documents.FOLDERS[0]
+    folder = cfg.data_dir.expanduser() if cfg.data_dir else base_dir() / data_shards.FOLDERS[0]
     return fetch_shards(cfg.download, folder, print0)
 
 
@@ -220,11 +225,11 @@ def sized(cfg: BaseConfig, total_batch_size: int, row_shards: int) -> BaseConfig
     return dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total_batch_size)
 
 
-def groups_of(cfg: BaseConfig, n_embd: int, recipe: scaling_laws.Recipe) -> optim.Groups:
+def groups_of(cfg: BaseConfig, n_embd: int, recipe: scaling_laws.Recipe) -> optim_groups.Groups:
     """The optimizer's groups with the rates scaled to the batch, but for the fixed one of the smear."""
     rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
     rates = {name: rate * recipe.rate_factor for name, rate in rates.items()}
-    return optim.default_groups(n_embd, **rates, weight_decay=cfg.weight_decay * recipe.decay_factor)
+    return optim_groups.default_groups(n_embd, **rates, weight_decay=cfg.weight_decay * recipe.decay_factor)
 
 
 def tell(run: Run, recipe: scaling_laws.Recipe) -> None:
@@ -268,4 +273,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    settings.run_stage(main, settings.parse(BaseConfig, prog="python -m nanochat_jax.base"))
+    cli_main.run_stage(main, settings.parse(BaseConfig, prog="python -m nanochat_jax.base"))

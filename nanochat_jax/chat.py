@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from nanochat_jax.checkpoints import store
+from nanochat_jax.checkpoints import find
+from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import compute_dtype, start_device
 from nanochat_jax.cli.settings import Maybe, require
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.samples import Sampling
@@ -274,14 +275,14 @@ class Chat:
             yield line
 
 
-def open_engine(cfg: ChatConfig) -> tuple[Engine, store.Found]:
+def open_engine(cfg: ChatConfig) -> tuple[Engine, find.Found]:
     """The model on one device. Its context is the length it was trained with."""
-    found = store.find_model(cfg.source, cfg.model_tag, cfg.step)
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
     start_device(cfg.device_type)
     dtype = compute_dtype(cfg.dtype)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    check_tokenizer(tokenizer, store.peek_meta(found))
-    model_config, params, _ = store.load_params(found)
+    check_tokenizer(tokenizer, find.peek_meta(found))
+    model_config, params, _ = find.load_params(found)
     context = model_config.sequence_len
     engine = Engine(model_config, tokenizer, make_mesh("data=1"), dtype=dtype, slots=1, context=context)
     engine.load(params)
@@ -311,4 +312,4 @@ def main(cfg: ChatConfig) -> int:
 if __name__ == "__main__":
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="replace")
-    settings.run_stage(main, settings.parse(ChatConfig, prog="python -m nanochat_jax.chat"))
+    cli_main.run_stage(main, settings.parse(ChatConfig, prog="python -m nanochat_jax.chat"))

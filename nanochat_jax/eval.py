@@ -21,27 +21,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax.checkpoints import store
+from nanochat_jax.checkpoints import find, store
+from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import processes, sharding
-from nanochat_jax.evals.evaluator import (
-    BASELINES,
-    NEW_TOKENS,
-    TASKS,
-    WITH_SPELLING,
-    Examiner,
-    Problems,
-    Verdict,
-    chatcore,
-    make_task,
-    prepare,
-)
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.evals.chatcore import BASELINES, NEW_TOKENS, WITH_SPELLING, chatcore
+from nanochat_jax.evals.eval_set import Problems, prepare
+from nanochat_jax.evals.evaluator import Examiner, Verdict
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import base_dir, print0, write_atomically
+from nanochat_jax.files.paths import base_dir, write_atomically
 from nanochat_jax.inference.samples import Sampling
 from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.tasks.registry import TASKS, make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.loop import explaining_memory
 from nanochat_jax.train.run import check_tokenizer
@@ -139,22 +134,22 @@ def main(cfg: EvalConfig) -> int:
     sampling = check(cfg)
     task_names(cfg.task_name)
     start_device(cfg.device_type, cfg)
-    mesh = sharding.make_mesh(cfg.mesh or "")
+    mesh = distributed_mesh.make_mesh(cfg.mesh or "")
     check_attention(cfg.attention, mesh, packed=False)
     describe_device(mesh, print0)
     dtype = compute_dtype(cfg.dtype)
 
     # Model and problems; its weights come last
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    found = store.find_model(cfg.source, cfg.model_tag, cfg.step)
-    check_tokenizer(tokenizer, store.peek_meta(found))
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
+    check_tokenizer(tokenizer, find.peek_meta(found))
     with processes.zero_first("the problems"):
         papers, not_run = prepare_all(cfg, tokenizer)
     sizes = [f"{problems.name}: {len(problems.prompts)}" for problems in papers]
-    facts = {"model": store.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
+    facts = {"model": find.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
     processes.agree("the problems", facts)
     print0(f"Model: {found}")
-    model_config, params, _ = store.load_params(found)
+    model_config, params, _ = find.load_params(found)
     how = {"mesh": mesh, "dtype": dtype}
     longest = max(len(prompt) for problems in papers for prompt in problems.prompts)
     alone = {"packed": False, "training": False}
@@ -173,7 +168,7 @@ def main(cfg: EvalConfig) -> int:
         "not_run": not_run,
         "versions": store.versions(),
     }
-    own = how["mesh"] = sharding.own_devices(mesh)  # each process has its part of the problems
+    own = how["mesh"] = distributed_mesh.own_devices(mesh)  # each process has its part of the problems
     slots = max(1, cfg.slots // processes.count())
     examiner = Examiner(model_config, tokenizer, rows=cfg.batch_size, slots=slots, **how)
     console = Console(quiet=processes.index() > 0)
@@ -293,4 +288,4 @@ def save(path: Path | None, report: dict) -> None:
 
 
 if __name__ == "__main__":
-    settings.run_stage(main, settings.parse(EvalConfig, prog="python -m nanochat_jax.eval"))
+    cli_main.run_stage(main, settings.parse(EvalConfig, prog="python -m nanochat_jax.eval"))

@@ -4,7 +4,6 @@ Storages are written one after the other, each converted when its turn comes, so
 today's network (era E, since 2026-03-14) has such files.
 """
 
-import collections
 import dataclasses
 import json
 import os
@@ -12,73 +11,29 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
-from nanochat_jax.checkpoints import integrity, store
-from nanochat_jax.cli import settings as config
+from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.cli import main as cli_main
+from nanochat_jax.cli import settings
 from nanochat_jax.cli.settings import Maybe, require
-from nanochat_jax.files.paths import base_dir, print0
-from nanochat_jax.files.torch_write import Tensor, write_pt
-from nanochat_jax.interop.nanochat_optimizer import NEWTON_SCHULZ_STEPS, Merge, nanochat_groups, read_optimizer
-from nanochat_jax.model.gpt import GPTConfig, window_sizes
-from nanochat_jax.nanochat_import import LIMITS, _file, _meta_file, nanochat_name
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.files.paths import base_dir
+from nanochat_jax.files.torch_write import write_pt
+from nanochat_jax.interop.nanochat_model import _file, _meta_file
+from nanochat_jax.interop.nanochat_optimizer import Merge, nanochat_groups, read_optimizer
+from nanochat_jax.interop.nanochat_write import (
+    EMBEDDING_TYPES,
+    model_config,
+    model_content,
+    nanochat_meta,
+    optimizer_content,
+)
+from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 
-EMBEDDING_TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-OURS = {"tokenizer", "optimizer_groups"}  # in meta, for our own loaders only
-SIZES = ("device_batch_size", "max_seq_len", "total_batch_size")  # nanochat's SFT inherits them from the top of meta
 
-
-def model_config(model: GPTConfig, pattern: object = None) -> dict:
-    """nanochat's model_config of this network, with window pattern `pattern` where that gives the model's windows.
-
-    ValueError: a network that today's nanochat cannot build.
-    """
-    today = {f.name: f.default for f in dataclasses.fields(GPTConfig) if f.default is not dataclasses.MISSING}
-    today["padded_vocab"] = -(-model.vocab_size // 64) * 64
-    unfit = [f"{name}={getattr(model, name)}" for name, value in today.items() if getattr(model, name) != value]
-    letters = "".join("L" if window == model.sequence_len else "S" for window in model.windows)
-    patterns = [letters[:n] for n in range(1, model.n_layer + 1)]  # the shortest that fits; the last layer is always L
-    if isinstance(pattern, str) and pattern and set(pattern) <= {"S", "L"}:
-        patterns.insert(0, pattern)
-    fits = [p for p in patterns if window_sizes(p, model.n_layer, model.sequence_len) == model.windows]
-    if not fits:
-        unfit.append(f"windows={model.windows}"[:80])
-    if unfit:
-        raise ValueError(
-            "only networks as nanochat builds them since 2026-03-14 can be exported; in this one it has no place for "
-            f"{', '.join(unfit)}"
-        )
-    return {name: getattr(model, name) for name in LIMITS} | {"window_pattern": fits[0]}
-
-
-def nanochat_meta(meta: dict, model: GPTConfig, step: int) -> dict:
-    """The meta file of a checkpoint of ours: what its own meta records, with sizes and names where nanochat looks; of a
-    converted one nanochat's own. ValueError: a network that today's nanochat cannot build."""
-    settings = meta.get("user_config") if isinstance(meta.get("user_config"), dict) else {}
-    network = model_config(model, settings.get("window_pattern"))
-    if "nanochat_meta" in meta:
-        return meta["nanochat_meta"]
-    sizes = {name: settings[name] for name in SIZES if settings.get(name) is not None}
-    kept = {name: value for name, value in meta.items() if name not in OURS}
-    return {"step": step, **sizes, **kept, "model_config": network}
-
-
-def model_content(params: dict, embedding_type: np.dtype) -> dict[str, Tensor]:
-    """The state dict: nanochat's name -> tensor."""
-    content = collections.OrderedDict()
-    for path, leaf in store.flat(params).items():
-        content[nanochat_name(path)] = Tensor(leaf.shape, stored_type(path, embedding_type), [leaf])
-    return content
-
-
-def stored_type(path: str, embedding_type: np.dtype) -> np.dtype:
-    """nanochat trains token and value embeddings in the compute type, bfloat16 on a GPU, all else in float32."""
-    return embedding_type if path == "wte" or path.endswith("/value_embed") else np.dtype(np.float32)
-
-
-def optimizer_state(found: store.Found, model: GPTConfig, meta: dict) -> dict | None:
+def optimizer_state(found: find.Found, model: GPTConfig, meta: dict) -> dict | None:
     """The optimizer of a model in either format, in the form of `read_optimizer`; None where it came without."""
     if not found.ours:
         return read_optimizer(found.folder, found.step, model)
@@ -95,40 +50,6 @@ def optimizer_state(found: store.Found, model: GPTConfig, meta: dict) -> dict | 
     return state | {"groups": meta.get("nanochat_groups") or nanochat_groups(meta["optimizer_groups"])}
 
 
-def optimizer_content(state: dict, model: GPTConfig, embedding_type: np.dtype) -> dict:
-    """The state dict of nanochat's optimizer on one rank, from a state in the form of `read_optimizer`."""
-    layout, settings = Merge([], model), {group["name"]: group for group in state["groups"]}
-    content = {"state": {}, "param_groups": []}
-    first = 0
-
-    def add_group(group: dict, members: list[str], keys: tuple[str, ...]) -> None:
-        values = {key: tuple(group[key]) if key == "betas" else group[key] for key in keys}
-        numbers = list(range(first, first + len(members)))
-        content["param_groups"].append({"kind": group["kind"], **values, "params": numbers})
-
-    for name, paths in layout.adamw_groups().items():
-        for number, path in enumerate(paths, first):
-            kind = stored_type(path, embedding_type)
-            moments = {key: state[key][path] for key in ("exp_avg", "exp_avg_sq")}
-            tensors = {key: Tensor(array.shape, kind, [array]) for key, array in moments.items()}
-            content["state"][number] = {"step": state["count"][path], **tensors}
-        add_group(settings[name], paths, ("lr", "betas", "eps", "weight_decay", "initial_lr"))
-        first += len(paths)
-    matrix = settings["matrix"] | {"ns_steps": NEWTON_SCHULZ_STEPS}
-    for shape in sorted({layout.shapes[path] for path in layout.matrices}):
-        paths = [path for path in layout.matrices if layout.shapes[path] == shape]
-        content["state"][first] = {
-            f"{key}_buffer": _stacked([state[key][path] for path in paths]) for key in ("momentum", "second_momentum")
-        }
-        add_group(matrix, paths, ("lr", "momentum", "ns_steps", "beta2", "weight_decay", "initial_lr"))
-        first += len(paths)
-    return content
-
-
-def _stacked(arrays: list[np.ndarray]) -> Tensor:
-    return Tensor((len(arrays), *arrays[0].shape), np.dtype(np.float32), arrays)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Write a model, in our format or nanochat's, and its tokenizer as files that nanochat loads."""
@@ -143,7 +64,7 @@ class ExportConfig:
 
 
 def export(
-    found: store.Found,
+    found: find.Found,
     tokenizer: Tokenizer,
     folder: Path,
     embedding_type: np.dtype,
@@ -156,12 +77,12 @@ def export(
     ValueError: not a network of today's nanochat, or another tokenizer than the model's. FileExistsError: files of that
     step, checkpoints of ours or another tokenizer are there.
     """
-    base, step, meta = folder.parents[1], found.step, store.peek_meta(found)
+    base, step, meta = folder.parents[1], found.step, find.peek_meta(found)
     check_tokenizer(tokenizer, meta)
     if found.ours:
         meta = nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
     _check_free(folder, step, tokenizer)
-    model, params, recorded = store.load_params(found)
+    model, params, recorded = find.load_params(found)
     if not found.ours:
         model_config(model)  # only the tensors tell the era of nanochat's own files
     base.mkdir(parents=True, exist_ok=True)
@@ -213,9 +134,9 @@ def main(cfg: ExportConfig) -> int:
     """Export -> the exit code."""
     require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
     require(cfg.dtype in EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
-    found = store.find_model(cfg.source, cfg.model_tag, cfg.model_step)
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step)
     root = cfg.output.expanduser().absolute() / store.SOURCES[cfg.source]
-    tag = cfg.output_tag or f"d{store.peek_meta(found)['model_config']['n_layer']}"
+    tag = cfg.output_tag or f"d{find.peek_meta(found)['model_config']['n_layer']}"
     require(
         (root / tag).resolve().parent == root.resolve(),
         f"--output-tag must be the name of one folder, got {tag!r}",
@@ -228,4 +149,4 @@ def main(cfg: ExportConfig) -> int:
 
 
 if __name__ == "__main__":
-    config.run_stage(main, config.parse(ExportConfig, prog="python -m nanochat_jax.nanochat_export"))
+    cli_main.run_stage(main, settings.parse(ExportConfig, prog="python -m nanochat_jax.nanochat_export"))

@@ -1,313 +1,17 @@
-"""Read nanochat's checkpoints of every era: model_SSSSSS.pt and meta_SSSSSS.json into a GPTConfig and a parameter tree.
-
-The tree is a nested dict of float32 arrays in torch's (out, in) layout, with layer numbers as int keys. A path in it is
-a tuple such as ("blocks", 0, "attn", "c_q"), written "blocks/0/attn/c_q". Eras differ in which tensors exist and in
-numbers that no file records (rotary base, query/key scale, window rule); the first tells which era a file is from.
-"""
+"""Convert a nanochat base directory to ours, once; reading its files in place works too."""
 
 import dataclasses
 import hashlib
-import json
-import math
-import re
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from nanochat_jax.checkpoints import integrity
+from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import print0
-from nanochat_jax.files.torch_read import Refused, read_pt
-from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig
-
-# nanochat's name of a tensor -> our path; * stands for the layer. Both directions are read from here.
-NAMES = {
-    "transformer.wte.weight": "wte",
-    "lm_head.weight": "lm_head",
-    "transformer.h.*.attn.c_q.weight": "blocks/*/attn/c_q",
-    "transformer.h.*.attn.c_k.weight": "blocks/*/attn/c_k",
-    "transformer.h.*.attn.c_v.weight": "blocks/*/attn/c_v",
-    "transformer.h.*.attn.c_proj.weight": "blocks/*/attn/c_proj",
-    "transformer.h.*.attn.ve_gate.weight": "blocks/*/attn/ve_gate",
-    "transformer.h.*.mlp.c_fc.weight": "blocks/*/mlp/c_fc",
-    "transformer.h.*.mlp.c_proj.weight": "blocks/*/mlp/c_proj",
-    "value_embeds.*.weight": "blocks/*/attn/value_embed",
-    "resid_lambdas": "resid_lambdas",
-    "x0_lambdas": "x0_lambdas",
-    "smear_gate.weight": "smear_gate",
-    "smear_lambda": "smear_lambda",
-    "backout_lambda": "backout_lambda",
-}
-PATHS = {path: name for name, path in NAMES.items()}
-
-
-def _half(sequence_len: int) -> int:
-    return sequence_len // 2
-
-
-def _part(parts: int):
-    """1/parts of the sequence; it and the number of blocks of 128 are rounded up."""
-    return lambda sequence_len: 128 * math.ceil(math.ceil(sequence_len / parts) / 128)
-
-
-# What the code of an era computes and its files do not say: fields of GPTConfig, and the window of a layer "S".
-_EARLY = {"rope_base": 10_000.0, "qk_scale": 1.0, "smear": False, "backout": False}
-ERAS = {
-    "A": ({**_EARLY, "residual_lambdas": False, "value_embed_scale": 0.0}, None),
-    "B": ({**_EARLY, "value_embed_scale": 0.0}, _half),
-    "C": ({**_EARLY, "value_embed_scale": 2.0, "value_gate_channels": 32}, _half),
-    "D": ({"qk_scale": 1.15, "smear": False, "backout": False}, _part(3)),
-    "E": ({}, _part(4)),
-}
-# The largest value a field may have: far above any model, low enough that no damaged file makes us allocate by it.
-LIMITS = {
-    "sequence_len": 1 << 24,
-    "vocab_size": 1 << 24,
-    "n_layer": 1024,
-    "n_head": 1 << 12,
-    "n_kv_head": 1 << 12,
-    "n_embd": 1 << 17,
-}
-
-
-def our_path(name: str) -> tuple:
-    """The path of nanochat's tensor `name` in our tree; KeyError where nanochat has no such tensor."""
-    pattern, layer = _split_layer(name, ".")
-    return tuple(layer if part == "*" else part for part in NAMES[pattern].split("/"))
-
-
-def nanochat_name(path: tuple | str) -> str:
-    """nanochat's name of the tensor at `path`, given as tuple or as "blocks/0/attn/c_q"."""
-    pattern, layer = _split_layer(path if isinstance(path, str) else "/".join(map(str, path)), "/")
-    return PATHS[pattern].replace("*", str(layer))
-
-
-def _split_layer(text: str, separator: str) -> tuple[str, int | None]:
-    """("blocks/*/attn/c_q", 3) for "blocks/3/attn/c_q"."""
-    parts = text.split(separator)
-    layers = [part for part in parts if re.fullmatch("0|[1-9][0-9]{0,8}", part)]
-    if "*" in parts:
-        raise KeyError(text)
-    return separator.join("*" if part in layers else part for part in parts), int(layers[0]) if layers else None
-
-
-def find_tag(folder: Path) -> str:
-    """nanochat's default model in `folder`: the largest d<number>, else the folder modified last."""
-    tags = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    if not tags:
-        raise FileNotFoundError(
-            f"no model in {folder}: put nanochat's checkpoints there, train one, or point NANOCHAT_BASE_DIR elsewhere"
-        )
-    depths = {tag: int(found[1]) for tag in tags if (found := re.match(r"d([0-9]+)", tag))}
-    if depths:
-        return min(depths, key=lambda tag: (-depths[tag], len(tag), tag))  # of equal depth: "d20" before "d20_long"
-    return max(tags, key=lambda tag: bucket.modified(folder / tag))
-
-
-def find_steps(folder: Path) -> list[int]:
-    """Steps of which `folder` holds both model_SSSSSS.pt and meta_SSSSSS.json, ascending; never empty."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {folder}: pass one of the folders beside it with --model-tag")
-    steps = [int(found[1]) for p in folder.iterdir() if (found := re.fullmatch(r"model_([0-9]{6,})\.pt", p.name))]
-    complete = sorted(s for s in steps if _file(folder, "model", s, "pt").exists() and _meta_file(folder, s).exists())
-    if not complete:
-        reason = f"{_meta_file(folder, max(steps)).name} is missing" if steps else "it has no model_*.pt"
-        raise FileNotFoundError(f"no nanochat checkpoint in {folder} ({reason}): pass another folder with --model-tag")
-    return complete
-
-
-def _file(folder: Path, kind: str, step: int, suffix: str) -> Path:
-    return folder / f"{kind}_{step:06d}.{suffix}"
-
-
-def _meta_file(folder: Path, step: int) -> Path:
-    return _file(folder, "meta", step, "json")
-
-
-def read_model(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[GPTConfig, dict, dict]:
-    """(config, parameter tree, meta file) of nanochat's checkpoint at `step`.
-
-    logit_cap: 20 for models trained 2026-03-02 to 03-09, which cannot be told from the files.
-    """
-    era, config, tensors, meta = _open(folder, step, logit_cap)
-    with naming(_file(folder, "model", step, "pt")):
-        expected = tensor_shapes(config)
-        names = {nanochat_name(path): path for path in expected}
-        if missing := sorted(names.keys() - tensors.keys()):
-            raise Refused(f"a model of era {era} with {config.n_layer} layers needs {_listed(missing)}")
-        if unknown := sorted(tensors.keys() - names.keys()):
-            raise Refused(f"a model of era {era} with {config.n_layer} layers has no {_listed(unknown)}")
-        params = {}
-        for name, path in names.items():
-            _insert(params, path, widen(tensors.pop(name), expected[path], name))
-        return config, params, meta
-
-
-def read_config(folder: Path, step: int) -> GPTConfig:
-    """The network of nanochat's checkpoint at `step`; its tensors are not read."""
-    return _open(folder, step)[1]
-
-
-def _open(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[str, GPTConfig, dict, dict]:
-    """(era, config, tensors as views of the file, meta)"""
-    model_file, meta_file = _file(folder, "model", step, "pt"), _meta_file(folder, step)
-    for path in (model_file, meta_file):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: pass another --model-step or --model-tag")
-    meta = _read_meta(meta_file)
-    content = read_pt(model_file)
-    with naming(model_file):
-        tensors = strip_prefix(content)
-        era = find_era(tensors)
-    with naming(meta_file):
-        return era, era_config(era, meta["model_config"], tensors, logit_cap), tensors, meta
-
-
-def _read_meta(path: Path) -> dict:
-    with naming(path):
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as e:
-            raise Refused(f"it is not JSON ({e})") from None
-        if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
-            raise Refused("it must be an object with a field model_config, itself an object")
-        return meta
-
-
-@contextmanager
-def naming(path: Path):
-    """Put the file's path before the message of a Refused."""
-    try:
-        yield
-    except Refused as e:
-        raise Refused(f"{path}: {e}") from None
-
-
-def strip_prefix(tensors: object) -> dict:
-    """The state dict without the _orig_mod. that torch.compile puts before the names of some files."""
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise Refused(f"a model file holds tensors by name, got {type(tensors).__name__}")
-    stripped = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
-    if len(stripped) != len(tensors):
-        raise Refused("it holds a tensor twice, with and without _orig_mod. before its name")
-    for name, tensor in stripped.items():
-        if not isinstance(tensor, np.ndarray):
-            raise Refused(f"{name} must be a tensor, got {type(tensor).__name__}")
-    return stripped
-
-
-def find_era(tensors: dict) -> str:
-    """Which code wrote a state dict: "A" (2025-10-13) to "E" (since 2026-03-14)."""
-    tensors = strip_prefix(tensors)
-    if "smear_gate.weight" in tensors:
-        return "E"
-    gates = {
-        name: t.shape[-1:]
-        for name, t in tensors.items()
-        if re.fullmatch(r"transformer\.h\.\d+\.attn\.ve_gate\.weight", name)
-    }
-    for era, channels in (("D", 12), ("C", 32)):
-        if (channels,) in gates.values():
-            return era
-    if gates:
-        name, columns = min(gates.items())
-        raise Refused(f"{name} must have 12 or 32 columns, got {columns[0] if columns else 'a number'}")
-    return "B" if "resid_lambdas" in tensors else "A"
-
-
-def era_config(era: str, model_config: dict, tensors: dict, logit_cap: float = 15.0) -> GPTConfig:
-    """The network that the code of `era` builds from a meta file's model_config; errors name the field."""
-    if unknown := sorted(model_config.keys() - {*LIMITS, "window_pattern"}):
-        raise Refused(f"model_config has fields this reader does not know: {_listed(unknown)}")
-    fields = {}
-    for field, limit in LIMITS.items():
-        value = model_config.get(field)
-        if field not in model_config:
-            raise Refused(f"model_config has no {field}")
-        if type(value) is not int or not 1 <= value <= limit:
-            raise Refused(f"model_config's {field} must be an integer from 1 to {limit:,}, got {_shown(value)}")
-        fields[field] = value
-    N, K, D = fields["n_head"], fields["n_kv_head"], fields["n_embd"]
-    if D % N or D // N % 2:
-        raise Refused(f"model_config's n_embd must be an even multiple of n_head, got n_embd {D}, n_head {N}")
-    if N % K:
-        raise Refused(f"model_config's n_head must be a multiple of n_kv_head, got n_head {N}, n_kv_head {K}")
-    values, short_rule = ERAS[era]
-    channels = max(SMEAR_CHANNELS * values.get("smear", True), values.get("value_gate_channels", 12))
-    if era in "CDE" and channels > D:
-        raise Refused(f"model_config's n_embd must be at least {channels} in era {era}, got {D}")
-    wte = tensors.get("transformer.wte.weight")
-    if wte is None or wte.ndim != 2:
-        raise Refused(f"a model needs transformer.wte.weight with 2 axes, got {None if wte is None else wte.shape}")
-    if wte.shape[0] < fields["vocab_size"]:
-        raise Refused(
-            f"model_config's vocab_size must be at most the {wte.shape[0]} rows of wte, got {fields['vocab_size']}"
-        )
-    windows = _windows(era, model_config, fields["n_layer"], fields["sequence_len"], short_rule)
-    return GPTConfig(**fields, padded_vocab=wte.shape[0], windows=windows, logit_cap=logit_cap, **values)
-
-
-def _windows(era: str, model_config: dict, n_layer: int, sequence_len: int, short_rule) -> tuple[int, ...]:
-    """How far back each layer sees; the last one is always L."""
-    if short_rule is None:
-        return (-1,) * n_layer
-    pattern = model_config.get("window_pattern", "L" if era == "B" else None)
-    if not isinstance(pattern, str) or not 1 <= len(pattern) <= LIMITS["n_layer"] or set(pattern.upper()) - {*"SL"}:
-        raise Refused(f"model_config's window_pattern must be letters S and L, got {_shown(pattern)}")
-    letters = [pattern.upper()[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
-    return tuple(sequence_len if letter == "L" else short_rule(sequence_len) for letter in letters)
-
-
-def tensor_shapes(config: GPTConfig) -> dict[tuple, tuple[int, ...]]:
-    """Path -> shape of every parameter, the matrices of the blocks in nanochat's model order."""
-    D, V, kv = config.n_embd, config.padded_vocab, config.kv_dim
-    shapes = {("wte",): (V, D), ("lm_head",): (V, D)}
-    for i in range(config.n_layer):
-        attn, mlp = ("blocks", i, "attn"), ("blocks", i, "mlp")
-        shapes |= {(*attn, "c_q"): (D, D), (*attn, "c_k"): (kv, D), (*attn, "c_v"): (kv, D), (*attn, "c_proj"): (D, D)}
-        if config.has_value_embed(i):
-            shapes[*attn, "ve_gate"] = (config.n_kv_head, config.value_gate_channels)
-            shapes[*attn, "value_embed"] = (V, kv)
-        shapes |= {(*mlp, "c_fc"): (4 * D, D), (*mlp, "c_proj"): (D, 4 * D)}
-    if config.residual_lambdas:
-        shapes |= {("resid_lambdas",): (config.n_layer,), ("x0_lambdas",): (config.n_layer,)}
-    if config.smear:
-        shapes |= {("smear_gate",): (1, SMEAR_CHANNELS), ("smear_lambda",): (1,)}
-    if config.backout:
-        shapes[("backout_lambda",)] = (1,)
-    return shapes
-
-
-def widen(tensor: object, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """A float32 copy of a floating tensor of 16 or 32 bits that has this shape and no infinities or NaNs."""
-    if not isinstance(tensor, np.ndarray):
-        raise Refused(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype.name not in ("float32", "bfloat16", "float16"):
-        raise Refused(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype.name}")
-    if tensor.shape != shape:
-        raise Refused(f"{name} must have shape {shape}, got {tensor.shape}")
-    wide = np.array(tensor, np.float32)
-    if not np.isfinite(wide).all():
-        raise Refused(f"{name} must be finite, but {int((~np.isfinite(wide)).sum())} of its numbers are not")
-    return wide
-
-
-def _insert(tree: dict, path: tuple, leaf: np.ndarray) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = leaf
-
-
-def _listed(names: list) -> str:
-    return ", ".join(str(name)[:60] for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value, default=repr)[:60]
+from nanochat_jax.interop.nanochat_model import _file, find_steps, read_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +29,9 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
     A model that is there already and intact is left alone, so an interrupted conversion goes on where it stopped.
     FileNotFoundError: `src` holds no model. FileExistsError: `to` holds another tokenizer or other models.
     """
-    from nanochat_jax.checkpoints import store  # it reads nanochat's files through this module
+    from nanochat_jax.checkpoints import store
+    from nanochat_jax.distributed import sharding  # it reads nanochat's files through this module
+    from nanochat_jax.interop import nanochat_optimizer
     from nanochat_jax.interop.nanochat_optimizer import read_optimizer, recorded_groups
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -360,8 +66,8 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
         meta |= {"converted_from": digest, "nanochat_meta": theirs}  # nanochat_export gives the latter back
         if state:
             meta |= {"optimizer_groups": recorded_groups(state["groups"]), "nanochat_groups": state["groups"]}
-        arrays = store.imported_arrays(state) if state else None
-        store.write(target, store.flat(params), arrays, meta)
+        arrays = nanochat_optimizer.imported_arrays(state) if state else None
+        store.write(target, sharding.flat(params), arrays, meta)
         log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if state else " (no optimizer state)"))
     return len(models)
 

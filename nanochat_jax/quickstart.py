@@ -26,11 +26,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat_jax import base, chat, report, rl, sft
-from nanochat_jax.checkpoints import store
-from nanochat_jax.cli import settings as config
+from nanochat_jax.checkpoints import find
+from nanochat_jax.cli import main as cli_main
+from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.cli.settings import Maybe, require
-from nanochat_jax.distributed import sharding
-from nanochat_jax.evals import evaluator
+from nanochat_jax.distributed import mesh
+from nanochat_jax.evals import eval_set, evaluator
 from nanochat_jax.evals.intervals import Share
 from nanochat_jax.files.paths import write_atomically
 from nanochat_jax.inference.samples import Sampling
@@ -253,17 +254,17 @@ class Tour:
         with open(self.out / "log.txt", "a", encoding="utf-8") as log, StepBar(self.console) as bar:
             log.write(f"$ {command}\n")
             with contextlib.redirect_stdout(Tee(log, bar.line)):
-                code = module.main(config.parse(settings, [*flags]))
+                code = module.main(cli_settings.parse(settings, [*flags]))
         self.done(bar.last, began)
         return code
 
     def judge(self, source: str, name: str, tokenizer: Tokenizer, tag: str | None = None) -> None:
         """Put the unseen problems to the model that the last stage has made; shares.json keeps what comes of it."""
         began = time.perf_counter()
-        model_config, params, _ = store.load_params(store.find_model(source, tag))
+        model_config, params, _ = find.load_params(find.find_model(source, tag))
         if self.examiner is None:
-            self.problems = evaluator.prepare("Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer)
-            self.examiner = evaluator.Examiner(model_config, tokenizer, sharding.make_mesh(""), slots=PROBLEMS)
+            self.problems = eval_set.prepare("Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer)
+            self.examiner = evaluator.Examiner(model_config, tokenizer, mesh.make_mesh(""), slots=PROBLEMS)
         self.examiner.load(params)
         drawn = [Sampling(temperature, 0, ANSWER_TOKENS) for temperature in (0.0, 1.0)]
         shares = [self.examiner.examine(self.problems, how, seed=self.seed).accuracy for how in drawn]
@@ -306,4 +307,4 @@ def spoken(share: Share) -> str:
 
 
 if __name__ == "__main__":
-    config.run_stage(main, config.parse(QuickstartConfig, prog="python -m nanochat_jax.quickstart"))
+    cli_main.run_stage(main, cli_settings.parse(QuickstartConfig, prog="python -m nanochat_jax.quickstart"))

@@ -19,7 +19,8 @@ import matplotlib
 import tyro
 from matplotlib.figure import Figure
 
-from nanochat_jax.cli.settings import Maybe, parse, require, run_stage
+from nanochat_jax.cli.main import run_stage
+from nanochat_jax.cli.settings import Maybe, parse, require
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import kept_dir, write_atomically
 from nanochat_jax.train.metrics import read_metrics

@@ -14,22 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax.checkpoints import store
+from nanochat_jax.checkpoints import find, store
+from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import Maybe, StageConfig, require
-from nanochat_jax.distributed import processes, sharding
+from nanochat_jax.distributed import mesh as sharding
+from nanochat_jax.distributed import processes
+from nanochat_jax.distributed import sharding as distributed_sharding
+from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import Interrupted, Signals
-from nanochat_jax.evals.evaluator import Problems, answer_text, judge, prepare
+from nanochat_jax.evals.eval_set import Problems, judge, prepare
 from nanochat_jax.evals.intervals import pass_at_k
-from nanochat_jax.files.paths import base_dir, print0
+from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.samples import Sampling, answer_text
 from nanochat_jax.model.attention import check as check_attention
-from nanochat_jax.optim import groups as optim
-from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, Exercises, Practice, plan_shape
+from nanochat_jax.optim import schedules as optim
+from nanochat_jax.rollouts.batch_shape import plan_shape
+from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, Practice
+from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
-from nanochat_jax.rollouts.pack import RolloutLog
+from nanochat_jax.rollouts.prompts import Exercises
 from nanochat_jax.tasks import GSM8K, Arithmetic, SpellingBee, Task, load_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
@@ -314,11 +320,11 @@ def starting_model(cfg: RLConfig, record: dict, like: Any) -> tuple[Any, str]:
 
     ValueError: a run that goes on does not find it again as it was."""
     try:
-        _, params, _ = store.load_params(store.find_model(cfg.source, cfg.model_tag, cfg.model_step))
+        _, params, _ = find.load_params(find.find_model(cfg.source, cfg.model_tag, cfg.model_step))
     except FileNotFoundError as e:
         raise ValueError(f"--kl-coef needs the model that the run started from: {e}") from e
     digest = hashlib.sha256()
-    for name, leaf in sorted(store.flat(params).items()):
+    for name, leaf in sorted(distributed_sharding.flat(params).items()):
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     require(
         record.get("reference") in (None, digest.hexdigest()),
@@ -372,4 +378,4 @@ def examination(cfg: RLConfig, paper: Problems | None, practice: Practice) -> Me
 
 
 if __name__ == "__main__":
-    settings.run_stage(main, settings.parse(RLConfig, prog="python -m nanochat_jax.rl"))
+    cli_main.run_stage(main, settings.parse(RLConfig, prog="python -m nanochat_jax.rl"))

@@ -7,16 +7,19 @@ python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run m
 import dataclasses
 from pathlib import Path
 
+from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import Maybe, StageConfig, require
-from nanochat_jax.data import rows as data
+from nanochat_jax.data import conversations as data
 from nanochat_jax.data.token_cache import open_caches
-from nanochat_jax.distributed import processes, sharding
-from nanochat_jax.evals.evaluator import chatcore_measurement
-from nanochat_jax.files.paths import base_dir, print0
+from nanochat_jax.distributed import mesh as sharding
+from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.evals.chatcore import make_chatcore
+from nanochat_jax.files.paths import base_dir
 from nanochat_jax.model.attention import check as check_attention
-from nanochat_jax.optim import groups
+from nanochat_jax.optim import schedules
 from nanochat_jax.tasks import (
     GSM8K,
     MMLU,
@@ -30,7 +33,7 @@ from nanochat_jax.tasks import (
 )
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
-from nanochat_jax.train.loop import train_on, validation
+from nanochat_jax.train.loop import Measurement, train_on, validation
 from nanochat_jax.train.run import check_settings, open_run, plan_batches
 
 
@@ -181,15 +184,16 @@ def main(cfg: SFTConfig) -> int:
     mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
     ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
     schedule = {
-        "lr_multiplier": lambda step: groups.sft_lr_multiplier(step / total, **ratios),
-        "muon_momentum": groups.sft_muon_momentum,
+        "lr_multiplier": lambda step: schedules.sft_lr_multiplier(step / total, **ratios),
+        "muon_momentum": schedules.sft_muon_momentum,
     }
     where, packed = {"mesh": mesh, "dtype": dtype}, cfg.document_mask
     where["attention"] = choose_attention(cfg.attention, run.model_config, rows.T, packed=packed, **where)
     how = where | {"batch": batch}
     limits = {"max_cat": cfg.chatcore_max_cat, "max_sample": cfg.chatcore_max_sample}
     limits["data_dir"] = cfg.data_dir
-    chat = chatcore_measurement(cfg.chatcore_every, run.model_config, tokenizer, **where, **limits)
+    chatcore = make_chatcore(run.model_config, tokenizer, **where, **limits) if cfg.chatcore_every > 0 else None
+    chat = Measurement(cfg.chatcore_every if chatcore else -1, chatcore)
     measurements = [validation(held_out_rows, run, tokenizer, **how), chat]
     return train_on(rows, run, schedule, **how, total=total, peak_flops=peak, measurements=measurements)
 
@@ -224,4 +228,4 @@ def validation_rows(tasks: list, cfg: SFTConfig, tokenizer: Tokenizer) -> data.R
 
 
 if __name__ == "__main__":
-    settings.run_stage(main, settings.parse(SFTConfig, prog="python -m nanochat_jax.sft"))
+    cli_main.run_stage(main, settings.parse(SFTConfig, prog="python -m nanochat_jax.sft"))

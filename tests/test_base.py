@@ -12,7 +12,8 @@ import pytest
 
 from nanochat_jax import base as stage
 from nanochat_jax import sft
-from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.cli import main
 from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.train import scaling_laws
@@ -46,7 +47,7 @@ def flags(*more):
 def run(argv, module=stage, settings=stage.BaseConfig) -> int | str:
     """The exit code, or the error's sentence."""
     with pytest.raises(SystemExit) as stop:
-        cli_settings.run_stage(module.main, cli_settings.parse(settings, list(argv)))
+        main.run_stage(module.main, cli_settings.parse(settings, list(argv)))
     return stop.value.code
 
 
@@ -108,12 +109,12 @@ def test_the_text_is_learned_and_sampled_from(trained):
 
 
 def test_the_checkpoint_is_a_base_model_with_what_fine_tuning_inherits(trained):
-    found = store.find_model("base")
+    found = find.find_model("base")
     assert (found.folder, found.step, found.ours) == (trained[0], STEPS, True)
-    meta = store.peek_meta(found)
+    meta = find.peek_meta(found)
     assert (meta["max_seq_len"], meta["device_batch_size"], meta["total_batch_size"]) == (64, 1, 512)
     assert (meta["rows_consumed"], meta["total_steps"], meta["user_config"]["embedding_lr"]) == (48, STEPS, 0.3)
-    cli_settings = store.load_params(found)[0]
+    cli_settings = find.load_params(found)[0]
     assert (cli_settings.n_embd, cli_settings.windows, cli_settings.smear, cli_settings.padded_vocab) == (
         64,
         (128, 64),
@@ -280,7 +281,7 @@ def test_a_run_takes_the_shards_it_downloads_else_all_of_the_folder(base, tmp_pa
         asked.append((n, folder))
         return ["first", "held out"]
 
-    monkeypatch.setattr("nanochat_jax.files.download.fetch_shards", fetch_shards)
+    monkeypatch.setattr("nanochat_jax.data.shards.fetch_shards", fetch_shards)
     assert stage.shards_of(stage.BaseConfig(download=3)) == ["first", "held out"]
     assert stage.shards_of(stage.BaseConfig(download=1, data_dir=tmp_path)) == ["first", "held out"]
     assert asked == [(3, base / "base_data_climbmix"), (1, tmp_path)]

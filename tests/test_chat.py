@@ -17,7 +17,8 @@ from rich.console import Console
 
 from nanochat_jax import chat
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
-from nanochat_jax.cli import settings as config
+from nanochat_jax.cli import main
+from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.inference.samples import Marks, Sampling
 from nanochat_jax.tokenizer import UnsplittableText
 from tests.support import tiny
@@ -489,7 +490,7 @@ def engine(base):
 def run(*argv):
     """The exit code, or the error's sentence."""
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(chat.main, config.parse(ChatConfig, list(argv)))
+        main.run_stage(chat.main, cli_settings.parse(ChatConfig, list(argv)))
     return stop.value.code
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax.cli import settings
-from nanochat_jax.model.gpt import kv_bytes_per_token, parameter_counts
+from nanochat_jax.model.cost import kv_bytes_per_token, parameter_counts
 from nanochat_jax.rollouts.pack import most_rows
 from nanochat_jax.train.scaling_laws import REFERENCE_DEPTH, config_of_depth, recipe
 

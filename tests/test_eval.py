@@ -13,20 +13,24 @@ import pytest
 from flax import nnx
 
 from nanochat_jax import eval as evaluation
-from nanochat_jax.cli import settings
+from nanochat_jax.cli import main, settings
+from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import sharding
-from nanochat_jax.evals import evaluator
-from nanochat_jax.evals.bits_per_byte import make_letter_logits
-from nanochat_jax.evals.evaluator import BASELINES, Examiner, answer_text, chatcore_measurement, make_task, prepare
+from nanochat_jax.evals import chatcore
+from nanochat_jax.evals.chatcore import BASELINES, make_chatcore
+from nanochat_jax.evals.eval_set import prepare
+from nanochat_jax.evals.evaluator import Examiner
+from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.inference.decode import Programs
-from nanochat_jax.inference.samples import Sample, Sampling
+from nanochat_jax.inference.samples import Sample, Sampling, answer_text
 from nanochat_jax.model.gpt import abstract_gpt
-from nanochat_jax.tasks import HumanEval, Task, sandbox
+from nanochat_jax.tasks import HumanEval, Task, registry, sandbox
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, choice_conversation
+from nanochat_jax.tasks.registry import make_task
 from tests.support import tiny
 from tests.support.models import random_params
 
-ONE = sharding.make_mesh("data=1")
+ONE = distributed_mesh.make_mesh("data=1")
 TOKENIZER = tiny.tokenizer()
 CHOICE = ("ARC-Easy", "ARC-Challenge", "MMLU")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
@@ -88,7 +92,7 @@ def examiner(params):
 @pytest.mark.parametrize(("mesh", "rows"), [("data=1", 3), ("data=4,model=2", None)])
 def test_letter_logits_are_those_of_the_plain_forward_after_the_last_token(params, mesh, rows):
     problems = prepare("quiz", Quiz(), TOKENIZER)
-    mesh, done = sharding.make_mesh(mesh), []
+    mesh, done = distributed_mesh.make_mesh(mesh), []
     letter_logits = make_letter_logits(tiny.CONFIG, mesh, TOKENIZER.bos, rows=rows)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.param_shardings(params, mesh))
@@ -228,16 +232,16 @@ def test_programs_of_humaneval_are_run(examiner, datasets, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- ChatCORE
 def test_chatcore_is_the_mean_of_centred_accuracies():
     guessing = dict(BASELINES)
-    assert evaluator.chatcore(guessing) == 0.0
-    assert evaluator.chatcore(dict.fromkeys(BASELINES, 1.0)) == 1.0
+    assert chatcore.chatcore(guessing) == 0.0
+    assert chatcore.chatcore(dict.fromkeys(BASELINES, 1.0)) == 1.0
     # (0.7-0.25)/0.75 = 0.6, (0.4-0.25)/0.75 = 0.2, (0.1-0.25)/0.75 = -0.2, 0.3, 0.1: their mean is 0.2
     accuracies = {"ARC-Easy": 0.7, "ARC-Challenge": 0.4, "MMLU": 0.1, "GSM8K": 0.3, "HumanEval": 0.1, "Other": 1.0}
-    assert evaluator.chatcore(accuracies) == pytest.approx(0.2)
+    assert chatcore.chatcore(accuracies) == pytest.approx(0.2)
     with_spelling = accuracies | {"SpellingBee": 0.8}
-    assert evaluator.chatcore(with_spelling) == pytest.approx(0.2)
-    assert evaluator.chatcore(with_spelling, evaluator.WITH_SPELLING) == pytest.approx(0.3)
+    assert chatcore.chatcore(with_spelling) == pytest.approx(0.2)
+    assert chatcore.chatcore(with_spelling, chatcore.WITH_SPELLING) == pytest.approx(0.3)
     del accuracies["MMLU"]
-    assert evaluator.chatcore(accuracies) is None
+    assert chatcore.chatcore(accuracies) is None
 
 
 # ----------------------------------------------------------------------------------------------- data of all tasks
@@ -285,7 +289,7 @@ def offline_in_base(base, monkeypatch):
 def run(*argv) -> int | str:
     """The exit code, or the error's sentence."""
     with pytest.raises(SystemExit) as stop:
-        settings.run_stage(evaluation.main, settings.parse(evaluation.EvalConfig, list(argv)))
+        main.run_stage(evaluation.main, settings.parse(evaluation.EvalConfig, list(argv)))
     return stop.value.code
 
 
@@ -301,12 +305,12 @@ def test_all_tasks_run_and_the_file_tells_what_the_table_shows(datasets, tmp_pat
     argv = [*SHORT, *THREE, "--data-dir", str(datasets), "--json", str(file)]
     assert run(*argv) == 0
     out, report = capsys.readouterr().out, json.loads(file.read_text())
-    assert list(report["tasks"]) == list(evaluator.TASKS) and report["not_run"] == {}
+    assert list(report["tasks"]) == list(registry.TASKS) and report["not_run"] == {}
     assert report["model"].endswith("base_checkpoints/d2/7") and report["step"] == 7
     accuracies = {name: task["accuracy"]["value"] for name, task in report["tasks"].items()}
     assert accuracies["HumanEval"] == 1.0 and report["tasks"]["HumanEval"]["right"] == [3, 3]
-    assert report["chatcore"] == pytest.approx(evaluator.chatcore(accuracies))
-    assert report["chatcore_with_spelling"] == pytest.approx(evaluator.chatcore(accuracies, evaluator.WITH_SPELLING))
+    assert report["chatcore"] == pytest.approx(chatcore.chatcore(accuracies))
+    assert report["chatcore_with_spelling"] == pytest.approx(chatcore.chatcore(accuracies, chatcore.WITH_SPELLING))
     assert f"ChatCORE: {report['chatcore']:.4f}" in out and "95 % interval" in out and "pass@3" in out
     for name, task in report["tasks"].items():
         value = task["accuracy"]
@@ -424,10 +428,9 @@ def test_a_device_without_memory_is_told_with_the_flags_of_this_stage(monkeypatc
 def test_measured_in_training_with_limits_and_compiled_once(params, datasets, monkeypatch):
     monkeypatch.setattr(sandbox, "guard_fault", lambda: None)
     monkeypatch.setattr(HumanEval, "evaluate", lambda self, conversation, answer: 1)
-    monkeypatch.setattr(evaluator, "NEW_TOKENS", 4)
+    monkeypatch.setattr(chatcore, "NEW_TOKENS", 4)
     said, compiled = [], []
-    measurement = chatcore_measurement(
-        50,
+    measure = make_chatcore(
         tiny.CONFIG,
         TOKENIZER,
         mesh=ONE,
@@ -437,12 +440,12 @@ def test_measured_in_training_with_limits_and_compiled_once(params, datasets, mo
         max_sample=1,
         log=said.append,
     )
-    assert measurement.every == 50 and said == []
-    found = measurement.measure(params)
+    assert said == []
+    found = measure(params)
     accuracies = {name.removeprefix("chatcore/"): v for name, v in found.items() if name.startswith("chatcore/")}
-    assert accuracies.keys() == evaluator.WITH_SPELLING.keys()
+    assert accuracies.keys() == chatcore.WITH_SPELLING.keys()
     assert all(accuracies[name] in (0, 0.5, 1) for name in CHOICE)
-    assert found["chatcore"] == pytest.approx(evaluator.chatcore(accuracies))
+    assert found["chatcore"] == pytest.approx(chatcore.chatcore(accuracies))
     cat = [(accuracies[name] - 0.25) / 0.75 for name in CHOICE]
     assert found["chatcore_cat"] == pytest.approx(np.mean(cat))
 
@@ -453,7 +456,7 @@ def test_measured_in_training_with_limits_and_compiled_once(params, datasets, mo
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        assert measurement.measure(params) == found
+        assert measure(params) == found
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert "/jax/core/compile/backend_compile_duration" not in compiled
@@ -464,10 +467,7 @@ def test_training_goes_on_without_the_tasks_that_are_not_there(monkeypatch, tmp_
     said = []
     (tmp_path / "words_alpha.txt").write_text(WORDS)
     how = {"mesh": ONE, "dtype": "float32", "data_dir": tmp_path, "log": said.append}
-    assert chatcore_measurement(50, tiny.CONFIG, TOKENIZER, **how).every == 50
+    assert make_chatcore(tiny.CONFIG, TOKENIZER, **how)
     assert sum("is not measured" in line for line in said) == 5 and "no ChatCORE without ARC-Challenge" in said[-1]
     (tmp_path / "words_alpha.txt").unlink()
-    nothing = chatcore_measurement(50, tiny.CONFIG, TOKENIZER, **how)
-    assert nothing.every == -1 and nothing.measure(None) == {}
-    said.clear()
-    assert chatcore_measurement(-1, tiny.CONFIG, TOKENIZER, **how).every == -1 and said == []
+    assert make_chatcore(tiny.CONFIG, TOKENIZER, **how) is None

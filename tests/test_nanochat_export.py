@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 
 from nanochat_jax import nanochat_export
-from nanochat_jax.checkpoints import store
-from nanochat_jax.cli import settings
+from nanochat_jax.checkpoints import find, store
+from nanochat_jax.cli import main, settings
+from nanochat_jax.distributed import sharding
 from nanochat_jax.files import torch_write
 from nanochat_jax.files.torch_read import read_pt, read_tokenizer_pickle
 from nanochat_jax.files.torch_write import Tensor, write_pt
+from nanochat_jax.interop import nanochat_optimizer, nanochat_write
+from nanochat_jax.interop.nanochat_model import read_model
 from nanochat_jax.interop.nanochat_optimizer import nanochat_groups, read_optimizer, recorded_groups
+from nanochat_jax.interop.nanochat_write import EMBEDDING_TYPES, model_config
 from nanochat_jax.model.gpt import GPTConfig, window_sizes
-from nanochat_jax.nanochat_export import EMBEDDING_TYPES, ExportConfig, export, model_config
-from nanochat_jax.nanochat_import import read_model
+from nanochat_jax.nanochat_export import ExportConfig, export
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.interop.test_nanochat_optimizer import write_optimizer
@@ -48,7 +51,7 @@ def base(tmp_path_factory):
 
 
 def found_in(base, source="base"):
-    return store.find_model(source, base=base)
+    return find.find_model(source, base=base)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +68,7 @@ def run(monkeypatch, base, *argv) -> object:
     """The exit code or sentence of the command."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     with pytest.raises(SystemExit) as stop:
-        settings.run_stage(nanochat_export.main, settings.parse(ExportConfig, [*map(str, argv)]))
+        main.run_stage(nanochat_export.main, settings.parse(ExportConfig, [*map(str, argv)]))
     return stop.value.code
 
 
@@ -76,11 +79,11 @@ def run(monkeypatch, base, *argv) -> object:
 def test_a_model_of_ours_and_its_optimizer_come_back_bit_for_bit(base, exported):
     found, again = found_in(base), found_in(exported / "f32")
     assert (found.ours, again.ours, again.tag, again.step) == (True, False, "d2", 7)
-    (config_1, params_1, _), (config_2, params_2, _) = store.load_params(found), store.load_params(again)
+    (config_1, params_1, _), (config_2, params_2, _) = find.load_params(found), find.load_params(again)
     assert config_1 == config_2
-    assert_equal(store.flat(params_1), store.flat(params_2))
+    assert_equal(sharding.flat(params_1), sharding.flat(params_2))
     empty = optim.default_groups(config_1.n_embd, **RATES)
-    (groups_1, arrays_1), (groups_2, arrays_2) = (store.load_optimizer(f, config_1, empty) for f in (found, again))
+    (groups_1, arrays_1), (groups_2, arrays_2) = (find.load_optimizer(f, config_1, empty) for f in (found, again))
     assert groups_1 == groups_2
     arrays_1.pop("bad_steps")
     assert_equal(arrays_1, arrays_2)
@@ -121,7 +124,7 @@ def test_nanochats_own_files_of_several_ranks_become_files_of_one(tmp_path):
     _, want, _ = write_optimizer(source, "E", 8)
     meta = json.loads((source / "meta_000007.json").read_text())
     tokenizer = tokenizer_of(meta["model_config"]["vocab_size"])
-    found = store.find_model("base", base=tmp_path / "theirs")
+    found = find.find_model("base", base=tmp_path / "theirs")
     before = contents(source)
     export(found, tokenizer, folder, EMBEDDING_TYPES["float32"], log=lambda line: None)
     assert contents(source) == before
@@ -379,9 +382,9 @@ def test_a_converted_model_gives_back_what_it_was_converted_from(tmp_path):
     meta = {"optimizer_groups": {}, "nanochat_groups": json.loads(json.dumps(state["groups"]))}
     target = tmp_path / "ours/base_checkpoints/d3/7"
     _, params, _ = read_model(source, 7)
-    store.write(target, store.flat(params), store.imported_arrays(state), meta)
-    got = nanochat_export.optimizer_state(store.Found(target.parent, 7, True), model, meta)
-    content = nanochat_export.optimizer_content(got, model, EMBEDDING_TYPES["float32"])
+    store.write(target, sharding.flat(params), nanochat_optimizer.imported_arrays(state), meta)
+    got = nanochat_export.optimizer_state(find.Found(target.parent, 7, True), model, meta)
+    content = nanochat_write.optimizer_content(got, model, EMBEDDING_TYPES["float32"])
     write_pt(tmp_path / "optim_000007_rank0.pt", content)
     again = read_optimizer(tmp_path, 7, model)
     assert again["groups"] == state["groups"] and again["count"] == state["count"]

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from nanochat_jax import nanochat_import, sft
-from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import settings
+from nanochat_jax.distributed import sharding
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_jax.train.metrics import read_metrics
@@ -51,11 +52,11 @@ def main(monkeypatch, *argv) -> object:
 
 def warm(base, tag):
     """(groups, arrays) that a run would start with from the base model in `base`."""
-    found = store.find_model("base", tag, base=base)
-    model_config, params, _ = store.load_params(found)
+    found = find.find_model("base", tag, base=base)
+    model_config, params, _ = find.load_params(found)
     rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
     groups = optim.groups_in_use(optim.default_groups(model_config.n_embd, **rates), params)
-    return found.ours, model_config, params, store.load_optimizer(found, model_config, groups)
+    return found.ours, model_config, params, find.load_optimizer(found, model_config, groups)
 
 
 def assert_equal(one, other):
@@ -77,7 +78,7 @@ def test_a_converted_model_and_its_optimizer_are_those_of_the_original(name, tmp
     converted, config_2, params_2, warm_2 = warm(to, tag)
     assert (ours, converted) == (False, True)
     assert config_1 == config_2
-    assert_equal(store.flat(params_1), store.flat(params_2))
+    assert_equal(sharding.flat(params_1), sharding.flat(params_2))
     assert (warm_1 is None) == (warm_2 is None)
     if warm_1:
         assert warm_1[0] == warm_2[0]
@@ -85,7 +86,7 @@ def test_a_converted_model_and_its_optimizer_are_those_of_the_original(name, tmp
     logits = []
     for base in (theirs, to):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-        model, tokenizer, _ = store.load_model("base")
+        model, tokenizer, _ = find.load_model("base")
         ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % tokenizer.vocab_size
         logits.append(np.asarray(logits_of(model, ids)))
     assert np.array_equal(*logits)
@@ -117,7 +118,7 @@ def test_models_of_every_stage_are_converted_and_can_be_loaded(source, tmp_path,
     assert nanochat_import.convert(source, to, log=lambda line: None) == 3
     for folder in (source, to):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        models = [store.load_model(s, "d2", 7)[0] for s in ("base", "sft", "rl")]
+        models = [find.load_model(s, "d2", 7)[0] for s in ("base", "sft", "rl")]
         logits = [logits_of(model, jnp.ones((1, 4), jnp.int32)) for model in models]
         assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
@@ -161,7 +162,7 @@ def test_converting_in_place_only_adds_files(source, monkeypatch):
         assert main(monkeypatch, source, "--to", source) is None
     after = contents(source)
     assert before.items() <= after.items()
-    assert store.find_model("base", base=source).ours
+    assert find.find_model("base", base=source).ours
 
 
 def test_a_damaged_model_is_named_and_those_before_it_stay(source, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from nanochat_jax import quickstart, rl
-from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.checkpoints import find, integrity
 from nanochat_jax.cli import settings as config
 from nanochat_jax.inference import engine
 from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
@@ -82,7 +82,7 @@ def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts
 ):
     monkeypatch.setattr(quickstart.report, "page", lambda runs: "")  # it comes after all models, and takes long to draw
     assert main(QuickstartConfig(seed=3, out=Path("again"))) == 0
-    first, again = (store.load_params(store.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again"))
+    first, again = (find.load_params(find.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again"))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert documents(3) == documents(3) != documents(4)
 

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from nanochat_jax import rl
-from nanochat_jax.checkpoints import integrity, store
-from nanochat_jax.cli import settings
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.cli import main, settings
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.rollouts.collector import Exercises, Practice, plan_shape
+from nanochat_jax.rollouts.batch_shape import plan_shape
+from nanochat_jax.rollouts.collector import Practice
+from nanochat_jax.rollouts.prompts import Exercises
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import tiny
@@ -112,7 +114,7 @@ def run(*argv) -> tuple[int | str, str]:
     """(exit code or the error's sentence, what was printed)"""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-        settings.run_stage(rl.main, settings.parse(rl.RLConfig, [*FLAGS, "--task", "rl_tasks:Early", *argv]))
+        main.run_stage(rl.main, settings.parse(rl.RLConfig, [*FLAGS, "--task", "rl_tasks:Early", *argv]))
     return stop.value.code, printed.getvalue()
 
 
@@ -216,7 +218,7 @@ def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
     assert (meta["user_config"]["model_tag"], meta["user_config"]["model_step"]) == ("d2", 7)
     assert {"data", "tokenizer", "pass@1", "smoothed_reward", "steps_without_signal"} <= meta.keys()
     assert meta["optimizer_groups"]["matrix"]["lr"] == pytest.approx(0.05 * 0.02)
-    model, _, _ = store.load_model("rl", "trained")
+    model, _, _ = find.load_model("rl", "trained")
     assert model.config == tiny.CONFIG
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from nanochat_jax.rollouts.pack import RolloutLog
+from nanochat_jax.rollouts.log import RolloutLog
 from tests.support import tiny
 from tools.check import kill_resume
 

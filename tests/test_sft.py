@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax import sft
-from nanochat_jax.checkpoints import integrity, store
-from nanochat_jax.cli import settings as config
+from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.cli import main
+from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.cli.device import start_device
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.metrics import read_metrics
@@ -48,7 +49,7 @@ def arguments(base, tag, *more):
 def run(argv) -> int | str:
     """The exit code, or the error's sentence."""
     with pytest.raises(SystemExit) as stop:
-        config.run_stage(sft.main, config.parse(sft.SFTConfig, list(argv)))
+        main.run_stage(sft.main, cli_settings.parse(sft.SFTConfig, list(argv)))
     return stop.value.code
 
 
@@ -151,7 +152,7 @@ def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
 
 
 def test_the_model_can_be_loaded_and_has_learned_something(trained):
-    model, _, _ = store.load_model("sft", "trained")
+    model, _, _ = find.load_model("sft", "trained")
     assert model.config == tiny.CONFIG
     bits = [r["val_bpb"] for r in read_metrics(trained[0] / "metrics.jsonl") if "val_bpb" in r]
     assert bits[2] < bits[0]

@@ -38,6 +38,7 @@ from tpu_vm.gcloud import Gcloud, Record, Unreachable, accelerator, check_names,
 from tpu_vm.machine import DEAD, HALTED, WORKER, Lost, Machine  # noqa: E402
 from tpu_vm.up import Supervisor, resumed  # noqa: E402
 
+from nanochat_jax.cli import main as cli_main  # noqa: E402
 from nanochat_jax.cli import settings  # noqa: E402
 from nanochat_jax.cli.settings import Maybe, require  # noqa: E402
 
@@ -355,4 +356,4 @@ def main(argv: list[str] | None = None, sleep=time.sleep) -> int:
 
 
 if __name__ == "__main__":
-    settings.run_stage(main, None)
+    cli_main.run_stage(main, None)

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import print0, write_atomically
+from nanochat_jax.files.paths import write_atomically
 
 SEAL = "INTEGRITY.json"
 

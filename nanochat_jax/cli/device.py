@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
-from nanochat_jax.files.paths import cpu_name, kept_dir, peak_flops, print0
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.files.paths import kept_dir
 from nanochat_jax.model import attention
 from nanochat_jax.model.gpt import GPTConfig
 
@@ -70,3 +73,69 @@ def choose_attention(
     choice = attention.choose(wanted, mesh, dtype, attention.Shapes.of(model, T), **how)
     log(f"Attention: {choice.name}" + (f"\nWARNING: {choice.why}" if choice.why else ""))
     return choice.name
+
+
+# Peak dense bf16 FLOP/s of one device, from the vendors' data sheets; the first key contained in the name decides.
+PEAK_FLOPS = {
+    "h200": 989e12,
+    "h100 nvl": 835e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "h800": 989e12,
+    "gb200": 2.5e15,
+    "b200": 2.25e15,
+    "b100": 1.8e15,
+    "a100": 312e12,
+    "a800": 312e12,
+    "l40s": 362e12,
+    "l40": 181e12,
+    "l4": 121e12,
+    "a10g": 70e12,
+    "rtx 5090": 209.5e12,
+    "rtx 4090": 165.2e12,
+    "rtx 3090": 71e12,
+    "tpu v3": 61.5e12,  # one core; the chip has two
+    "tpu v4": 275e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v6": 918e12,
+    "tpu7x": 1.15e15,  # one of the chip's two devices
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one device of this kind; None where the table does not know it."""
+    kind = device_kind.lower()
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it, with the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} ({cores} cores)"
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def pages_note(platform: str) -> list[str]:
+    """What makes steps on a CPU faster and must be set before a program starts, if there is something.
+
+    A step's buffers are asked for and given back each time: 133,000 page faults in each step of the CPU bench, 600 with
+    large pages, which the kernel gives to those who ask, and glibc asks for if told to."""
+    if platform != "cpu" or "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
+        return []
+    try:
+        for_who_asks = "[madvise]" in LARGE_PAGES.read_text()
+    except OSError:  # another system than Linux
+        return []
+    said = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment makes steps on this CPU faster (large pages)"
+    return [said] * for_who_asks

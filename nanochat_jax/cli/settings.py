@@ -6,9 +6,6 @@ Precedence: flag > --config FILE.toml > what the checkpoint recorded > default. 
 import argparse
 import dataclasses
 import difflib
-import errno
-import gc
-import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -18,8 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from nanochat_jax.distributed import processes
-from nanochat_jax.files import bucket
+from nanochat_jax.cli.main import _write_nowhere
 
 T = TypeVar("T")
 # The type of a setting that is None where the user does not give it; its comment says what holds then.
@@ -38,7 +34,6 @@ Preflight = Annotated[
     ),
     tyro.conf.arg(help_behavior_hint=""),
 ]
-NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 @CONSTRUCTORS.primitive_rule
@@ -165,44 +160,3 @@ def require(condition: bool, message: str) -> None:
     """ValueError with the message where what a user typed cannot work."""
     if not condition:
         raise ValueError(message)
-
-
-def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
-    """Exit with what main(cfg) returns; what can go wrong in a user's hands ends with a sentence, not a traceback."""
-    gc.set_threshold(20_000, 20, 20)  # tracing makes many objects and little garbage
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows \xNN
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            sys.exit(main(cfg))
-        except BrokenPipeError:
-            _write_nowhere()
-            said = "whoever read the output has closed it, so the run has stopped"
-            sys.exit(f"error: {said}; write to a file instead of a pipe")
-        except OSError as e:
-            sys.exit(f"error: {_sentence(e)}")
-        except (ValueError, MemoryError, FloatingPointError) as e:
-            sys.exit(f"error: {e}")
-        except Exception as e:
-            if (said := bucket.explained(e)) is None:
-                raise
-            sys.exit(f"error: {said}")
-        except KeyboardInterrupt:
-            sys.exit(130)
-    finally:
-        processes.leave()
-
-
-def _sentence(e: OSError) -> str:
-    """What the system says, without its number: the place where it is known, and advice where another one helps."""
-    if e.errno is None or not e.strerror:  # one of our own sentences
-        return str(e)
-    said = f"{e.filename}: {e.strerror}" if e.filename is not None else e.strerror
-    advice = ": free some space, or choose another place with NANOCHAT_BASE_DIR or --output"
-    return said + (advice if e.errno in NO_PLACE else "")
-
-
-def _write_nowhere() -> None:
-    """After a closed pipe: else Python complains again when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

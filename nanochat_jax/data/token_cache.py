@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from nanochat_jax.files.paths import print0
-from nanochat_jax.tokenizer import RENDERING
+from nanochat_jax.distributed.processes import print0
 
 VERSION = 1  # of the format below and of what is stored (renderings, never cut); part of every cache's key
 BATCH = 1000  # conversations handed to the tokenizer at a time
@@ -111,7 +110,7 @@ class TokenCache:
 
 def cache_key(task, tokenizer) -> str:
     """Changes with anything that changes a stored token: the conversations, the tokenizer, the format."""
-    parts = [VERSION, RENDERING, task.fingerprint(), tokenizer.digest()]
+    parts = [VERSION, tokenizer.RENDERING, task.fingerprint(), tokenizer.digest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

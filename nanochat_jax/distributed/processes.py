@@ -188,3 +188,9 @@ def _was_device(error: BaseException | None) -> bool:
     ):
         return True
     return _was_device(error.__cause__ or error.__context__)
+
+
+def print0(*args, **kwargs) -> None:
+    """Print on process 0 only, at once."""
+    if not index():
+        print(*args, **{"flush": True, **kwargs})

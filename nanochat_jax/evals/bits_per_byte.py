@@ -1,21 +1,15 @@
 """Measurement of a model: bits per byte, and the logits of the letters that a question offers."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from nanochat_jax.distributed.sharding import row_shards, to_global
-from nanochat_jax.inference.engine import ladder
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import token_logprobs
-
-# Of questions in one pass, per device: on CPU as many as its cache likes (four times more takes 1.4 times as long).
-PASS_TOKENS_CPU, PASS_TOKENS = 2048, 16384
 
 
 def make_bits_per_byte(config: GPTConfig, token_bytes: np.ndarray, *, dtype=jnp.float32, attention: str = "chunked"):
@@ -43,68 +37,3 @@ def make_bits_per_byte(config: GPTConfig, token_bytes: np.ndarray, *, dtype=jnp.
         return nats / (math.log(2) * total) if total else math.inf
 
     return bits_per_byte
-
-
-def make_letter_logits(
-    config: GPTConfig,
-    mesh: Mesh,
-    pad: int,
-    *,
-    dtype=jnp.float32,
-    attention: str = "chunked",
-    rows: int | None = None,
-):
-    """-> letter_logits(params, prompts, letters, progress): float32 [number of letters] for each prompt.
-
-    They are the logits after the prompt's last token (token ids, at least one) at the letters' token ids. Prompts of
-    like length share a pass of `rows` a device (default: as many as fill PASS_TOKENS), padded on the right with `pad`,
-    which nothing before it sees. Lengths are few (`ladder`), so shapes are. progress(prompts done, prompts in all).
-    FloatingPointError: a logit is not finite.
-    """
-    graphdef, _ = abstract_gpt(config, dtype, attention)
-    devices = row_shards(mesh)
-    tokens = PASS_TOKENS_CPU if jax.default_backend() == "cpu" else PASS_TOKENS
-
-    @jax.jit
-    def logits_of(params, batch):
-        model = nnx.merge(graphdef, params)
-        x, _ = model.hidden(batch["ids"])
-        last = jnp.take_along_axis(x, batch["last"][:, None, None], 1)[:, 0]
-        return jnp.take_along_axis(model.logits(last), batch["letters"], 1)
-
-    def letter_logits(
-        params,
-        prompts: Sequence[Sequence[int]],
-        letters: Sequence[Sequence[int]],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[np.ndarray]:
-        offered = ladder(max(map(len, letters), default=0), 8)
-        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        passes = []
-        while waiting:
-            T = ladder(len(prompts[waiting[0]]), 16)
-            B = devices * min(rows or max(1, tokens // T), ladder(-(-len(prompts) // devices)))
-            numbers, waiting = waiting[:B], waiting[B:]
-            batch = {
-                "ids": np.full((B, T), pad, np.int32),
-                "last": np.zeros(B, np.int32),
-                "letters": np.zeros((B, offered), np.int32),
-            }
-            for row, i in enumerate(numbers):
-                batch["ids"][row, : len(prompts[i])] = prompts[i]
-                batch["last"][row] = len(prompts[i]) - 1
-                batch["letters"][row, : len(letters[i])] = letters[i]
-            passes.append((numbers, logits_of(params, to_global(batch, mesh))))  # dispatched, not awaited
-
-        result, done = [None] * len(prompts), 0
-        for numbers, logits in passes:
-            for i, row in zip(numbers, jax.device_get(logits)):
-                result[i] = row[: len(letters[i])]
-                if not np.isfinite(result[i]).all():
-                    raise FloatingPointError("the model's logits are not finite: its weights are no longer numbers")
-            done += len(numbers)
-            if progress:
-                progress(done, len(prompts))
-        return result
-
-    return letter_logits

@@ -24,12 +24,11 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from filelock import FileLock, Timeout
 
-from nanochat_jax.files.paths import print0
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.files.parquet import first_line
 from nanochat_jax.files.progress import progress
 
 HUB = "https://huggingface.co"
-CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # nanochat's pretraining text
-LAST_SHARD = 6542  # of climbmix, for validation
 ATTEMPTS = 6
 BACKOFF = 1.0  # seconds before the second attempt; doubles, with jitter
 LONGEST_WAIT = 600  # seconds that a server may ask us to wait
@@ -122,44 +121,6 @@ def read(url: str, limit: int, log: Callable = print0) -> bytes:
         return bytes(body)
 
     return _persist(attempt, url, log, threading.Event())
-
-
-def fetch_shards(n: int, folder: Path, log: Callable = print0) -> list[Path]:
-    """Climbmix's first `n` training shards and its validation shard in `folder`, in order; those missing downloaded.
-
-    ValueError: there are not so many. DownloadError: one cannot be had; those that are there stay.
-    """
-    if not 1 <= n <= LAST_SHARD:
-        raise ValueError(f"the number of training shards must be in 1..{LAST_SHARD}, got --download={n}")
-    files = [Path(folder) / f"shard_{i:05d}.parquet" for i in (*range(n), LAST_SHARD)]
-    if missing := [file for file in files if not file.is_file()]:
-        log(f"downloading {len(missing):,} of {len(files):,} shards of {CLIMBMIX} to {folder}")
-        root = f"{endpoint()}/datasets/{CLIMBMIX}/resolve/main"
-        with locked(Path(folder) / "shards", log):
-            download_all([(f"{root}/{file.name}", file) for file in missing], check=read_footer, log=log)
-    return files
-
-
-def read_footer(path: Path):
-    """pyarrow's FileMetaData of a parquet file. ValueError, with the path: damaged, or no parquet file."""
-    import pyarrow.parquet as pq
-
-    return read_parquet(pq.read_metadata, path)
-
-
-def read_parquet(read: Callable, path: Path, **kwargs):
-    """read(path, **kwargs) of one of pyarrow.parquet's functions; errors as read_footer."""
-    import pyarrow as pa
-
-    try:
-        return read(path, **kwargs)
-    except (pa.ArrowException, OSError, ValueError) as e:
-        raise ValueError(f"{path} is not a readable parquet file: {first_line(e)}") from e
-
-
-def first_line(e: BaseException) -> str:
-    """An exception's message as it fits into a sentence."""
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
 def endpoint() -> str:

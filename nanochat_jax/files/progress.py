@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nanochat_jax.files.paths import process_index
+from nanochat_jax.distributed import processes
 
 SAID_EVERY = 10  # seconds between lines where there is no terminal
 
@@ -16,7 +16,7 @@ SAID_EVERY = 10  # seconds between lines where there is no terminal
 def progress(log: Callable) -> Iterator[Callable]:
     """start(name) -> report(done, total), in bytes: a bar on process 0's terminal, elsewhere a line now and then."""
     console = Console(stderr=True)
-    if process_index() == 0 and console.is_terminal:
+    if not processes.index() and console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
 

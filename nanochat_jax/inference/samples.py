@@ -132,3 +132,10 @@ class Row:
             self.ended,
             self.calls,
         )
+
+
+def answer_text(tokenizer, sample: Sample) -> str:
+    """What `evaluate` and `reward` judge: the generated text with the tool's results, without the end token.
+
+    Special tokens are as written in the vocabulary, as in nanochat."""
+    return tokenizer.decode(sample.tokens[: len(sample.tokens) - sample.ended])

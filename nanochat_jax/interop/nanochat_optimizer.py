@@ -9,12 +9,16 @@ Parameter numbers have no names. They follow from the order of groups, from shap
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from nanochat_jax.distributed.sharding import by_path, flat
 from nanochat_jax.files.torch_read import Refused, read_pt
+from nanochat_jax.interop.nanochat_model import naming, tensor_shapes, widen
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.nanochat_import import naming, tensor_shapes, widen
+from nanochat_jax.optim.groups import GROUP_OF
 
 NEWTON_SCHULZ_STEPS = 5  # iterations of nanochat's Muon; its files record them
 LAST_MOMENTUM = 0.95  # of Muon in a file of ours, which records none: nanochat sets it anew before every step
@@ -281,3 +285,20 @@ def _settings(group: dict) -> dict:
         settings["betas"] = tuple(number("betas", beta) for beta in betas)
         settings["eps"] = number("eps", group.get("eps"))
     return {"kind": group["kind"], "params": tuple(group["params"]), **settings}
+
+
+def imported_arrays(state: dict) -> dict[str, Any]:
+    """nanochat's optimizer state, as `read_optimizer` gives it, in the form of `optim.state_arrays`."""
+    arrays = {}
+    for kind in ("exp_avg", "exp_avg_sq", "momentum", "second_momentum"):
+        for path, array in state[kind].items():
+            arrays[f"{kind}/{path}"] = array
+    for path, array in state["momentum"].items():  # era A's Muon had no second moment: it starts from zero
+        r, c = array.shape
+        arrays.setdefault(f"second_momentum/{path}", jnp.zeros((r, 1) if r >= c else (1, c)))
+    counts = {path: (group, state["count"][path]) for path, group in flat(by_path(state["count"], GROUP_OF)).items()}
+    for group, count in counts.values():
+        if any(other != count for name, other in counts.values() if name == group):
+            raise ValueError(f"parameters of one learning-rate group must have taken equally many steps: {counts}")
+        arrays[f"count/{group}"] = jnp.int32(count)
+    return arrays

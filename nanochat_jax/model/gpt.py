@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nanochat_jax.distributed.sharding import constrain_batch, embedded, gathered, summed_products
+from nanochat_jax.distributed.collectives import constrain_batch, embedded, gathered, summed_products
 from nanochat_jax.model.attention import attention
 from nanochat_jax.model.attention.residuals import LSE, OUT
 from nanochat_jax.model.loss import capped_logits
@@ -325,34 +325,3 @@ def abstract_gpt(config: GPTConfig, dtype=jnp.float32, attention: str = "chunked
     """(graphdef, parameters as a nested dict of ShapeDtypeStruct): the model's shape without its memory."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: GPT(config, dtype=dtype, attention=attention, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
-
-
-def parameter_counts(config: GPTConfig) -> dict[str, int]:
-    """Number of parameters by group; `matrices` are those inside blocks, gates included."""
-    groups = {"wte": 0, "value_embeds": 0, "lm_head": 0, "matrices": 0, "scalars": 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_gpt(config)[1]):
-        name = path[-1].key
-        if name == "value_embed":
-            group = "value_embeds"
-        elif name in groups:
-            group = name
-        else:
-            group = "matrices" if path[0].key == "blocks" else "scalars"
-        groups[group] += leaf.size
-    return groups | {"total": sum(groups.values())}
-
-
-def flops_per_token(config: GPTConfig, seq_len: int, kind: str = "train") -> int:
-    """FLOPs per token: matrix products (2 per weight and pass) and attention scores and values.
-
-    kind: "train" (forward and backward: 3 passes) or "prefill" (1 pass) count min(window, seq_len) keys for every
-    token, as nanochat's estimate does (causality is not subtracted); "decode" is one token at position seq_len - 1.
-    """
-    counts, passes = parameter_counts(config), {"train": 3, "prefill": 1, "decode": 1}[kind]
-    reach = [seq_len if w < 0 else min(w + (kind == "decode"), seq_len) for w in config.windows]
-    return passes * (2 * (counts["matrices"] + counts["lm_head"]) + 4 * config.n_embd * sum(reach))
-
-
-def kv_bytes_per_token(config: GPTConfig, dtype=jnp.bfloat16) -> int:
-    """Bytes that one more token takes in the cache."""
-    return 2 * config.n_layer * config.kv_dim * jnp.dtype(dtype).itemsize

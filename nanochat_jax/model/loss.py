@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.sharding import platform, row_axes, row_shards, scattered, spec_in_force
+from nanochat_jax.distributed.collectives import scattered, spec_in_force
+from nanochat_jax.distributed.mesh import platform, row_axes, row_shards
 
 # Float32 logits in memory at a time, per device: what stays in a CPU's cache (four times more takes 1.4 times as long),
 # and 256 MiB elsewhere, where a chunk must fill the matrix units.

@@ -6,7 +6,7 @@ schedule state to restore.
 """
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -122,55 +122,6 @@ def decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformati
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def sft_lr_multiplier(progress: float, *, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float) -> float:
-    """nanochat's trapezoid over progress p, which is not clipped: above 1 the multiplier goes on falling."""
-    if progress < warmup_ratio:
-        return (progress + 1e-8) / warmup_ratio
-    if progress <= 1.0 - warmdown_ratio:
-        return 1.0
-    decay = (progress - (1.0 - warmdown_ratio)) / warmdown_ratio
-    return (1 - decay) + decay * final_lr_frac
-
-
-def sft_muon_momentum(step: int) -> float:
-    """From 0.85 to 0.95 over the first 300 steps."""
-    warm = min(step / 300, 1)
-    return (1 - warm) * 0.85 + warm * 0.95
-
-
-def base_lr_multiplier(
-    step: int, total: int, *, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float
-) -> float:
-    """Pretraining (nanochat, 2026): linearly up over warmup_steps, then 1, then linearly down to final_lr_frac, which
-    step `total` would have, over the last warmdown_ratio of the run."""
-    warmdown = round(warmdown_ratio * total)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if step <= total - warmdown:
-        return 1.0
-    left = (total - step) / warmdown
-    return left + (1 - left) * final_lr_frac
-
-
-def base_muon_momentum(step: int, total: int, *, warmdown_ratio: float) -> float:
-    """Pretraining (nanochat, 2026): from 0.85 to 0.97 over the first 400 steps, to 0.90 while the rates go down."""
-    if step < 400:
-        return 0.85 + (0.97 - 0.85) * step / 400
-    warmdown = round(warmdown_ratio * total)
-    done = (step - (total - warmdown)) / warmdown if step >= total - warmdown else 0.0
-    return 0.97 + (0.90 - 0.97) * done
-
-
-def base_decay_multiplier(step: int, total: int) -> float:
-    """Pretraining (nanochat, 2026): of Muon's weight decay, half a cosine from 1 to 0 at step `total`."""
-    return 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-def rl_lr_multiplier(step: int, num_steps: int) -> float:
-    """From 1 linearly to 0 at num_steps."""
-    return 1.0 - step / num_steps
-
-
 def state_arrays(opt_state: Any) -> dict[str, Any]:
     """The optimizer's state as a flat dict, whatever optax wraps around it: "exp_avg/<path>", "exp_avg_sq/<path>",
     "momentum/<path>", "second_momentum/<path>" with arrays as `scale_by_*` keep them, "count/<group>" int32."""
@@ -204,3 +155,16 @@ def with_state_arrays(opt_state: Any, arrays: dict[str, Any]) -> Any:
             inner = MuonState(fill("momentum", inner.momentum), fill("second_momentum", inner.second))
         inner_states[group] = masked._replace(inner_state=(inner, *rest))
     return opt_state._replace(inner_states=inner_states)
+
+
+def replace_groups(groups: Groups, recorded: Mapping[str, Mapping]) -> Groups:
+    """Each group with the recorded values, the learning rate left as it is."""
+    return {
+        name: dataclasses.replace(group, **{k: v for k, v in recorded.get(name, {}).items() if k != "lr"})
+        for name, group in groups.items()
+    }
+
+
+def groups_from(recorded: Mapping[str, Mapping]) -> Groups:
+    """Groups from the `optimizer_groups` of a checkpoint's meta, rates included."""
+    return {name: (AdamW if "b1" in fields else Muon)(**fields) for name, fields in recorded.items()}

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.sharding import path_name, platform, spec_in_force
+from nanochat_jax.distributed.collectives import spec_in_force
+from nanochat_jax.distributed.mesh import platform
+from nanochat_jax.distributed.sharding import path_name
 
 POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = X X^T, for singular values up to 1/1.01 after scaling
     (8.156554524902461, -22.48329292557795, 15.878769915207462),

@@ -1,9 +1,6 @@
 """A step of RL in the loop's terms: its batch is made of what the model answers and what that is worth."""
 
 import dataclasses
-import functools
-import io
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,132 +9,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.data.rows import Batch, shuffled
+from nanochat_jax.data.rows import Batch
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.sharding import batch_sharding, replicated, row_part, row_shards, to_global
+from nanochat_jax.distributed.mesh import row_part
+from nanochat_jax.distributed.sharding import batch_sharding, replicated, to_global
 from nanochat_jax.distributed.signals import Interrupted, Signals
-from nanochat_jax.evals.evaluator import answer_text, told
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sample, Sampling, ToolCall
-from nanochat_jax.rollouts.objective import MAX_REWARD, Objective, advantages
-from nanochat_jax.rollouts.pack import RolloutLog, most_rows, nanochat_rows, packed_rows, step_statistics
-from nanochat_jax.tasks import Task
-from nanochat_jax.tokenizer import MAX_TOKENS
+from nanochat_jax.inference.samples import Sample, Sampling, answer_text
+from nanochat_jax.rollouts.batch_shape import Shape
+from nanochat_jax.rollouts.exchange import from_bytes, to_bytes
+from nanochat_jax.rollouts.log import RolloutLog
+from nanochat_jax.rollouts.objective import Objective, advantages
+from nanochat_jax.rollouts.pack import nanochat_rows, packed_rows
+from nanochat_jax.rollouts.prompts import Exercises
+from nanochat_jax.rollouts.statistics import step_statistics
 from nanochat_jax.train.metrics import Reporter, SmoothedLoss
 from nanochat_jax.train.step import TrainState
 
 RESAMPLE_ROUNDS = 4  # draws of problems for one step, at most
 FIRST_STEPS, LITTLE_SIGNAL = 3, 0.2  # below this share of groups with a signal in the first steps, a warning
-
-
-class Exercises:
-    """A task's problems in the order of a run, which meets them one after the other by their position 0, 1, ...: in the
-    task's order, from the second epoch on in one drawn from (seed, epoch)."""
-
-    def __init__(self, task: Task, tokenizer, seed: int, count: int):
-        """count: positions that the run can reach. ValueError: a problem that cannot be rendered or rewarded."""
-        self.task, self.tokenizer, self.seed, self.size = task, tokenizer, seed, len(task)
-        self.order = functools.lru_cache(2)(functools.partial(shuffled, self.size, seed))
-        self.prompts = [self._render(i) for i in range(min(self.size, count))]
-        self.reward(0, "")  # a task without a reward is found out now
-
-    def __getitem__(self, position: int) -> tuple[int, list[int]]:
-        """(number of the problem in the task, its prompt's ids)"""
-        epoch, within = divmod(position, self.size)
-        example = int(self.order(epoch)[within])
-        return example, self.prompts[example]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(map(len, self.prompts))
-
-    def reward(self, example: int, answer: str) -> float:
-        """What an answer is worth. ValueError: the task fails to say, or says what is no number of at most 1e30."""
-        try:
-            reward = float(self.task.reward(self.task[example], answer))
-        except (Exception, SystemExit) as e:  # a user's class may do anything
-            raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {told(e)}") from e
-        if not abs(reward) <= MAX_REWARD:
-            raise ValueError(
-                f"{self.task.name}: a reward must be finite and at most {MAX_REWARD:g}, got {reward:g} for problem "
-                f"{example}"
-            )
-        return reward
-
-    def _render(self, example: int) -> list[int]:
-        try:
-            prompt = self.tokenizer.render_for_completion(self.task[example])
-        except (Exception, SystemExit) as e:
-            told = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-            raise ValueError(f"{self.task.name}, problem {example}: {told}") from e
-        if len(prompt) > MAX_TOKENS:  # it would end in the middle of the problem
-            raise ValueError(
-                f"{self.task.name}, problem {example}: a prompt must have at most {MAX_TOKENS:,} tokens, this has more"
-            )
-        return np.asarray(prompt, np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Of every batch, from the settings alone: the train step compiles once."""
-
-    T: int
-    rows: int  # of a micro-batch, all devices together
-    micro_batches: int
-
-    def rows_per_device(self, mesh: Mesh) -> int:
-        """Of a micro-batch."""
-        return self.rows // row_shards(mesh)
-
-
-def plan_shape(cfg: Any, mesh: Mesh, longest: int, sequence_len: int) -> Shape:
-    """longest: tokens of the longest prompt with an answer. ValueError: the sizes do not fit together."""
-    T = cfg.max_seq_len or max(sequence_len, longest - 1)
-    samples, shards = cfg.examples_per_step * cfg.num_samples, row_shards(mesh)
-    if cfg.objective == "nanochat":
-        if cfg.num_samples % cfg.device_batch_size or cfg.device_batch_size % shards:
-            raise ValueError(
-                f"--objective nanochat: a pass has --device-batch-size={cfg.device_batch_size} answers to one problem, "
-                f"which must divide --num-samples={cfg.num_samples} and be a multiple of the {shards} devices "
-                "that rows are split over"
-            )
-        return Shape(longest - 1, cfg.device_batch_size, samples // cfg.device_batch_size)
-    most = most_rows(samples, longest, T)
-    rows = shards * min(cfg.device_batch_size, -(-most // shards))
-    return Shape(T, rows, -(-most // rows))
-
-
-FIELDS = ("tokens", "mask", "logprobs", "policy_logprobs")  # the arrays of a sample
-
-
-def to_bytes(drawn: Sequence[tuple[list[Sample], np.ndarray]], cost: Sequence[float]) -> bytes:
-    """(samples, rewards) of some problems, and what they cost, for another process; no objects, arrays alone."""
-    samples = [sample for group, _ in drawn for sample in group]
-    calls = [[(call.expression, call.result) for call in sample.tool_calls] for sample in samples]
-    arrays = {name: np.concatenate([getattr(sample, name) for sample in samples] or [[]]) for name in FIELDS}
-    arrays |= {
-        "lengths": np.array([len(sample.tokens) for sample in samples], np.int64),
-        "ended": np.array([sample.ended for sample in samples], bool),
-        "rewards": np.array([rewards for _, rewards in drawn], np.float64),
-        "calls": np.frombuffer(json.dumps(calls).encode(), np.uint8),
-        "cost": np.array(cost, np.float64),
-    }
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-def from_bytes(data: bytes) -> tuple[list[tuple[list[Sample], np.ndarray]], np.ndarray]:
-    """What `to_bytes` was given."""
-    arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
-    calls = [[ToolCall(*call) for call in made] for made in json.loads(arrays["calls"].tobytes())]
-    ends = np.cumsum(arrays["lengths"])[:-1]
-    parts = zip(*(np.split(arrays[name], ends) for name in FIELDS))
-    samples = [Sample(*part, bool(ended), made) for part, ended, made in zip(parts, arrays["ended"], calls)]
-    rewards = arrays["rewards"]
-    size = rewards.shape[1] if len(rewards) else 1
-    return [(samples[i * size : (i + 1) * size], worth) for i, worth in enumerate(rewards)], arrays["cost"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,18 +3,13 @@
 A sample is an `samples.Sample`: tokens, mask (1 sampled, 0 forced), log-probabilities, ended, tool_calls.
 """
 
-import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from nanochat_jax.data.packing import plan_epoch
 from nanochat_jax.data.rows import Batch, assemble
-from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import print0, process_index
 
 Groups = Sequence[Sequence[Any]]  # samples of each prompt, [P][G]
 
@@ -130,100 +125,3 @@ def _lay_out(rows: list[list[tuple]], T, pad, fields, B, end_token=True) -> Batc
 
     batch = placed("mask") | {name: placed(name)["weights"] for name in ("advantages", *fields)}
     return {name: leaf.reshape(-1, B, T) for name, leaf in batch.items()}
-
-
-def step_statistics(samples: Groups, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
-    """What a step's samples [P][G], rewards and advantages [P,G] show, as logged.
-
-    reward: mean; pass_rate: share of samples with a reward above 0; no_signal: share of groups without an advantage;
-    length_mean, length_max: generated tokens; cut: share not ended by an end token; tool_calls, tool_failed: shares of
-    samples with a call, with a failed one; entropy: of the sampling distribution, in nats a sampled token, estimated by
-    the mean of -log p over what was sampled.
-    """
-    rewards = np.asarray(rewards, np.float64)
-    flat = [sample for group in samples for sample in group]
-    lengths = np.array([len(sample.tokens) for sample in flat])
-    sampled = np.concatenate([sample.logprobs[sample.mask > 0] for sample in flat]).astype(np.float64)
-    return {
-        "reward": float(rewards.mean()),
-        "pass_rate": float((rewards > 0).mean()),
-        "no_signal": 1 - float(np.any(advantages, 1).mean()),
-        "length_mean": float(lengths.mean()),
-        "length_max": int(lengths.max()),
-        "cut": float(np.mean([not sample.ended for sample in flat])),
-        "tool_calls": float(np.mean([bool(sample.tool_calls) for sample in flat])),
-        "tool_failed": float(np.mean([any(call.result is None for call in sample.tool_calls) for sample in flat])),
-        "entropy": float(-sampled.mean()) if sampled.size else 0.0,
-    }
-
-
-class RolloutLog:
-    """rollouts.jsonl in a run's folder, a sample a line, for whoever wants to know what the model does.
-
-    A checkpoint records `saved()`, the file's size; a run that goes on from it begins with that size, so that the file
-    becomes the one of a run that nothing interrupted.
-    """
-
-    def __init__(self, folder: Path, size: int = 0):
-        self.file = None
-        if process_index():  # process 0 writes for all
-            return
-        self.kept = folder / "rollouts.jsonl"
-        path = bucket.fetch(self.kept, exact=True)
-        self.file = path.open("a+b")
-        if self.file.tell() > size:
-            self.file.truncate(size)
-        elif self.file.tell() < size:  # of a folder that was copied or restored in part
-            print0(f"NOTE: {path} has lost answers of earlier steps: {self.file.tell():,} of {size:,} bytes are there")
-            self.file.seek(max(0, self.file.tell() - 1))
-            if self.file.read() not in (b"", b"\n"):
-                self.file.write(b"\n")  # what is written next is a line of its own
-
-    def write(
-        self,
-        step: int,
-        example: int,
-        prompt: Sequence[int],
-        samples: Sequence[Any],
-        rewards: np.ndarray,
-        advantages: np.ndarray,
-        decode: Callable[[Sequence[int]], str],
-    ) -> None:
-        """The samples of one prompt, with their rewards and advantages [G]; floats as short as float32 can be told."""
-        if not self.file:
-            return
-        for number, (sample, reward, advantage) in enumerate(zip(samples, rewards, advantages, strict=True)):
-            record = {
-                "step": step,
-                "example": example,
-                "sample": number,
-                "reward": float(reward),
-                "advantage": _short(advantage),
-                "ended": bool(sample.ended),
-                "prompt": decode(prompt),
-                "text": decode(sample.tokens),
-                "tools": [{"expression": call.expression, "result": call.result} for call in sample.tool_calls],
-                "tokens": sample.tokens.tolist(),
-                "mask": sample.mask.tolist(),
-                "logprobs": [_short(value) for value in sample.logprobs],
-                "policy_logprobs": [_short(value) for value in sample.policy_logprobs],
-            }
-            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self.file.flush()  # whoever follows the file sees whole steps
-
-    def saved(self) -> int:
-        """Bytes so far, all of them on disk, or in the bucket."""
-        if not self.file:
-            return 0
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        bucket.send(Path(self.file.name), self.kept)
-        return self.file.tell()
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-
-
-def _short(value: np.float32) -> float:
-    return float(str(np.float32(value)))

@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from nanochat_jax.files.digest import digest_of
 from nanochat_jax.tasks.gsm8k import GSM8K, answer_parts
-from nanochat_jax.tasks.task import Task, digest_of
+from nanochat_jax.tasks.task import Task
 
 CALCULATIONS = 2  # raise it when the same arguments come to make other problems: token caches depend on it
 HELD_OUT = 5  # one calculation in this many is for the test split

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.files.paths import print0
-from nanochat_jax.tasks.task import Task, digest_of, message_fault
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.files.digest import digest_of
+from nanochat_jax.tasks.task import Task, message_fault
 
 SHOWN = 20  # bad lines that an error spells out
 

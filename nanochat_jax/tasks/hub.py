@@ -7,9 +7,7 @@ in none of them is downloaded into task_data/.
 """
 
 import bisect
-import contextlib
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -19,29 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
-from nanochat_jax.files.download import (
-    HUB,
-    DownloadError,
-    download,
-    download_all,
-    endpoint,
-    first_line,
-    locked,
-    read,
-    read_footer,
-    read_parquet,
-    writing,
-)
-from nanochat_jax.files.paths import base_dir, kept_dir, print0, write_atomically
+from nanochat_jax.files.digest import digest_of, file_digest
+from nanochat_jax.files.download import HUB, DownloadError, download, download_all, endpoint, locked, read, writing
+from nanochat_jax.files.parquet import count_rows, read_files, read_footer
+from nanochat_jax.files.paths import base_dir, kept_dir, write_atomically
 from nanochat_jax.tasks.custom_json import SOURCES, source_hint
-from nanochat_jax.tasks.task import Task, digest_of
+from nanochat_jax.tasks.task import Task
 
 SHUFFLE_SEED = 42  # nanochat permutes every dataset with this seed before it slices
 MAX_FILES = 1000  # of a split: the hub exports the first 5 GB of a dataset, in files of hundreds of megabytes
 STALE_SECONDS = 24 * 3600  # after so long a stopped download starts anew: the dataset may have changed
 FETCHED = ("words_alpha.txt",)  # files that are downloaded unasked; the others are the user's choice
-RACY_SECONDS = 2  # a file this young may still change without changing size or time: its hash is not remembered
 
 
 def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None = None) -> list[Path]:
@@ -177,43 +165,11 @@ def _read_manifest(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def count_rows(files: list[Path], columns: tuple[str, ...]) -> int:
-    """Rows of all files, from their footers. ValueError: a damaged file, or one without a column or with two of it."""
-    total = 0
-    for path in files:
-        footer = read_footer(path)
-        present = footer.schema.to_arrow_schema().names
-        if missing := [c for c in columns if c not in present]:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(sorted(set(present)))}")
-        if repeated := [c for c in columns if present.count(c) > 1]:
-            raise ValueError(f"{path} must have one column {repeated[0]}, it has {present.count(repeated[0])}")
-        total += footer.num_rows
-    return total
-
-
 def load_split(
     repo: str, subset: str, split: str, data_dir: Path | str | None = None, columns: tuple[str, ...] | None = None
 ):
     """A split as a pyarrow Table: columns in Arrow's own memory, no Python object per row. Errors as split_files."""
     return read_files(split_files(repo, subset, split, data_dir), columns)
-
-
-def read_files(files: list[Path], columns: tuple[str, ...] | None = None):
-    """pyarrow Table of these columns (None: all) of the files, one after the other."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if columns is not None:
-        count_rows(files, columns)  # its message names a missing column
-        columns = list(columns)
-    tables = [
-        read_parquet(pq.read_table, path, columns=columns, memory_map=True).replace_schema_metadata(None)
-        for path in files
-    ]
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowException, OSError) as e:
-        raise ValueError(f"the parquet files of {files[0].parent} do not fit together: {first_line(e)}") from e
 
 
 class HubTask(Task):
@@ -275,33 +231,3 @@ class HubTask(Task):
 
     def fingerprint(self) -> str:
         return digest_of([file_digest(file) for file in self.files], self._slice(), self._sources())
-
-
-def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file's content, remembered by path, size and time so that a warm start reads no gigabytes."""
-    path = Path(path).absolute()
-    memo_file = base_dir() / "token_cache" / "file_digests.json"
-    stat = path.stat()
-    key = [stat.st_size, stat.st_mtime_ns]
-    known = _read_memo(memo_file).get(str(path))
-    if isinstance(known, list) and len(known) == 3 and known[:2] == key and _is_digest(known[2]):
-        return known[2]
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if time.time() - stat.st_mtime > RACY_SECONDS:
-        memo = _read_memo(memo_file) | {str(path): [*key, digest]}  # read again: others write it too
-        with contextlib.suppress(OSError):  # a read-only base directory only costs the time to hash again
-            write_atomically(memo_file, json.dumps(memo, indent=0).encode())
-    return digest
-
-
-def _is_digest(value) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def _read_memo(path: Path) -> dict:
-    try:
-        memo = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}  # absent or corrupt: everything is hashed again
-    return memo if isinstance(memo, dict) else {}

@@ -5,7 +5,8 @@ import random
 
 import numpy as np
 
-from nanochat_jax.tasks.task import AdaptedTask, Task, digest_of
+from nanochat_jax.files.digest import digest_of
+from nanochat_jax.tasks.task import AdaptedTask, Task
 
 
 class TaskSequence(Task):

@@ -12,9 +12,10 @@ import zlib
 from pathlib import Path
 from string import ascii_lowercase
 
+from nanochat_jax.files.digest import digest_of
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.hub import find_file
-from nanochat_jax.tasks.task import Task, digest_of
+from nanochat_jax.tasks.task import Task
 
 WORD_LIST = "words_alpha.txt"
 HELD_OUT = 20  # the checksum of a word decides, so that other words in the list change nothing for it

@@ -19,6 +19,8 @@ import os
 import sys
 from pathlib import Path
 
+from nanochat_jax.files.digest import digest_of
+
 
 class Task:
     """Examples start, start + step, ... below stop of a dataset; the conversations of a slice keep their order.
@@ -90,11 +92,6 @@ class Task:
         modules = {sys.modules[cls.__module__] for cls in type(self).__mro__ if cls is not object}
         files = sorted(m.__file__ for m in modules if getattr(m, "__file__", None))
         return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
-
-
-def digest_of(*parts) -> str:
-    """sha256 (hex) of JSON values."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def message_fault(messages) -> str | None:

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from nanochat_jax.cli import settings as config
+from nanochat_jax.cli import main as cli_main
+from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.cli.settings import Maybe, require
-from nanochat_jax.data.documents import FOLDERS
+from nanochat_jax.data.shards import FOLDERS, fetch_shards
 from nanochat_jax.files import bucket
-from nanochat_jax.files.download import fetch_shards
 from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.tasks import load_task
 from nanochat_jax.tokenizer.bpe import MAX_TOKENS, Tokenizer
@@ -235,10 +235,10 @@ Command = (
 def main(argv: list[str]) -> None:
     name = argv[0] if argv else ""
     if name not in COMMANDS:
-        config.parse(Command, argv[:1] or ["--help"], PROG)  # prints the commands, or what is wrong, and exits
+        cli_settings.parse(Command, argv[:1] or ["--help"], PROG)  # prints the commands, or what is wrong, and exits
     settings, run = COMMANDS[name]
-    cfg = config.parse(settings, argv[1:], f"{PROG} {name}")
-    config.run_stage(run, cfg)
+    cfg = cli_settings.parse(settings, argv[1:], f"{PROG} {name}")
+    cli_main.run_stage(run, cfg)
 
 
 if __name__ == "__main__":

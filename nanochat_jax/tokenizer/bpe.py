@@ -34,7 +34,6 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 FORMAT = "nanochat_jax tokenizer 1"  # of tokenizer.json
-RENDERING = 1  # raise it when a conversation is rendered to other ids than before: token caches depend on it
 MAX_TOKENS = 2048  # nanochat renders with this limit whatever the model's sequence length is
 
 # Between the texts of one bulk call. It is known to one private encoding only, and no proper prefix of it is also a
@@ -53,6 +52,8 @@ class Tokenizer:
     mergeable_ranks: bytes -> id, ids 0..n-1 in merge order, all 256 single bytes among them;
     special_tokens: exactly SPECIAL_TOKENS -> ids n..n+8, in any order. ValueError says what is wrong with them.
     """
+
+    RENDERING = 1  # raise it when a conversation is rendered to other ids than before: token caches depend on it
 
     def __init__(self, name: str, pattern: str, mergeable_ranks: dict[bytes, int], special_tokens: dict[str, int]):
         _check_vocabulary(mergeable_ranks, special_tokens)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from nanochat_jax.data.documents import Documents, find_shards
+from nanochat_jax.data.shards import Documents, find_shards
 from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, split_conversation
 
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # what is read of a folder; a file that is named may have any

@@ -15,24 +15,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoints.store import Saver
-from nanochat_jax.data import rows as data
+from nanochat_jax.cli.device import pages_note
+from nanochat_jax.data import batches as data_batches
+from nanochat_jax.data import rows as data_rows
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.sharding import (
-    heads_note,
-    replicas_note,
-    row_part,
-    row_shards,
-    table,
-    to_global,
-    whole_copies,
-)
+from nanochat_jax.distributed.collectives import whole_copies
+from nanochat_jax.distributed.describe import heads_note, replicas_note, table
+from nanochat_jax.distributed.device_memory import is_out_of_memory
+from nanochat_jax.distributed.mesh import row_part, row_shards
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.distributed.signals import Interrupted, Signals
 from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
-from nanochat_jax.files.paths import print0
-from nanochat_jax.model.gpt import flops_per_token, parameter_counts
+from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.optim import groups
 from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedLoss
-from nanochat_jax.train.remat import choose_remat, is_out_of_memory, pages_note
+from nanochat_jax.train.remat import choose_remat
 from nanochat_jax.train.run import Batches, Run
 from nanochat_jax.train.step import TrainState, abstract_state, make_train_step
 
@@ -56,7 +54,7 @@ class Measurement:
 
 
 def train_on(
-    rows: data.PackedRows,
+    rows: data_rows.PackedRows,
     run: Run,
     schedule: Mapping[str, Callable[[int], float]],
     *,
@@ -84,9 +82,9 @@ def train_on(
     opened = session(run, mesh, dtype, total, rows.T, rows_per_device)
     with explaining_memory(sizes), opened as on, contextlib.ExitStack() as stack:
         steps = {"rows_per_step": batch.rows_per_step, "micro_batches": batch.micro_batches}
-        batches = data.train_batches(rows, start_row=run.first_row, **steps, **shares(mesh))
+        batches = data_batches.train_batches(rows, start_row=run.first_row, **steps, **shares(mesh))
         stack.callback(batches.close)
-        taken = batches if cfg.document_mask else map(data.without_documents, batches)
+        taken = batches if cfg.document_mask else map(data_batches.without_documents, batches)
         smoothed = SmoothedLoss(0.9, *run.smoothed_loss)
 
         report = functools.partial(
@@ -207,7 +205,7 @@ def shares(mesh: Mesh) -> dict[str, int]:
 
 
 def validation(
-    rows: data.PackedRows | None, run: Run, tokenizer, *, batch: Batches, mesh: Mesh, dtype, attention: str
+    rows: data_rows.PackedRows | None, run: Run, tokenizer, *, batch: Batches, mesh: Mesh, dtype, attention: str
 ) -> Measurement:
     """Bits per byte (val_bpb) on the first --eval-tokens of `rows`, the same at each call; None: measures nothing."""
     cfg = run.cfg
@@ -218,9 +216,9 @@ def validation(
     bits_per_byte = make_bits_per_byte(run.model_config, tokenizer.token_bytes(), **how)
 
     def measure(params):
-        batches = data.fixed_batches(rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares(mesh))
+        batches = data_batches.fixed_batches(rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares(mesh))
         if not cfg.document_mask:
-            batches = map(data.without_documents, batches)
+            batches = map(data_batches.without_documents, batches)
         return {"val_bpb": bits_per_byte(params, (to_global(b, mesh) for b in batches))}
 
     return Measurement(cfg.eval_every, measure, at_start=True)

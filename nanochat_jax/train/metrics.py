@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import process_index
 
 
 class SmoothedLoss:
@@ -44,7 +44,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, run: str, config: dict, *, project: str, resumed_at: int | None):
         self.file = self.wandb = None
-        if process_index():  # process 0 writes for all
+        if processes.index():  # process 0 writes for all
             return
         bucket.local(folder).mkdir(parents=True, exist_ok=True)
         self.kept = folder / "metrics.jsonl"
@@ -114,7 +114,7 @@ class Reporter:
     """The console of a training run: a progress bar with the time left on a terminal, plain lines otherwise."""
 
     def __init__(self, total: int, done: int = 0):
-        self.total, self.enabled, self.progress = total, process_index() == 0, None
+        self.total, self.enabled, self.progress = total, not processes.index(), None
         if self.enabled and sys.stdout.isatty():
             numbers = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what gives way on a narrow terminal
             self.progress = Progress(

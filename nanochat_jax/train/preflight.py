@@ -12,26 +12,29 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoints import store
+from nanochat_jax.checkpoints import find
 from nanochat_jax.cli import settings as config
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.distributed.sharding import batch_sharding, make_mesh, row_axes, row_shards
-from nanochat_jax.files.paths import base_dir, print0
+from nanochat_jax.distributed.device_memory import (
+    asked_and_had,
+    beside_arguments,
+    bytes_on_device,
+    device_memory,
+    is_out_of_memory,
+)
+from nanochat_jax.distributed.mesh import make_mesh, row_axes, row_shards
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.sharding import batch_sharding
+from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.decode import Programs
 from nanochat_jax.inference.engine import OWN_STEP, PROMPT_STEP, arrange, ladder
-from nanochat_jax.model.gpt import GPTConfig, abstract_gpt, parameter_counts
+from nanochat_jax.model.cost import parameter_counts
+from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import summed_token_loss, weighted_nll
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import scaling_laws
-from nanochat_jax.train.remat import (
-    asked_and_had,
-    beside_arguments,
-    bytes_on_device,
-    choose_remat,
-    device_memory,
-    is_out_of_memory,
-)
+from nanochat_jax.train.remat import choose_remat
 from nanochat_jax.train.run import Batches, Run
 from nanochat_jax.train.step import abstract_state, make_train_step
 
@@ -109,7 +112,7 @@ def model_for(
     if cfg.resume and (run := open_run()).resumed:
         return GPTConfig(**run.record["model_config"]), run.cfg
     try:
-        found = store.find_model(source, cfg.model_tag, cfg.model_step)
+        found = find.find_model(source, cfg.model_tag, cfg.model_step)
     except FileNotFoundError as e:
         depth = re.fullmatch(r"d(\d+)", cfg.model_tag or "")
         if not depth or cfg.model_step is not None:
@@ -120,11 +123,11 @@ def model_for(
         model = scaling_laws.config_of_depth(int(depth[1]), **dials, max_seq_len=length, vocab_size=vocabulary())
         print0(f"NOTE: there is no {source} model {cfg.model_tag} here: nanochat's model of this depth is assumed")
         return model, config.inherit(cfg, {}, inherited, print0)
-    meta = store.peek_meta(found)
+    meta = find.peek_meta(found)
     settings = meta.get("user_config")
     cfg = config.inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, inherited, print0)
     print0(f"Model: {found}")
-    return store.load_config(found), cfg
+    return find.load_config(found), cfg
 
 
 def vocabulary() -> int:

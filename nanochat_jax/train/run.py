@@ -13,15 +13,17 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import settings as config
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.sharding import row_shards
+from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import base_dir, kept_dir, process_index
+from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.model.gpt import REMAT, GPTConfig
 from nanochat_jax.optim import groups as optim
+from nanochat_jax.optim import groups as optim_groups
 from nanochat_jax.train import step as train
+from nanochat_jax.train import step as train_step
 
 SEEN_SECONDS = 60  # that a network's file system may take to show a new file to another machine
 
@@ -81,7 +83,7 @@ class Run:
     cfg: Any  # resolved: nothing is left to inherit
     folder: Path  # of its checkpoints and metrics
     tokenizer_digest: str
-    base: store.Found | None = None  # the model a new run starts from; None: random weights
+    base: find.Found | None = None  # the model a new run starts from; None: random weights
     record: dict = dataclasses.field(default_factory=dict)  # meta of the checkpoint to go on from; {} for a new run
     model_config: GPTConfig | None = None  # from here on filled by `load`; pretraining sets the first two itself
     groups: optim.Groups = dataclasses.field(default_factory=dict)
@@ -113,14 +115,14 @@ class Run:
         """The network and the optimizer's groups; of a new run also the base model's arrays, on the host."""
         if self.resumed:
             self.model_config = GPTConfig(**self.record["model_config"])
-            self.groups = store.groups_from(self.record["optimizer_groups"])
+            self.groups = optim_groups.groups_from(self.record["optimizer_groups"])
             return
         cfg = self.cfg
-        self.model_config, self.params, _ = store.load_params(self.base)
+        self.model_config, self.params, _ = find.load_params(self.base)
         rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
         groups = optim.default_groups(self.model_config.n_embd, **rates, weight_decay=cfg.weight_decay or 0.0)
         self.groups = optim.scale_rates(optim.groups_in_use(groups, self.params), cfg.init_lr_frac)
-        warm = store.load_optimizer(self.base, self.model_config, self.groups) if cfg.load_optimizer else None
+        warm = find.load_optimizer(self.base, self.model_config, self.groups) if cfg.load_optimizer else None
         if warm:
             self.groups, self.optimizer = warm
             log("Loaded the base model's optimizer state (rates are this run's own)")
@@ -133,7 +135,7 @@ class Run:
     def start(self):
         """Take the folder, while entered: FileExistsError where another process trains in it. Only now are the
         checkpoints that --overwrite gives up deleted, and what killed saves left behind."""
-        if process_index():
+        if processes.index():
             self._share()
             yield
             return
@@ -164,14 +166,14 @@ class Run:
         if processes.count() == 1:
             return
         sign = self.folder / ".shared"
-        if not process_index():
+        if not processes.index():
             sign.touch()
         processes.exchange("the run's folder", None)
         patience = time.monotonic() + SEEN_SECONDS
         while not (seen := sign.exists()) and time.monotonic() < patience:
             time.sleep(0.2)
         blind = [str(i) for i, saw in enumerate(processes.exchange("who sees it", seen)) if not saw]
-        if not process_index():
+        if not processes.index():
             sign.unlink()
         config.require(
             not blind,
@@ -182,7 +184,7 @@ class Run:
     def initial_state(self, tx, like: train.TrainState) -> train.TrainState:
         """On the shardings of the abstract state `like`."""
         if self.resumed:
-            return store.restore_state(self.folder / str(self.first_step), like)
+            return train_step.restore_state(self.folder / str(self.first_step), like)
         if self.base is None:
             return train.random_state(self.model_config, tx, like, self.cfg.seed)
         params = train.place(self.params, like.params)
@@ -247,14 +249,14 @@ def open_run(
     found = None
     tag = cfg.output_tag or (cfg.run if cfg.run != "dummy" else None)
     if tag is None:
-        found = store.find_model(source, cfg.model_tag, cfg.model_step)
-        tag = f"d{store.peek_meta(found)['model_config']['n_layer']}"
+        found = find.find_model(source, cfg.model_tag, cfg.model_step)
+        tag = f"d{find.peek_meta(found)['model_config']['n_layer']}"
     run = open_folder(cfg, stage, tag, tokenizer, harmless, log)
     if run.resumed:
         return agreed(run)
-    found = found or store.find_model(source, cfg.model_tag, cfg.model_step)
+    found = found or find.find_model(source, cfg.model_tag, cfg.model_step)
     log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
-    meta = store.peek_meta(found)
+    meta = find.peek_meta(found)
     check_tokenizer(tokenizer, meta)
     settings = meta.get("user_config")
     cfg = config.inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, inherited, log)
@@ -268,9 +270,9 @@ def agreed(run: Run) -> Run:
     """The run. ValueError: another process is about to start another one, or from something else."""
     facts = {"tokenizer": run.tokenizer_digest} | processes.settings_told(dataclasses.asdict(run.cfg))
     if run.resumed:
-        facts["checkpoint to resume"] = store.identity(store.Found(run.folder, run.first_step, True))
+        facts["checkpoint to resume"] = find.identity(find.Found(run.folder, run.first_step, True))
     if run.base:
-        facts["model to start from"] = store.identity(run.base)
+        facts["model to start from"] = find.identity(run.base)
     processes.agree("the run", facts)
     return run
 

@@ -9,7 +9,8 @@ import dataclasses
 import math
 
 from nanochat_jax.cli.settings import require
-from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig, flops_per_token, parameter_counts, window_sizes
+from nanochat_jax.model.cost import flops_per_token, parameter_counts
+from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig, window_sizes
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens, the best batch of the reference model

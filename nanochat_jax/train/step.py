@@ -1,6 +1,7 @@
 """The train step, written once: SFT, RL and pretraining differ in `token_loss` and in their batches."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,17 +11,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from nanochat_jax.distributed.sharding import (
-    batch_sharding,
-    fit,
-    param_shardings,
-    path_name,
-    replicated,
-    row_shards,
-    whole_copies,
-)
+from nanochat_jax.checkpoints import store
+from nanochat_jax.distributed.collectives import whole_copies
+from nanochat_jax.distributed.mesh import row_shards
+from nanochat_jax.distributed.sharding import batch_sharding, fit, flat, param_shardings, path_name, replicated
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import summed_token_loss, weighted_nll
+from nanochat_jax.optim.groups import state_arrays, with_state_arrays
 
 
 class TrainState(NamedTuple):
@@ -72,6 +69,22 @@ def state_shardings(state: TrainState, tx, mesh: Mesh, replicate: bool = False) 
         tx, follow, state.opt_state, params, transform_non_params=lambda _: replicated(mesh), is_leaf=masked
     )
     return TrainState(replicated(mesh), params, opt_state, replicated(mesh))
+
+
+def state_items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What a checkpoint keeps of a state, as `checkpoints.store` takes it: `params` and `optimizer` (its arrays, and
+    the count of skipped updates); the step is the folder's name."""
+    optimizer = state_arrays(state.opt_state) | {"bad_steps": state.bad_steps}
+    return {"params": flat(state.params), "optimizer": optimizer}
+
+
+def restore_state(folder: Path, like: TrainState) -> TrainState:
+    """The state of a checkpoint folder <tag>/<step>, on the shardings of the abstract state `like`."""
+    loaded = store.restore(folder, state_items(like))
+    params = jax.tree.map_with_path(lambda path, _: loaded["params"][path_name(path)], like.params)
+    opt_state = with_state_arrays(like.opt_state, loaded["optimizer"])
+    step = jax.device_put(jnp.int32(int(folder.name)), like.step.sharding)
+    return TrainState(step, params, opt_state, loaded["optimizer"]["bad_steps"])
 
 
 def place(arrays: Any, like: Any) -> Any:

@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.checkpoints import integrity, store
-from nanochat_jax.checkpoints.store import Found, Saver, find_model, load_model
-from nanochat_jax.distributed import sharding
+from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.checkpoints.find import Found, find_model, load_model
+from nanochat_jax.checkpoints.store import Saver
+from nanochat_jax.distributed import mesh
+from nanochat_jax.distributed import sharding as distributed_sharding
+from nanochat_jax.interop import nanochat_optimizer
 from nanochat_jax.model.gpt import GPT
 from nanochat_jax.optim import groups as optim
+from nanochat_jax.optim import groups as optim_groups
 from nanochat_jax.train import step as train
+from nanochat_jax.train import step as train_step
 from tests.support import tiny
 
 GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
@@ -43,7 +48,7 @@ def copy_of(folder, to):
 
 
 def mesh_of(n):
-    return sharding.make_mesh(devices=jax.devices()[:n])
+    return mesh.make_mesh(devices=jax.devices()[:n])
 
 
 def abstract_on(n, groups):
@@ -51,7 +56,7 @@ def abstract_on(n, groups):
 
 
 def assert_same(one, other):
-    a, b = (store.flat(tree) for tree in (one, other))
+    a, b = (distributed_sharding.flat(tree) for tree in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         assert np.array_equal(np.asarray(a[name]), np.asarray(b[name])), name
@@ -81,7 +86,7 @@ def test_a_state_comes_back_on_every_mesh_bit_for_bit(tmp_path, saved):
         saver.save(7, placed._replace(bad_steps=placed.bad_steps + 3), tiny.meta(groups))
         saver.wait()
         like = abstract_on(n, groups)
-        restored = store.restore_state(folder / "7", like)
+        restored = train_step.restore_state(folder / "7", like)
         assert_same(restored._replace(step=0, bad_steps=0), state._replace(step=0, bad_steps=0))
         assert (int(restored.step), int(restored.bad_steps)) == (7, 3)
         assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, like)
@@ -89,7 +94,7 @@ def test_a_state_comes_back_on_every_mesh_bit_for_bit(tmp_path, saved):
 
 def test_parameters_are_sharded_on_eight_devices(saved):
     folder, _, groups = saved
-    restored = store.restore_state(folder, abstract_on(8, groups))
+    restored = train_step.restore_state(folder, abstract_on(8, groups))
     assert not restored.params["wte"].is_fully_replicated
 
 
@@ -108,13 +113,13 @@ def test_a_save_holds_the_state_as_it_was_although_the_next_step_overwrites_it(t
             live = step(live)
         jax.block_until_ready(live)
         saver.wait()
-        assert_same(store.restore_state(tmp_path / str(n) / "1", abstract_on(n, groups)).params, state.params)
+        assert_same(train_step.restore_state(tmp_path / str(n) / "1", abstract_on(n, groups)).params, state.params)
 
 
 def test_meta_comes_back_as_it_was(tmp_path, saved):
     folder, _, groups = saved
     meta = store.read_meta(folder)
-    assert store.groups_from(meta["optimizer_groups"]) == groups
+    assert optim_groups.groups_from(meta["optimizer_groups"]) == groups
     assert type(tiny.CONFIG)(**meta["model_config"]) == tiny.CONFIG
     assert meta["user_config"] == tiny.SETTINGS
     assert {"jax", "nanochat_jax", "orbax-checkpoint"} <= store.versions().keys()
@@ -291,7 +296,7 @@ def test_a_meta_file_without_its_sizes_is_refused_by_name(base):
     fake_nanochat(folder, 3)
     (folder / "meta_000003.json").write_text(json.dumps({"model_config": {"n_layer": 4, "vocab_size": 9}}))
     with pytest.raises(ValueError, match=r"meta_000003.json: model_config must have an integer sequence_len"):
-        store.peek_meta(find_model("base"))
+        find.peek_meta(find_model("base"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +343,7 @@ def test_a_warm_start_takes_our_optimizer_state_and_its_betas_but_not_its_rates(
     folder, state, groups = saved
     ours = optim.scale_rates(groups, 0.1)
     ours["embedding"] = optim.AdamW(0.5, 0.1, 0.2, 0.3)
-    got, arrays = store.load_optimizer(Found(folder.parent, 7, True), tiny.CONFIG, ours)
+    got, arrays = find.load_optimizer(Found(folder.parent, 7, True), tiny.CONFIG, ours)
     assert got["embedding"] == optim.AdamW(0.5, groups["embedding"].b1, groups["embedding"].b2, 0.001)
     assert got["matrix"].lr == ours["matrix"].lr
     like = abstract_on(8, got).opt_state
@@ -349,9 +354,9 @@ def test_a_warm_start_takes_our_optimizer_state_and_its_betas_but_not_its_rates(
 def test_a_checkpoint_without_optimizer_gives_none(tmp_path, saved):
     folder = copy_of(saved[0], tmp_path / "7")
     shutil.rmtree(folder / "optimizer")
-    assert store.load_optimizer(Found(tmp_path, 7, True), tiny.CONFIG, saved[2]) is None
+    assert find.load_optimizer(Found(tmp_path, 7, True), tiny.CONFIG, saved[2]) is None
     tiny.write_nanochat_base(tmp_path)
-    assert store.load_optimizer(find_model("base"), tiny.CONFIG, saved[2]) is None
+    assert find.load_optimizer(find_model("base"), tiny.CONFIG, saved[2]) is None
 
 
 def test_optimizer_state_of_nanochats_is_filed_as_ours_and_what_the_oldest_lacks_starts_from_zero():
@@ -362,7 +367,7 @@ def test_optimizer_state_of_nanochats_is_filed_as_ours_and_what_the_oldest_lacks
         "second_momentum": {"blocks/0/attn/c_q": np.ones((2, 1))},
         "count": {"wte": 3, "lm_head": 4},
     }
-    arrays = store.imported_arrays(state)
+    arrays = nanochat_optimizer.imported_arrays(state)
     assert arrays["second_momentum/blocks/0/mlp/c_proj"].shape == (1, 8)
     assert not arrays["second_momentum/blocks/0/mlp/c_proj"].any() and arrays["second_momentum/blocks/0/attn/c_q"].all()
     assert (int(arrays["count/embedding"]), int(arrays["count/unembedding"])) == (3, 4)
@@ -371,10 +376,10 @@ def test_optimizer_state_of_nanochats_is_filed_as_ours_and_what_the_oldest_lacks
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs nanochat's own files: ../shared/golden or NANOCHAT_GOLDEN")
 def test_a_warm_start_from_nanochats_own_files():
     found = find_model("base", base=GOLDEN / "checkpoints" / "c1_master")
-    config, params, _ = store.load_params(found)
+    config, params, _ = find.load_params(found)
     rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}
     groups = optim.default_groups(config.n_embd, **rates)
-    got, arrays = store.load_optimizer(found, config, groups)
+    got, arrays = find.load_optimizer(found, config, groups)
     assert {name: group.lr for name, group in got.items()} == {name: group.lr for name, group in groups.items()}
     like = train.abstract_state(config, optim.make_optimizer(got), mesh_of(8))
     opt_state = train.place(optim.with_state_arrays(like.opt_state, arrays), like.opt_state)

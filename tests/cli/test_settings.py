@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax import base, rl, sft
+from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.settings import Maybe
 
@@ -166,7 +167,7 @@ def test_what_goes_wrong_in_a_users_hands_is_a_sentence(error):
         raise error("the sentence")
 
     with pytest.raises(SystemExit, match=r"^error: the sentence$"):
-        settings.run_stage(main, None)
+        cli_main.run_stage(main, None)
 
 
 def test_the_exit_code_is_that_of_main_and_130_after_an_interrupt():
@@ -175,7 +176,7 @@ def test_the_exit_code_is_that_of_main_and_130_after_an_interrupt():
 
     for main, code in ((lambda cfg: 0, 0), (lambda cfg: 143, 143), (interrupted, 130)):
         with pytest.raises(SystemExit) as stop:
-            settings.run_stage(main, None)
+            cli_main.run_stage(main, None)
         assert stop.value.code == code
 
 
@@ -191,7 +192,7 @@ def test_what_the_terminals_encoding_lacks_is_shown_as_its_number(encoding):
 def test_a_closed_stream_is_nothing_to_configure(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit) as stop:
-        settings.run_stage(lambda cfg: 0, None)
+        cli_main.run_stage(lambda cfg: 0, None)
     assert stop.value.code == 0
 
 
@@ -234,7 +235,7 @@ def test_what_the_system_says_is_told_with_its_place_and_without_its_number(erro
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        settings.run_stage(main, None)
+        cli_main.run_stage(main, None)
     assert ended.value.code.startswith(f"error: {sentence}") and "Errno" not in ended.value.code
 
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.data import documents
-from nanochat_jax.data.documents import DocumentRows, Documents, describe, find_shards
+from nanochat_jax.data.batches import fixed_batches, train_batches
+from nanochat_jax.data.documents import DocumentRows, describe
 from nanochat_jax.data.packing import plan_epoch
-from nanochat_jax.data.rows import fixed_batches, train_batches
+from nanochat_jax.data.shards import Documents, find_shards
 from tests.support import tiny
 
 TOKENIZER = tiny.tokenizer()

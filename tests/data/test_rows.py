@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from nanochat_jax.data.rows import ConversationStore, RowSource, assemble, fixed_batches, shuffled, train_batches
+from nanochat_jax.data.batches import fixed_batches, train_batches
+from nanochat_jax.data.conversations import ConversationStore, RowSource
+from nanochat_jax.data.rows import assemble, shuffled
 from nanochat_jax.data.token_cache import BATCH, TokenCache, _checksum, open_caches
 
 BOS, END = 256, 257

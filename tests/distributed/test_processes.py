@@ -19,7 +19,7 @@ import pytest
 from nanochat_jax.checkpoints import integrity, store
 from nanochat_jax.distributed import cluster, coordinator, processes
 from nanochat_jax.inference.samples import Sample, ToolCall
-from nanochat_jax.rollouts import collector
+from nanochat_jax.rollouts import exchange
 from nanochat_jax.train import run as runs_module
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import process_runs, tiny
@@ -381,16 +381,16 @@ def test_samples_travel_unchanged():
 
     calls = [ToolCall("1+1", "2"), ToolCall("é\n", None)]
     drawn = [([sample(3), sample(0)], np.array([0.5, -1])), ([sample(7, calls), sample(1)], np.array([1.0, 1 / 3]))]
-    found, cost = collector.from_bytes(collector.to_bytes(drawn, (11, 0.25)))
+    found, cost = exchange.from_bytes(exchange.to_bytes(drawn, (11, 0.25)))
     assert cost.tolist() == [11, 0.25] and len(found) == 2
     for (samples, rewards), (others, worth) in zip(found, drawn):
         assert rewards.tolist() == worth.tolist()
         for one, other in zip(samples, others, strict=True):
-            for name in collector.FIELDS:
+            for name in exchange.FIELDS:
                 a, b = getattr(one, name), getattr(other, name)
                 assert a.dtype == b.dtype and a.tolist() == b.tolist()
             assert (one.ended, one.tool_calls) == (other.ended, other.tool_calls)
-    assert collector.from_bytes(collector.to_bytes([], (0, 0.0)))[0] == []
+    assert exchange.from_bytes(exchange.to_bytes([], (0, 0.0)))[0] == []
 
 
 def test_one_process_needs_no_line():

@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 
 from nanochat_jax import eval as nanochat_eval
-from nanochat_jax import nanochat_import, report, sft
-from nanochat_jax.checkpoints import integrity, store
-from nanochat_jax.data import documents
+from nanochat_jax import report, sft
+from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.data import shards as documents
 from nanochat_jax.files import bucket, paths
-from nanochat_jax.rollouts import pack
+from nanochat_jax.rollouts import log as pack
 from nanochat_jax.tasks.hub import find_file, split_files
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer import __main__ as train_tokenizer
 from nanochat_jax.train import run as runs
+from nanochat_jax.train import step as train_step
 from nanochat_jax.train.metrics import MetricsLog, read_metrics
 from tests.support import tiny
 from tests.support.fake_gcs import FakeGCS
@@ -101,11 +102,11 @@ def test_a_checkpoint_is_written_found_and_restored_in_the_bucket_bit_for_bit(cl
     save(saver, 2, state)
     assert integrity.steps(folder) == [2] == [integrity.newest_intact(folder)]
     assert not cloud.names("bucket", "base/chatsft_checkpoints/d2/1/")
-    found = store.find_model("sft")
-    assert str(found) == "gs://bucket/base/chatsft_checkpoints/d2/2" and store.peek_meta(found)["step"] == 2
-    assert store.identity(found).startswith("d2, step 2, ")
+    found = find.find_model("sft")
+    assert str(found) == "gs://bucket/base/chatsft_checkpoints/d2/2" and find.peek_meta(found)["step"] == 2
+    assert find.identity(found).startswith("d2, step 2, ")
     cloud.fail_every = 0
-    back = store.restore_state(folder / "2", state[0])
+    back = train_step.restore_state(folder / "2", state[0])
     for ours, theirs in zip(jax.tree.leaves(back.params), jax.tree.leaves(state[0].params), strict=True):
         assert np.array_equal(ours, theirs)
 
@@ -142,12 +143,12 @@ def test_an_object_that_was_replaced_makes_the_checkpoint_damaged_and_a_service_
 def test_checkpoints_are_copied_from_the_bucket_to_a_disk_and_back(cloud, state, tmp_path):
     save(store.Saver(paths.kept_dir() / "chatsft_checkpoints" / "d2"), 1, state)
     here = get(cloud, "base", tmp_path / "here")
-    assert store.find_model("sft", base=here).step == 1
+    assert find.find_model("sft", base=here).step == 1
     damaged = here / "chatsft_checkpoints" / "d2" / "1" / "meta" / "data.json"
     damaged.write_bytes(damaged.read_bytes().replace(b"1", b"2"))
     assert not integrity.is_intact(damaged.parents[1])
     put(cloud, tiny.write_base(tmp_path / "made").parents[2], "base")
-    assert str(store.find_model("base")) == "gs://bucket/base/base_checkpoints/d2/7"
+    assert str(find.find_model("base")) == "gs://bucket/base/base_checkpoints/d2/7"
 
 
 def test_the_run_that_started_last_owns_the_folder(cloud, state):
@@ -163,9 +164,9 @@ def test_the_run_that_started_last_owns_the_folder(cloud, state):
 def test_nanochat_s_own_checkpoints_are_fetched(cloud, tmp_path):
     tiny.write_nanochat_base(tmp_path / "theirs")
     put(cloud, tmp_path / "theirs")
-    found = store.find_model("base")
+    found = find.find_model("base")
     assert not found.ours and found.folder.is_relative_to(tmp_path / "disk")
-    config, params, _ = store.load_params(found)
+    config, params, _ = find.load_params(found)
     assert config.n_layer == 2 and len(jax.tree.leaves(params)) > 10
 
 
@@ -181,7 +182,7 @@ def test_nanochat_s_checkpoints_are_converted_into_a_bucket(cloud, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "NANOCHAT_BASE_DIR=gs://bucket/new" in done.stdout, done.stderr
-    assert str(store.find_model("base", base=bucket.place("gs://bucket/new"))) == (
+    assert str(find.find_model("base", base=bucket.place("gs://bucket/new"))) == (
         "gs://bucket/new/base_checkpoints/d2/7"
     )
     assert "new/tokenizer/tokenizer.json" in cloud.names("bucket")
@@ -191,7 +192,7 @@ def test_nanochat_s_checkpoints_are_converted_into_a_bucket(cloud, tmp_path):
 def test_of_tags_without_a_number_the_one_changed_last_is_taken(cloud):
     for tag in ("old", "new", "older"):
         cloud.put("bucket", f"base/base_checkpoints/{tag}/1/x", b"")
-    assert nanochat_import.find_tag(paths.kept_dir() / "base_checkpoints") == "older"
+    assert find.find_tag(paths.kept_dir() / "base_checkpoints") == "older"
 
 
 # ----------------------------------------------------------------------------------------------------- metrics, answers
@@ -356,7 +357,7 @@ def test_the_bucket_alone_is_a_base_directory_too(cloud, state, monkeypatch):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", named)
         assert str(paths.kept_dir() / "a") == "gs://bucket/a"
     save(store.Saver(paths.kept_dir() / "chatsft_checkpoints" / "d2"), 1, state)
-    assert store.find_model("sft").step == 1 and paths.base_dir().name == "bucket"
+    assert find.find_model("sft").step == 1 and paths.base_dir().name == "bucket"
 
 
 def test_two_runs_of_one_machine_in_one_folder_are_refused(cloud):

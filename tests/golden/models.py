@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanochat_jax.checkpoints.store import find_model, flat, load_params
+from nanochat_jax.checkpoints.find import find_model, load_params
+from nanochat_jax.distributed.sharding import flat
+from nanochat_jax.interop.nanochat_model import nanochat_name, our_path
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
-from nanochat_jax.nanochat_import import nanochat_name, our_path
 from tests.golden import data
 
 UNROUNDED = "_fp32rope"  # files computed with float32 rotary tables, in eras that rounded them to bfloat16

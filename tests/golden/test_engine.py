@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.samples import Sampling

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from nanochat_jax import nanochat_import
-from nanochat_jax.checkpoints import store
+from nanochat_jax.checkpoints import find
 from nanochat_jax.files.torch_read import read_pt, read_tokenizer_pickle
+from nanochat_jax.interop.nanochat_model import find_era, read_model
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
-from nanochat_jax.nanochat_export import EMBEDDING_TYPES, export
-from nanochat_jax.nanochat_import import find_era, read_model
+from nanochat_jax.interop.nanochat_write import EMBEDDING_TYPES
+from nanochat_jax.nanochat_export import export
 from nanochat_jax.tokenizer import Tokenizer
 from tests.files.test_torch_read import equal
 from tests.golden import data
@@ -20,7 +21,7 @@ def original(name):
     """(base directory, model) of a golden checkpoint."""
     base = data.path(f"checkpoints/{name}")
     data.path(f"checkpoints/{name}/base_checkpoints")
-    return base, store.find_model("base", base=base)
+    return base, find.find_model("base", base=base)
 
 
 @pytest.mark.parametrize("converted", [False, True])
@@ -34,7 +35,7 @@ def test_the_files_are_equal_to_those_of_the_golden_folder(name, converted, tmp_
     source = found
     if converted:
         nanochat_import.convert(base, tmp_path / "ours", log=lambda line: None)
-        source = store.find_model("base", base=tmp_path / "ours")
+        source = find.find_model("base", base=tmp_path / "ours")
     folder = tmp_path / "out/base_checkpoints" / found.tag
     plain = {key.removeprefix("_orig_mod."): tensor for key, tensor in tensors.items()}
     kind = plain["transformer.wte.weight"].dtype.name
@@ -71,7 +72,7 @@ def test_older_networks_are_refused_in_one_sentence_and_nothing_is_written(name,
         pytest.skip(f"{name} is of today")
     nanochat_import.convert(base, tmp_path / "ours", log=lambda line: None)
     tokenizer = Tokenizer.load(base / "tokenizer")
-    for source in (found, store.find_model("base", base=tmp_path / "ours")):
+    for source in (found, find.find_model("base", base=tmp_path / "ours")):
         with pytest.raises(ValueError, match=r"only networks as nanochat builds them .* qk_scale=1\.") as error:
             export(source, tokenizer, tmp_path / "out/base_checkpoints/d", EMBEDDING_TYPES["float32"])
         assert "\n" not in str(error.value)

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanochat_jax.checkpoints.find import find_tag
 from nanochat_jax.files.torch_read import Refused, read_pt, read_tokenizer_pickle
-from nanochat_jax.interop.nanochat_optimizer import Merge, read_optimizer
-from nanochat_jax.nanochat_import import (
+from nanochat_jax.interop.nanochat_model import (
     era_config,
     find_era,
     find_steps,
-    find_tag,
     nanochat_name,
     our_path,
     read_model,
     strip_prefix,
     tensor_shapes,
 )
+from nanochat_jax.interop.nanochat_optimizer import Merge, read_optimizer
 from tests.golden import data
 from tests.support.torch_files import write_pt
 

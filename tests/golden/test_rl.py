@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.distributed.sharding import make_mesh, param_shardings, to_global
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.distributed.sharding import param_shardings, to_global
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.samples import Sampling
-from nanochat_jax.optim.groups import Muon, default_groups, make_optimizer, rl_lr_multiplier, scale_rates
+from nanochat_jax.optim.groups import Muon, default_groups, make_optimizer, scale_rates
+from nanochat_jax.optim.schedules import rl_lr_multiplier
 from nanochat_jax.rollouts.objective import Objective, advantages, make_score
 from nanochat_jax.rollouts.pack import nanochat_rows, packed_rows
 from nanochat_jax.tokenizer import Tokenizer

@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from nanochat_jax.distributed.sharding import make_mesh
-from nanochat_jax.evals.bits_per_byte import make_bits_per_byte, make_letter_logits
-from nanochat_jax.evals.evaluator import BASELINES, Examiner, Problems, chatcore, judge, prepare
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
+from nanochat_jax.evals.chatcore import BASELINES, chatcore
+from nanochat_jax.evals.eval_set import Problems, judge, prepare
+from nanochat_jax.evals.evaluator import Examiner
+from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.optim.groups import rl_lr_multiplier, sft_lr_multiplier, sft_muon_momentum
+from nanochat_jax.optim.schedules import rl_lr_multiplier, sft_lr_multiplier, sft_muon_momentum
 from nanochat_jax.sft import INHERITED, SFTConfig
 from nanochat_jax.tasks.multiple_choice import is_right
 from nanochat_jax.tasks.task import AdaptedTask

@@ -16,10 +16,11 @@ import pytest
 from nanochat_jax import sft
 from nanochat_jax.cli import settings
 from nanochat_jax.data.packing import BUFFER_SIZE
+from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import sharding
 from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
 from nanochat_jax.files import paths
-from nanochat_jax.optim import groups
+from nanochat_jax.optim import groups, schedules
 from nanochat_jax.tasks import TaskMixture
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import step as train
@@ -80,7 +81,7 @@ def replay(name: str, attention: str = "chunked", steps: int | None = None) -> d
         tokenizer = Tokenizer.load(paths.base_dir() / "tokenizer")
         opened = open_run(cfg, "sft", tokenizer, sft.HARMLESS, sft.INHERITED, lambda *_: None)
         opened.load(lambda *_: None)
-    cfg, mesh = opened.cfg, sharding.make_mesh("data=1")
+    cfg, mesh = opened.cfg, distributed_mesh.make_mesh("data=1")
     plan = plan_batches(cfg, mesh, lambda *_: None)
 
     def batches(tasks, split):
@@ -152,9 +153,9 @@ def test_progress_schedule_and_the_number_of_steps_are_nanochats(name):
     ratios = {key: getattr(ours["cfg"], key) for key in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
     for step, (seen, entry) in enumerate(zip(ours["seen"], steps)):
         assert seen == {"progress": entry["progress"], "epoch": entry["epoch"], "last": step == len(steps) - 1}
-        multiplier = groups.sft_lr_multiplier(entry["progress"], **ratios)
+        multiplier = schedules.sft_lr_multiplier(entry["progress"], **ratios)
         np.testing.assert_allclose(multiplier, entry["lr_multiplier"], rtol=1e-9)
-        np.testing.assert_allclose(groups.sft_muon_momentum(step), entry["muon_momentum"], rtol=1e-9)
+        np.testing.assert_allclose(schedules.sft_muon_momentum(step), entry["muon_momentum"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", RUNS)

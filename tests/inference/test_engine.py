@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
 from nanochat_jax.inference.engine import Engine, arrange, ladder, text_pieces
 from nanochat_jax.inference.samples import Sampling

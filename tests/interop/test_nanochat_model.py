@@ -7,13 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from nanochat_jax.checkpoints.find import find_tag
 from nanochat_jax.files.torch_read import Refused
-from nanochat_jax.nanochat_import import (
+from nanochat_jax.interop.nanochat_model import (
     NAMES,
     era_config,
     find_era,
     find_steps,
-    find_tag,
     nanochat_name,
     our_path,
     read_model,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax.files.torch_read import Refused
+from nanochat_jax.interop.nanochat_model import read_model, tensor_shapes
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
-from nanochat_jax.nanochat_import import read_model, tensor_shapes
 from tests.interop.test_nanochat_model import model, write_model
 from tests.support.torch_files import write_pt
 

@@ -6,18 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanochat_jax import nanochat_import
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.interop import nanochat_model
 from nanochat_jax.model.attention import attention
-from nanochat_jax.model.gpt import (
-    GPT,
-    GPTConfig,
-    abstract_gpt,
-    flops_per_token,
-    kv_bytes_per_token,
-    parameter_counts,
-    window_sizes,
-)
+from nanochat_jax.model.cost import flops_per_token, kv_bytes_per_token, parameter_counts
+from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt, window_sizes
 from nanochat_jax.model.loss import summed_token_loss, token_logprobs, weighted_nll
 from tests.support import reference
 from tests.support.models import random_batch, random_params, tiny_config
@@ -218,7 +211,7 @@ def in_float64(params):
 
 
 def test_the_importer_gives_each_era_its_numbers():
-    for era, (values, _) in nanochat_import.ERAS.items():
+    for era, (values, _) in nanochat_model.ERAS.items():
         assert tiny_config(**values) == tiny_config(**ERAS[era])
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model import loss
 from nanochat_jax.model.loss import summed_token_loss, token_logprobs, weighted_nll
 

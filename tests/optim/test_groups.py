@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.distributed.sharding import make_mesh
-from nanochat_jax.optim import groups as optim
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.optim import groups as optim_groups
+from nanochat_jax.optim import schedules
 from nanochat_jax.optim.groups import AdamW, Muon, default_groups, make_optimizer
 from nanochat_jax.optim.muon import POLAR_EXPRESS, orthogonalise, reduce_variance
 from nanochat_jax.train.step import init_state, state_shardings
@@ -134,7 +135,7 @@ def test_rates_scale_with_width_and_decay_reaches_the_matrices_only():
     assert narrow["matrix"] == wide["matrix"] == Muon(0.02, 0.0)
     assert wide["value_embedding"] == AdamW(0.15, 0.8, 0.995, 0.01)
     assert GROUPS["matrix"].weight_decay == 0.1 and GROUPS["x0"].weight_decay == 0
-    assert optim.scale_rates(GROUPS, 0.5)["smear"].lr == 0.1
+    assert optim_groups.scale_rates(GROUPS, 0.5)["smear"].lr == 0.1
 
 
 def test_a_parameter_without_a_group_is_an_error():
@@ -145,42 +146,44 @@ def test_a_parameter_without_a_group_is_an_error():
 def test_state_goes_out_as_flat_arrays_and_comes_back():
     params = random_params(tiny_config())
     _, state = take_steps(params, count=1)
-    arrays = optim.state_arrays(state)
+    arrays = optim_groups.state_arrays(state)
     assert arrays["count/smear"] == 1 and arrays["momentum/blocks/1/mlp/c_fc"].shape == (256, 64)
     empty = init(params)
-    back = optim.with_state_arrays(empty, arrays)
+    back = optim_groups.with_state_arrays(empty, arrays)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, back, state)
 
 
 def test_schedules_have_their_corners_where_they_should():
     ratios = {"warmup_ratio": 0.1, "warmdown_ratio": 0.5, "final_lr_frac": 0.2}
-    values = [optim.sft_lr_multiplier(p, **ratios) for p in (0.05, 0.1, 0.5, 0.75, 1.0)]
+    values = [schedules.sft_lr_multiplier(p, **ratios) for p in (0.05, 0.1, 0.5, 0.75, 1.0)]
     assert values == pytest.approx([0.5, 1.0, 1.0, 0.6, 0.2], rel=1e-6)
-    assert optim.sft_lr_multiplier(0.7, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) == 1
-    assert [optim.sft_muon_momentum(s) for s in (0, 150, 300, 900)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
-    assert optim.rl_lr_multiplier(3, 10) == pytest.approx(0.7)
+    assert schedules.sft_lr_multiplier(0.7, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=0.0) == 1
+    assert [schedules.sft_muon_momentum(s) for s in (0, 150, 300, 900)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert schedules.rl_lr_multiplier(3, 10) == pytest.approx(0.7)
 
 
 def test_pretraining_rates_rise_by_steps_and_fall_over_the_last_part():
     shape = {"warmup_steps": 4, "warmdown_ratio": 0.5, "final_lr_frac": 0.1}
-    values = [optim.base_lr_multiplier(step, 20, **shape) for step in (0, 3, 4, 10, 11, 15, 19, 20)]
+    values = [schedules.base_lr_multiplier(step, 20, **shape) for step in (0, 3, 4, 10, 11, 15, 19, 20)]
     assert values == pytest.approx([0.25, 1.0, 1.0, 1.0, 0.91, 0.55, 0.19, 0.1])
     never = {"warmup_steps": 0, "warmdown_ratio": 0.0, "final_lr_frac": 0.1}
-    assert [optim.base_lr_multiplier(step, 20, **never) for step in (0, 19, 20)] == [1.0, 1.0, 1.0]
+    assert [schedules.base_lr_multiplier(step, 20, **never) for step in (0, 19, 20)] == [1.0, 1.0, 1.0]
 
 
 def test_pretraining_momentum_rises_for_400_steps_and_falls_with_the_rates():
-    values = [optim.base_muon_momentum(step, 2000, warmdown_ratio=0.5) for step in (0, 200, 400, 999, 1000, 1500, 2000)]
+    values = [
+        schedules.base_muon_momentum(step, 2000, warmdown_ratio=0.5) for step in (0, 200, 400, 999, 1000, 1500, 2000)
+    ]
     assert values == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.97, 0.935, 0.90])
-    assert optim.base_muon_momentum(300, 301, warmdown_ratio=0.65) == pytest.approx(
+    assert schedules.base_muon_momentum(300, 301, warmdown_ratio=0.65) == pytest.approx(
         0.94
     )  # a short run never gets there
-    assert optim.base_muon_momentum(500, 501, warmdown_ratio=0.0) == pytest.approx(0.97)
+    assert schedules.base_muon_momentum(500, 501, warmdown_ratio=0.0) == pytest.approx(0.97)
 
 
 def test_weight_decay_falls_along_half_a_cosine_and_reaches_the_matrices_only():
-    values = [optim.base_decay_multiplier(step, 12) for step in (0, 4, 6, 8, 12)]
+    values = [schedules.base_decay_multiplier(step, 12) for step in (0, 4, 6, 8, 12)]
     assert values == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
     params, half = random_params(tiny_config()), {**GROUPS, "matrix": Muon(GROUPS["matrix"].lr, 0.05)}
 

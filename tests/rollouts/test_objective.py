@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.distributed.sharding import make_mesh, param_shardings, to_global
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.distributed.sharding import param_shardings, to_global
 from nanochat_jax.model.loss import summed_token_loss
 from nanochat_jax.rollouts.objective import Objective, advantages, k3, make_score
 from tests.support import reference

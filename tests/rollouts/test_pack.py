@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.data.packing import plan_epoch
-from nanochat_jax.distributed.sharding import make_mesh, to_global
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.rollouts.objective import Objective, advantages, make_score
-from nanochat_jax.rollouts.pack import most_rows, nanochat_rows, packed_rows, step_statistics
+from nanochat_jax.rollouts.pack import most_rows, nanochat_rows, packed_rows
+from nanochat_jax.rollouts.statistics import step_statistics
 from nanochat_jax.train.step import abstract_state, init_state, make_train_step, place
 from tests.support.models import DESCENT, random_params, tiny_config
 

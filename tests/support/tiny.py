@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from flax import nnx
 
 from nanochat_jax.checkpoints import store
+from nanochat_jax.distributed import sharding
+from nanochat_jax.interop.nanochat_model import nanochat_name
 from nanochat_jax.model.gpt import GPT, GPTConfig, window_sizes
-from nanochat_jax.nanochat_import import nanochat_name
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_jax.train import step as train
@@ -78,7 +79,7 @@ def write_nanochat_base(base: Path, tag: str = "d2", step: int = 7, seed: int = 
     params = jax.tree.map(np.asarray, random_state(seed=seed)[0].params)
     write_pt(
         folder / f"model_{step:06d}.pt",
-        {nanochat_name(path): leaf for path, leaf in store.flat(params).items()},
+        {nanochat_name(path): leaf for path, leaf in sharding.flat(params).items()},
     )
     fields = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
     sizes = {name: getattr(CONFIG, name) for name in fields} | {"window_pattern": "SL"}

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model.attention import Shapes, attention, choose
 
 

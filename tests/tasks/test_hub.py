@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat_jax.data import shards
 from nanochat_jax.files import download
 from nanochat_jax.tasks import GSM8K, hub
 from tests.support.loopback import Answer, isolate, servers, together
@@ -311,10 +312,10 @@ def test_shards_are_downloaded_with_the_one_for_validation_and_those_there_stay(
     for i in (0, 1, 2, 6542):
         server.answers[shard(i)] = Answer(parquet(f"text {i}"))
     names = ["shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet"]
-    assert download.fetch_shards(2, tmp_path / "d", said.append) == [tmp_path / "d" / name for name in names]
+    assert shards.fetch_shards(2, tmp_path / "d", said.append) == [tmp_path / "d" / name for name in names]
     assert pq.read_table(tmp_path / "d" / names[1])["question"].to_pylist() == ["text 1"]
-    assert len(download.fetch_shards(3, tmp_path / "d", said.append)) == 4
-    download.fetch_shards(3, tmp_path / "d", said.append)
+    assert len(shards.fetch_shards(3, tmp_path / "d", said.append)) == 4
+    shards.fetch_shards(3, tmp_path / "d", said.append)
     assert sorted(server.paths()) == sorted(shard(i) for i in (0, 1, 2, 6542))
     assert "downloading 3 of 3 shards" in said[0] and "(3 of 3 files)" in said[3]
 
@@ -322,11 +323,11 @@ def test_shards_are_downloaded_with_the_one_for_validation_and_those_there_stay(
 def test_a_damaged_shard_does_not_count_and_the_others_stay(server, tmp_path):
     server.answers[shard(0)], server.answers[shard(6542)] = Answer(parquet("a")), Answer(b"x" * 100)
     with pytest.raises(download.DownloadError, match=r"shard_06542.parquet is damaged at its source"):
-        download.fetch_shards(1, tmp_path, lambda line: None)
+        shards.fetch_shards(1, tmp_path, lambda line: None)
     assert not (tmp_path / "shard_06542.parquet").exists()
 
 
 @pytest.mark.parametrize("n", [0, -1, 6543])
 def test_there_are_so_many_shards_and_no_more(tmp_path, n):
     with pytest.raises(ValueError, match=r"in 1..6542, got --download="):
-        download.fetch_shards(n, tmp_path)
+        shards.fetch_shards(n, tmp_path)

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat_jax.files.digest import file_digest
 from nanochat_jax.tasks import GSM8K, MMLU, CustomJSON, SmolTalk, Task, TaskMixture, TaskSequence, load_task
 from nanochat_jax.tasks import custom_json as custom_json_module
 from nanochat_jax.tasks.gsm8k import answer_parts, final_answer
-from nanochat_jax.tasks.hub import file_digest, load_split
+from nanochat_jax.tasks.hub import load_split
 from nanochat_jax.tasks.multiple_choice import choice_conversation
 
 

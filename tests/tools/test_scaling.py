@@ -24,8 +24,10 @@ import scaling
 import scaling_programs
 import scaling_table
 
+from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import sharding
-from nanochat_jax.model.gpt import REMAT, flops_per_token, window_sizes
+from nanochat_jax.model.cost import flops_per_token
+from nanochat_jax.model.gpt import REMAT, window_sizes
 from nanochat_jax.train import preflight
 from nanochat_jax.train.remat import kept_for_backward
 from tests.support.models import tiny_config
@@ -81,7 +83,7 @@ def parts(**more):
 def tiny(layers, mesh="data=2", optimizer=True):
     """Compiler of a small model on CPU devices."""
     settings = scaling_programs.Settings("here", mesh, remat="none", attention="reference", dtype="float32")
-    place = preflight.Place("here", sharding.make_mesh(mesh), np.dtype("float32"), None)
+    place = preflight.Place("here", distributed_mesh.make_mesh(mesh), np.dtype("float32"), None)
     model = tiny_config(n_layer=layers, windows=window_sizes("SSSL", layers, 32))
     compiler = preflight.Compiler(settings, place, model, preflight.Batch(2, 4, 32), packed=True)
     return compiler if optimizer else scaling_programs.without_optimizer(compiler, False)

@@ -18,8 +18,8 @@ import pytest
 
 from nanochat_jax import base, rl, sft
 from nanochat_jax.cli import settings
+from nanochat_jax.distributed.device_memory import asked_and_had, bytes_on_device, device_memory
 from nanochat_jax.train import preflight
-from nanochat_jax.train.remat import asked_and_had, bytes_on_device, device_memory
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]

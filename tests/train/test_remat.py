@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 
 from nanochat_jax import sft
-from nanochat_jax.distributed.sharding import batch_sharding, make_mesh
+from nanochat_jax.cli import device as memory
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.distributed.sharding import batch_sharding
 from nanochat_jax.model.gpt import REMAT, abstract_gpt
 from nanochat_jax.model.loss import summed_token_loss, weighted_nll
 from nanochat_jax.optim.groups import default_groups, make_optimizer
-from nanochat_jax.train import remat as memory
 from nanochat_jax.train.remat import choose_remat
 from nanochat_jax.train.step import abstract_state, make_train_step
 from tests.support.models import DESCENT, random_batch, random_params, tiny_config

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nanochat_jax.model.gpt import parameter_counts
+from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.train.scaling_laws import config_of_depth, recipe, scaling_params
 
 DIALS = {"aspect_ratio": 64, "head_dim": 128, "window_pattern": "SSSL", "max_seq_len": 2048, "vocab_size": 32768}

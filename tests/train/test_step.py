@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.sharding import (
-    PARAM_SPECS,
-    by_path,
-    make_mesh,
-    param_shardings,
-    path_name,
-    suiting,
-    to_global,
-)
+from nanochat_jax.distributed.mesh import make_mesh, suiting
+from nanochat_jax.distributed.sharding import PARAM_SPECS, by_path, param_shardings, path_name, to_global
 from nanochat_jax.model.gpt import abstract_gpt
 from nanochat_jax.optim.groups import default_groups, make_optimizer
 from nanochat_jax.train.step import abstract_state, init_state, make_train_step, place, random_state

@@ -33,7 +33,7 @@ from bench_device import compute_dtype, document_starts, facts, matmul_rate, sec
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model.attention import NAMES, Shapes, attention, choose
 from nanochat_jax.model.gpt import first_key
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from nanochat_jax.data.rows import ConversationStore, RowSource, train_batches
+from nanochat_jax.cli.device import cpu_name
+from nanochat_jax.data.batches import train_batches
+from nanochat_jax.data.conversations import ConversationStore, RowSource
 from nanochat_jax.data.token_cache import TokenCache
-from nanochat_jax.files.paths import cpu_name
 from nanochat_jax.tasks import GSM8K, SmolTalk
 from nanochat_jax.tokenizer import Tokenizer, split_conversation
 

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from nanochat_jax.files.paths import cpu_name
+from nanochat_jax.cli.device import cpu_name
 from nanochat_jax.model import attention
 from nanochat_jax.model.gpt import GPTConfig, window_sizes
 from nanochat_jax.train.scaling_laws import config_of_depth

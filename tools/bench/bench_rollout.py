@@ -28,10 +28,11 @@ import numpy as np
 from bench_device import DEPTHS, choose_attention, compute_dtype, depth_shape, facts, memory_rate, model_config, parse
 from flax import nnx
 
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine, arrange
 from nanochat_jax.inference.samples import Sampling
-from nanochat_jax.model.gpt import GPT, GPTConfig, parameter_counts
+from nanochat_jax.model.cost import parameter_counts
+from nanochat_jax.model.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PRESETS = {"cpu": {}} | {

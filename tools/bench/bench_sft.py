@@ -36,9 +36,10 @@ from bench_device import (
     parse,
 )
 
-from nanochat_jax.distributed.sharding import make_mesh, row_shards, to_global
-from nanochat_jax.files.paths import peak_flops
-from nanochat_jax.model.gpt import flops_per_token, parameter_counts
+from nanochat_jax.cli.device import peak_flops
+from nanochat_jax.distributed.mesh import make_mesh, row_shards
+from nanochat_jax.distributed.sharding import to_global
+from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.optim.groups import default_groups, group_labels, make_optimizer
 from nanochat_jax.optim.muon import POLAR_EXPRESS
 from nanochat_jax.train.remat import choose_remat

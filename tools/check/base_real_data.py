@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from nanochat_jax.checkpoints import integrity, store
-from nanochat_jax.data.documents import Documents, find_shards
+from nanochat_jax.data.shards import Documents, find_shards
 from nanochat_jax.tokenizer import train_tokenizer
 from nanochat_jax.train.metrics import read_metrics
 

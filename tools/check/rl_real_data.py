@@ -22,7 +22,8 @@ import numpy as np
 import tyro
 from kill_resume import at_step, run_until, start
 
-from nanochat_jax.checkpoints.store import find_model, flat, load_params
+from nanochat_jax.checkpoints.find import find_model, load_params
+from nanochat_jax.distributed.sharding import flat
 from nanochat_jax.quickstart import write_shards
 from nanochat_jax.tasks import GSM8K
 from nanochat_jax.tasks.gsm8k import final_answer

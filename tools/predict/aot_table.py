@@ -20,11 +20,11 @@ import tyro
 from hlo_cost import cost
 from roofline import RATES, append, attention_flops, bounds, head_split, provenance, sending, spans
 
-from nanochat_jax.distributed.sharding import row_shards
-from nanochat_jax.files.paths import peak_flops
-from nanochat_jax.model.gpt import flops_per_token, parameter_counts
+from nanochat_jax.cli.device import peak_flops
+from nanochat_jax.distributed.device_memory import asked_and_had, beside_arguments, is_out_of_memory
+from nanochat_jax.distributed.mesh import row_shards
+from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.train import preflight, scaling_laws
-from nanochat_jax.train.remat import asked_and_had, beside_arguments, is_out_of_memory
 
 CASES = ("d20:v5e-8", "d20:v6e-8", "d34:v5p-8", "d34:v5e-256:data=128,model=2")
 

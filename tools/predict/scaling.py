@@ -46,9 +46,9 @@ from roofline import RATES, Span, append, attention_flops, bounds, head_split, p
 from scaling_programs import Case, Workload, model_of, parse
 from scaling_table import render
 
+from nanochat_jax.cli.device import peak_flops
 from nanochat_jax.cli.settings import require
-from nanochat_jax.files.paths import peak_flops
-from nanochat_jax.model.gpt import flops_per_token, parameter_counts
+from nanochat_jax.model.cost import flops_per_token, parameter_counts
 
 SLICES = {8: ("v5e-8", "v6e-8", "v5p-16"), 64: ("v5e-64", "v6e-64", "v5p-128"), 256: ("v5e-256", "v6e-256", "v5p-512")}
 CASES = tuple(f"d{depth}:{name}" for depth in (20, 26, 34) for names in SLICES.values() for name in names)

@@ -18,20 +18,14 @@ import optax
 from hlo_cost import Cost, cost
 from roofline import RATES, spans
 
+from nanochat_jax.cli.device import peak_flops
 from nanochat_jax.cli.settings import require
-from nanochat_jax.distributed.sharding import row_shards, whole_copies
-from nanochat_jax.files.paths import peak_flops
+from nanochat_jax.distributed.collectives import whole_copies
+from nanochat_jax.distributed.device_memory import asked_and_had, beside_arguments, bytes_on_device, is_out_of_memory
+from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.model.gpt import REMAT, GPTConfig, window_sizes
 from nanochat_jax.train import preflight, scaling_laws
-from nanochat_jax.train.remat import (
-    ROOM,
-    asked_and_had,
-    beside_arguments,
-    bytes_on_device,
-    held_anyway,
-    is_out_of_memory,
-    kept_for_backward,
-)
+from nanochat_jax.train.remat import ROOM, held_anyway, kept_for_backward
 from nanochat_jax.train.step import abstract_state
 
 PATTERN = "SSSL"

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from nanochat_jax.cli.settings import require
+from nanochat_jax.files.paths import write_atomically
 from tpu_vm.gcloud import (
     EXISTS,
     FINAL,
@@ -28,9 +30,6 @@ from tpu_vm.gcloud import (
     backoff,
     last_error,
 )
-
-from nanochat_jax.cli.settings import require
-from nanochat_jax.files.paths import write_atomically
 
 FOLDER = "nanochat_jax_tpu"  # in the home folder of every worker; everything of ours is in it
 ARCHIVE = f"{FOLDER}.tar.gz"

@@ -11,11 +11,10 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from tpu_vm.gcloud import Unreachable
-from tpu_vm.machine import DEAD, HALTED, Lost, Machine, Unanswered, numbers
-
 from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.coordinator import LOST
+from tpu_vm.gcloud import Unreachable
+from tpu_vm.machine import DEAD, HALTED, Lost, Machine, Unanswered, numbers
 
 STAGE = re.compile(r"nanochat_jax\.(base|sft|rl)")
 AGAIN = {128 + 15, LOST}  # exit codes of a stage that SIGTERM made save and end, and of one that lost another process

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nanochat_jax.distributed.sharding import platform
+from nanochat_jax.distributed.mesh import platform
 from nanochat_jax.model.attention.residuals import LSE, OUT
 
 BLOCK_CPU, BLOCK = 128, 256  # queries and keys, at most: small ones make poor matrix products, large ones skip less

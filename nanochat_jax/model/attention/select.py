@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.sharding import row_axes, row_shards
+from nanochat_jax.distributed.mesh import row_axes, row_shards
 from nanochat_jax.model.attention.chunked import chunked
 from nanochat_jax.model.attention.reference import reference
 from nanochat_jax.model.attention.sharded import sharded

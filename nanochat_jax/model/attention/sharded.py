@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.sharding import row_axes, row_shards
+from nanochat_jax.distributed.mesh import row_axes, row_shards
 
 
 def sharded(kernel: Callable) -> Callable:

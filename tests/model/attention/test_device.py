@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.distributed.sharding import make_mesh, to_global
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.model.attention import NAMES, Shapes, attention, choose, select
 from nanochat_jax.model.gpt import GPTConfig, first_key
 from nanochat_jax.optim.groups import default_groups, make_optimizer

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import eval as eval_stage
 from nanochat_jax.cli.device import choose_attention
-from nanochat_jax.distributed.sharding import make_mesh
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model.attention import NAMES, Shapes, attention, check, choose, select
 from nanochat_jax.model.attention.sharded import sharded
 from nanochat_jax.model.attention.splash import splash

@@ -1,0 +1,167 @@
+"""Finding a model by its stage and tag, and reading it: our checkpoints, or nanochat's own files where they are."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nanochat_jax.checkpoints import integrity
+from nanochat_jax.checkpoints.store import SOURCES, read_arrays, read_meta
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.sharding import path_name
+from nanochat_jax.files import bucket
+from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.interop.nanochat_model import _meta_file, _read_meta, find_steps, read_config, read_model
+from nanochat_jax.interop.nanochat_optimizer import imported_arrays, read_optimizer, recorded_groups
+from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
+from nanochat_jax.optim.groups import Groups, replace_groups
+from nanochat_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model on disk: <folder>/<step> in our format, or nanochat's files of that step in <folder>."""
+
+    folder: Path
+    step: int
+    ours: bool
+
+    @property
+    def tag(self) -> str:
+        return self.folder.name
+
+    def __str__(self) -> str:
+        return str(self.folder / (str(self.step) if self.ours else f"model_{self.step:06d}.pt"))
+
+
+def identity(found: Found) -> str:
+    """The model's tag and step, with a hash of what tells it from another one there."""
+    folder = found.folder / str(found.step)
+    files = [folder / integrity.SEAL] if found.ours else [_meta_file(found.folder, found.step)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    size = 0 if found.ours else (found.folder / f"model_{found.step:06d}.pt").stat().st_size
+    return f"{found.tag}, step {found.step}, {digest[:12]}{f', {size} bytes' if size else ''}"
+
+
+def find_model(source: str, model_tag: str | None = None, step: int | None = None, base: Path | None = None) -> Found:
+    """Where the model is: the tag d<number> with the largest number, and its last step, unless they are given.
+
+    FileNotFoundError says where was looked and what to do. A damaged checkpoint of ours is named and passed over.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"the source of a model must be one of {', '.join(SOURCES)}, got {source!r}")
+    root = (base or kept_dir()) / SOURCES[source]
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no {source} model: {root} does not exist; train one there, or set NANOCHAT_BASE_DIR to the folder that "
+            f"holds {SOURCES[source]}/"
+        )
+    folder = root / (model_tag or find_tag(root))
+    if not folder.is_dir():
+        tags = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(f"--model-tag={model_tag}: {folder} does not exist; tags in {root}: {tags}")
+    ours, theirs = integrity.steps(folder), _nanochat_steps(folder)
+    if step is not None:
+        if step not in (*ours, *theirs):
+            raise FileNotFoundError(f"--model-step={step} is not in {folder}; its steps: {sorted({*ours, *theirs})}")
+        ours, theirs = [s for s in ours if s == step], [s for s in theirs if s == step]
+    while ours and not (theirs and theirs[-1] > ours[-1]):
+        if integrity.is_intact(folder / str(ours[-1])):
+            return Found(folder, ours[-1], True)
+        print0(f"WARNING: checkpoint {folder / str(ours.pop())} is damaged and is passed over")
+    if theirs:
+        return Found(bucket.fetch(folder, f"*_{theirs[-1]:06d}*"), theirs[-1], False)
+    if any(folder.glob("model_*.pt")):
+        find_steps(folder)  # raises the sentence that says what is missing
+    raise FileNotFoundError(
+        f"no intact checkpoint in {folder}" + ("" if step is None else f" at --model-step={step}") + ": pass another "
+        "--model-tag or --model-step"
+    )
+
+
+def _nanochat_steps(folder: Path) -> list[int]:
+    try:
+        return find_steps(folder)
+    except FileNotFoundError:
+        return []
+
+
+def peek_meta(found: Found) -> dict:
+    """The model's meta alone, without reading a tensor; its sizes are there."""
+    if found.ours:
+        return read_meta(found.folder / str(found.step))
+    meta = _read_meta(_meta_file(found.folder, found.step))
+    for size in ("n_layer", "sequence_len", "vocab_size"):
+        value = meta["model_config"].get(size)
+        if type(value) is not int or value < 1:
+            message = f"model_config must have an integer {size} of at least 1, got {value!r:.60}"
+            raise ValueError(f"{_meta_file(found.folder, found.step)}: {message}")
+    return meta
+
+
+def load_config(found: Found) -> GPTConfig:
+    """The network of a model in either format; no parameter is read."""
+    if not found.ours:
+        return read_config(found.folder, found.step)
+    return GPTConfig(**read_meta(found.folder / str(found.step))["model_config"])
+
+
+def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict, dict]:
+    """(config, parameters as a nested dict of float32, meta) of a model in either format; nanochat's are imported.
+
+    logit_cap: of nanochat's checkpoints from 2026-03-02 to 03-09, which had 20 and do not say so."""
+    if not found.ours:
+        return read_model(found.folder, found.step, logit_cap)
+    folder = found.folder / str(found.step)
+    meta = read_meta(folder)
+    config = GPTConfig(**meta["model_config"])
+    arrays = read_arrays(folder, "params")
+    return config, jax.tree.map_with_path(lambda path, _: arrays[path_name(path)], abstract_gpt(config)[1]), meta
+
+
+def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Groups, Mapping[str, Any]] | None:
+    """Warm start: (groups with the file's betas, eps and decay but the given rates, `optim.state_arrays`); None where
+    the model came without optimizer state."""
+    if found.ours:
+        folder = found.folder / str(found.step)
+        if not (folder / "optimizer").is_dir():
+            return None
+        return replace_groups(groups, read_meta(folder)["optimizer_groups"]), read_arrays(folder, "optimizer")
+    state = read_optimizer(found.folder, found.step, config)
+    if state is None:
+        return None
+    return replace_groups(groups, recorded_groups(state["groups"])), imported_arrays(state)
+
+
+def load_model(source: str, model_tag: str | None = None, step: int | None = None, *, dtype=None):
+    """-> (model, tokenizer, meta): model(ids int32 [B,T]) gives float32 logits [B,T,V].
+
+    source: "base", "sft" or "rl". Finds the model as nanochat does and imports nanochat's own files where needed.
+    dtype: compute type; default float32 on CPU, bfloat16 elsewhere.
+    """
+    found = find_model(source, model_tag, step)
+    config, params, meta = load_params(found)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    graphdef, _ = abstract_gpt(config, dtype)
+    model: GPT = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+    return model, Tokenizer.load(base_dir() / "tokenizer"), meta
+
+
+def find_tag(folder: Path) -> str:
+    """nanochat's default model in `folder`: the largest d<number>, else the folder modified last."""
+    tags = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not tags:
+        raise FileNotFoundError(
+            f"no model in {folder}: put nanochat's checkpoints there, train one, or point NANOCHAT_BASE_DIR elsewhere"
+        )
+    depths = {tag: int(found[1]) for tag in tags if (found := re.match(r"d([0-9]+)", tag))}
+    if depths:
+        return min(depths, key=lambda tag: (-depths[tag], len(tag), tag))  # of equal depth: "d20" before "d20_long"
+    return max(tags, key=lambda tag: bucket.modified(folder / tag))

@@ -1,0 +1,91 @@
+"""ChatCORE, nanochat's one number for a chat model: how far its accuracies are from guessing (0) to perfect (1)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.mesh import own_devices
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.sharding import own_copy
+from nanochat_jax.evals.eval_set import prepare
+from nanochat_jax.evals.evaluator import Examiner
+from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.tasks.registry import make_task
+
+BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0}
+WITH_SPELLING = BASELINES | {"SpellingBee": 0.0}
+NEW_TOKENS = 512
+
+
+def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float] = BASELINES) -> float | None:
+    """Mean over the tasks of `baselines` of (accuracy - baseline) / (1 - baseline): 0 is guessing, 1 is perfect.
+
+    None where a task is missing: a mean of fewer tasks would be another number."""
+    if any(name not in accuracies for name in baselines):
+        return None
+    return float(np.mean([(accuracies[name] - base) / (1 - base) for name, base in baselines.items()]))
+
+
+def make_chatcore(
+    model_config: GPTConfig,
+    tokenizer,
+    *,
+    mesh: Mesh,
+    dtype,
+    attention: str = "chunked",
+    data_dir: Path | None = None,
+    max_cat: int = -1,
+    max_sample: int = 24,
+    progress: Callable[[int, int], None] | None = None,
+    log: Callable = print0,
+) -> Callable[[dict], dict[str, float]] | None:
+    """-> measure(params): ChatCORE on the first max_cat problems of each multiple-choice task (-1: all) and the first
+    max_sample of the others; greedy, with nanochat's 512 new tokens. None where no task can be run.
+
+    measure gives chatcore (not where one of the five tasks cannot be run, which `log` says), chatcore_cat (of the
+    multiple-choice tasks alone), chatcore_with_spelling, and each task's accuracy as chatcore/<task>. progress(problems
+    done, problems in all) is called as a task goes on; what it raises ends the measurement, on all processes.
+    """
+    eval_sets = []
+    for name in WITH_SPELLING:
+        try:
+            with processes.zero_first(name):
+                task = make_task(name, data_dir)
+        except (ValueError, OSError) as e:
+            log(f"NOTE: {name} is not measured: {e}")
+            continue
+        limit = max_cat if task.eval_type == "categorical" else max_sample
+        eval_sets.append(prepare(name, task, tokenizer, None if limit < 0 else limit))
+    if missing := sorted(BASELINES.keys() - {eval_set.name for eval_set in eval_sets}):
+        log(f"NOTE: no ChatCORE without {', '.join(missing)}; the tasks that are there are measured")
+    if not eval_sets:
+        return None
+    eval_sets.sort(
+        key=lambda eval_set: -max(map(len, eval_set.prompts))
+    )  # the engine keeps room for the longest so far
+    own = own_devices(mesh)
+    evaluator = Examiner(model_config, tokenizer, own, dtype=dtype, attention=attention)
+    sampling = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
+    letters = {name: BASELINES[name] for name in BASELINES if BASELINES[name]}
+    sums = {"chatcore": BASELINES, "chatcore_cat": letters, "chatcore_with_spelling": WITH_SPELLING}
+
+    def measure(params) -> dict[str, float]:
+        with jax.set_mesh(own):
+            evaluator.load(own_copy(params, mesh))
+            try:
+                accuracies = {
+                    eval_set.name: evaluator.examine(eval_set, sampling, progress=progress).accuracy.value
+                    for eval_set in eval_sets
+                }
+            finally:
+                evaluator.load(None)
+        found = {name: chatcore(accuracies, baselines) for name, baselines in sums.items()}
+        found |= {f"chatcore/{name}": accuracies.get(name) for name in WITH_SPELLING}
+        return {name: value for name, value in found.items() if value is not None}
+
+    return measure

@@ -1,0 +1,71 @@
+"""A task's problems as the model sees them, and how an answer to one of them is judged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanochat_jax.tasks import Task
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A task's problems as the model sees them."""
+
+    name: str
+    task: Task
+    conversations: list[dict]
+    prompts: list[np.ndarray]  # int32 [T] each, up to assistant_start
+    letters: list[list[int]] | None  # of multiple choice: token ids of each problem's letters
+
+
+def prepare(name: str, task: Task, tokenizer, limit: int | None = None) -> Problems:
+    """The first `limit` problems (None: all). They are multiple choice where the conversations carry letters.
+
+    ValueError names the problem: it cannot be rendered, a letter is not one token, or its answer cannot be judged.
+    """
+    conversations, prompts, letters = [], [], []
+    choice = False
+    for i in range(len(task) if limit is None else min(limit, len(task))):
+        try:
+            conversation = task[i]
+            conversations.append(conversation)
+            prompts.append(np.array(tokenizer.render_for_completion(conversation), np.int32))
+            choice = choice if i else task.eval_type == "categorical" or "letters" in conversation
+            if choice:
+                letters.append(letter_tokens(conversation["letters"], tokenizer))
+        except (Exception, SystemExit) as e:  # a user's class may do anything
+            raise ValueError(f"{name}, problem {i}: {told(e)}") from e
+    if not conversations:
+        raise ValueError(f"{name} has no problems to put to the model")
+    problems = Problems(name, task, conversations, prompts, letters if choice else None)
+    judge(problems, 0, conversations[0]["letters"][0] if choice else "")  # a task without a judge is found out now
+    return problems
+
+
+def letter_tokens(letters: Sequence[str], tokenizer) -> list[int]:
+    """The token of each letter. ValueError: there is none, or the tokenizer splits one."""
+    if not letters:
+        raise ValueError("a multiple-choice question must offer at least one letter")
+    split = [tokenizer.encode(letter) for letter in letters]
+    for letter, ids in zip(letters, split):
+        if len(ids) != 1:
+            raise ValueError(f"each letter must be one token, but {letter!r:.40} is {len(ids)} for this tokenizer")
+    return [ids[0] for ids in split]
+
+
+def judge(problems: Problems, i: int, answer: str) -> bool:
+    """Whether the task takes `answer` to problem i as right. ValueError: it fails to say."""
+    try:
+        score = problems.task.evaluate(problems.conversations[i], answer)
+        known = bool(score in (0, 1))
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"{problems.name} cannot judge the answer to problem {i}: {told(e)}") from e
+    if not known:
+        raise ValueError(f"{problems.name}: evaluate must return 0 or 1, got {score!r:.40} for problem {i}")
+    return bool(score)
+
+
+def told(e: BaseException) -> str:
+    """What went wrong in a task, in words: with the error's class unless its sentence was made to be read."""
+    return str(e) if isinstance(e, ValueError | NotImplementedError) else f"{type(e).__name__}: {e}"

@@ -1,0 +1,58 @@
+"""Parquet files through pyarrow: rows counted from the footers, columns read, and faults that name the file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+
+def read_footer(path: Path):
+    """pyarrow's FileMetaData of a parquet file. ValueError, with the path: damaged, or no parquet file."""
+    import pyarrow.parquet as pq
+
+    return read_parquet(pq.read_metadata, path)
+
+
+def read_parquet(read: Callable, path: Path, **kwargs):
+    """read(path, **kwargs) of one of pyarrow.parquet's functions; errors as read_footer."""
+    import pyarrow as pa
+
+    try:
+        return read(path, **kwargs)
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise ValueError(f"{path} is not a readable parquet file: {first_line(e)}") from e
+
+
+def first_line(e: BaseException) -> str:
+    """An exception's message as it fits into a sentence."""
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+
+
+def count_rows(files: list[Path], columns: tuple[str, ...]) -> int:
+    """Rows of all files, from their footers. ValueError: a damaged file, or one without a column or with two of it."""
+    total = 0
+    for path in files:
+        footer = read_footer(path)
+        present = footer.schema.to_arrow_schema().names
+        if missing := [c for c in columns if c not in present]:
+            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(sorted(set(present)))}")
+        if repeated := [c for c in columns if present.count(c) > 1]:
+            raise ValueError(f"{path} must have one column {repeated[0]}, it has {present.count(repeated[0])}")
+        total += footer.num_rows
+    return total
+
+
+def read_files(files: list[Path], columns: tuple[str, ...] | None = None):
+    """pyarrow Table of these columns (None: all) of the files, one after the other."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if columns is not None:
+        count_rows(files, columns)  # its message names a missing column
+        columns = list(columns)
+    tables = [
+        read_parquet(pq.read_table, path, columns=columns, memory_map=True).replace_schema_metadata(None)
+        for path in files
+    ]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f"the parquet files of {files[0].parent} do not fit together: {first_line(e)}") from e

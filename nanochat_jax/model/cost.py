@@ -1,0 +1,37 @@
+"""What a model costs: parameters by kind, floating-point operations a token, bytes of keys and values a token."""
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
+
+
+def parameter_counts(config: GPTConfig) -> dict[str, int]:
+    """Number of parameters by group; `matrices` are those inside blocks, gates included."""
+    groups = {"wte": 0, "value_embeds": 0, "lm_head": 0, "matrices": 0, "scalars": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_gpt(config)[1]):
+        name = path[-1].key
+        if name == "value_embed":
+            group = "value_embeds"
+        elif name in groups:
+            group = name
+        else:
+            group = "matrices" if path[0].key == "blocks" else "scalars"
+        groups[group] += leaf.size
+    return groups | {"total": sum(groups.values())}
+
+
+def flops_per_token(config: GPTConfig, seq_len: int, kind: str = "train") -> int:
+    """FLOPs per token: matrix products (2 per weight and pass) and attention scores and values.
+
+    kind: "train" (forward and backward: 3 passes) or "prefill" (1 pass) count min(window, seq_len) keys for every
+    token, as nanochat's estimate does (causality is not subtracted); "decode" is one token at position seq_len - 1.
+    """
+    counts, passes = parameter_counts(config), {"train": 3, "prefill": 1, "decode": 1}[kind]
+    reach = [seq_len if w < 0 else min(w + (kind == "decode"), seq_len) for w in config.windows]
+    return passes * (2 * (counts["matrices"] + counts["lm_head"]) + 4 * config.n_embd * sum(reach))
+
+
+def kv_bytes_per_token(config: GPTConfig, dtype=jnp.bfloat16) -> int:
+    """Bytes that one more token takes in the cache."""
+    return 2 * config.n_layer * config.kv_dim * jnp.dtype(dtype).itemsize

@@ -1,0 +1,59 @@
+"""The prompts of a run of RL, in the order in which the run meets them."""
+
+import functools
+
+import numpy as np
+
+from nanochat_jax.data.rows import shuffled
+from nanochat_jax.evals.eval_set import told
+from nanochat_jax.rollouts.objective import MAX_REWARD
+from nanochat_jax.tasks import Task
+from nanochat_jax.tokenizer import MAX_TOKENS
+
+
+class Exercises:
+    """A task's problems in the order of a run, which meets them one after the other by their position 0, 1, ...: in the
+    task's order, from the second epoch on in one drawn from (seed, epoch)."""
+
+    def __init__(self, task: Task, tokenizer, seed: int, count: int):
+        """count: positions that the run can reach. ValueError: a problem that cannot be rendered or rewarded."""
+        self.task, self.tokenizer, self.seed, self.size = task, tokenizer, seed, len(task)
+        self.order = functools.lru_cache(2)(functools.partial(shuffled, self.size, seed))
+        self.prompts = [self._render(i) for i in range(min(self.size, count))]
+        self.reward(0, "")  # a task without a reward is found out now
+
+    def __getitem__(self, position: int) -> tuple[int, list[int]]:
+        """(number of the problem in the task, its prompt's ids)"""
+        epoch, within = divmod(position, self.size)
+        example = int(self.order(epoch)[within])
+        return example, self.prompts[example]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    def reward(self, example: int, answer: str) -> float:
+        """What an answer is worth. ValueError: the task fails to say, or says what is no number of at most 1e30."""
+        try:
+            reward = float(self.task.reward(self.task[example], answer))
+        except (Exception, SystemExit) as e:  # a user's class may do anything
+            raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {told(e)}") from e
+        if not abs(reward) <= MAX_REWARD:
+            raise ValueError(
+                f"{self.task.name}: a reward must be finite and at most {MAX_REWARD:g}, got {reward:g} for problem "
+                f"{example}"
+            )
+        return reward
+
+    def _render(self, example: int) -> list[int]:
+        try:
+            prompt = self.tokenizer.render_for_completion(self.task[example])
+        except (Exception, SystemExit) as e:
+            told = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+            raise ValueError(f"{self.task.name}, problem {example}: {told}") from e
+        if len(prompt) > MAX_TOKENS:  # it would end in the middle of the problem
+            raise ValueError(
+                f"{self.task.name}, problem {example}: a prompt must have at most {MAX_TOKENS:,} tokens, this has more"
+            )
+        return np.asarray(prompt, np.int32)

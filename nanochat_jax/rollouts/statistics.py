@@ -1,0 +1,30 @@
+"""What a step's rollouts show, in the numbers that are logged."""
+
+import numpy as np
+
+from nanochat_jax.rollouts.pack import Groups
+
+
+def step_statistics(samples: Groups, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
+    """What a step's samples [P][G], rewards and advantages [P,G] show, as logged.
+
+    reward: mean; pass_rate: share of samples with a reward above 0; no_signal: share of groups without an advantage;
+    length_mean, length_max: generated tokens; cut: share not ended by an end token; tool_calls, tool_failed: shares of
+    samples with a call, with a failed one; entropy: of the sampling distribution, in nats a sampled token, estimated by
+    the mean of -log p over what was sampled.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    flat = [sample for group in samples for sample in group]
+    lengths = np.array([len(sample.tokens) for sample in flat])
+    sampled = np.concatenate([sample.logprobs[sample.mask > 0] for sample in flat]).astype(np.float64)
+    return {
+        "reward": float(rewards.mean()),
+        "pass_rate": float((rewards > 0).mean()),
+        "no_signal": 1 - float(np.any(advantages, 1).mean()),
+        "length_mean": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+        "cut": float(np.mean([not sample.ended for sample in flat])),
+        "tool_calls": float(np.mean([bool(sample.tool_calls) for sample in flat])),
+        "tool_failed": float(np.mean([any(call.result is None for call in sample.tool_calls) for sample in flat])),
+        "entropy": float(-sampled.mean()) if sampled.size else 0.0,
+    }
