@@ -28,7 +28,7 @@ from nanochat_jax.optim import schedules
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight, scaling_laws
 from nanochat_jax.train.loop import Measurement, train_on, validation
-from nanochat_jax.train.run import Run, agreed, check_settings, open_folder, plan_batches
+from nanochat_jax.train.run import Run, check_agreement, check_settings, open_folder, plan_batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def main(cfg: BaseConfig) -> int:
 
     # The run: a new one, or one to go on with
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    run = agreed(open_folder(cfg, "base", tag_of(cfg), tokenizer, HARMLESS, print0))
+    run = check_agreement(open_folder(cfg, "base", tag_of(cfg), tokenizer, HARMLESS, print0))
     cfg = run.cfg
     check(cfg)  # also what a checkpoint recorded
     check_attention(cfg.attention, mesh, packed=cfg.document_mask)
@@ -133,12 +133,12 @@ def main(cfg: BaseConfig) -> int:
     tell(run, recipe)
 
     # Data: documents once through the tokenizer, a shard at a time, packed into full rows by plan
-    with processes.zero_first("the data"):
+    with processes.process_zero_first("the data"):
         *shards, held_out = shards_of(cfg)
         rows = documents.DocumentRows(shards, tokenizer, cfg.max_seq_len, seed=cfg.seed)
         held_out_rows = documents.DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
     run.check_data(rows.fingerprint(run.record.get("shards_reached")))
-    with processes.zero_first("the first shard"):
+    with processes.process_zero_first("the first shard"):
         print0("\n".join(documents.describe(rows, total * batch.rows_per_step)))
 
     # Schedule and loop
@@ -257,11 +257,11 @@ def samples(run: Run, tokenizer: Tokenizer, mesh, **how) -> Measurement:
         if not prompts:
             return {}
         from nanochat_jax.inference.engine import Engine
-        from nanochat_jax.inference.samples import Sampling
+        from nanochat_jax.inference.samples import SamplingParams
 
         engine = Engine(run.model_config, tokenizer, sharding.own_devices(mesh), tools=False, **how)
         with engine.holding(params, mesh):
-            answers = engine.generate(prompts, Sampling(temperature=0.0, max_new_tokens=SAMPLE_TOKENS))
+            answers = engine.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS))
         return {"samples": [printable(tokenizer.decode([*p[1:], *a[0].tokens])) for p, a in zip(prompts, answers)]}
 
     return Measurement(run.cfg.sample_every, measure)

@@ -33,7 +33,7 @@ from nanochat_jax.cli.settings import Maybe, require
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine, text_pieces
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible
 from nanochat_jax.train.run import check_tokenizer
@@ -191,7 +191,7 @@ class CtrlC:
 class Chat:
     """A model, the chat with it, and the terminal."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, seed: int):
+    def __init__(self, engine: Engine, sampling: SamplingParams, seed: int):
         self.engine, self.sampling, self.seed, self.asked = engine, sampling, seed, 0
         self.history = History(engine.tokenizer, engine.context, min(sampling.max_new_tokens, engine.context // 2))
         self.notes = Console(stderr=True)
@@ -218,7 +218,7 @@ class Chat:
         except KeyboardInterrupt:
             stopped = True
         self.write("\n")
-        ended = not self.engine.marks.ends.isdisjoint(answer.tokens[-1:])
+        ended = not self.engine.control_tokens.ends.isdisjoint(answer.tokens[-1:])
         if answer.tokens:
             self.history.add(question, answer.kept(ended))
         if stopped:
@@ -291,7 +291,7 @@ def open_engine(cfg: ChatConfig) -> tuple[Engine, find.Found]:
 
 def main(cfg: ChatConfig) -> int:
     """Talk -> the exit code: 0, or 130 where Ctrl-C stopped the one answer."""
-    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
+    sampling = SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
     require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
     require(cfg.prompt != "", "--prompt must hold a message, got an empty one")
     require(cfg.prompt is not None or sys.stdin is not None, "standard input is closed: give a message with --prompt")

@@ -30,11 +30,11 @@ from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import processes, sharding
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.chatcore import BASELINES, NEW_TOKENS, WITH_SPELLING, chatcore
-from nanochat_jax.evals.eval_set import Problems, prepare
-from nanochat_jax.evals.evaluator import Examiner, Verdict
+from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
+from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, write_atomically
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.tasks.registry import TASKS, make_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class EvalConfig:
     settings: Maybe[Path] = None  # TOML file of flags; flags on the command line win
 
 
-def check(cfg: EvalConfig) -> Sampling:
+def check(cfg: EvalConfig) -> SamplingParams:
     """How to sample. ValueError for a setting that cannot work whatever the model and the tasks are."""
     at_least_1 = ("max_problems", "num_samples", "batch_size", "slots")
     for name in at_least_1:
@@ -97,7 +97,7 @@ def check(cfg: EvalConfig) -> Sampling:
         folder = cfg.json.absolute().parent
         folder.mkdir(parents=True, exist_ok=True)
         require(os.access(folder, os.W_OK), f"--json {cfg.json} must be in a folder with write access")
-    return Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
+    return SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
 
 
 def task_names(flag: str | None) -> list[str]:
@@ -112,9 +112,9 @@ def task_names(flag: str | None) -> list[str]:
     return names
 
 
-def prepare_all(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Problems], dict[str, str]]:
+def make_eval_sets(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[EvalSet], dict[str, str]]:
     """The problems of every task that can be run, and why the others cannot. A task that -a names must be runnable."""
-    papers, not_run = [], {}
+    eval_sets, not_run = [], {}
     for name in task_names(cfg.task_name):
         try:
             task = make_task(name, cfg.data_dir, unsafe=cfg.unsafe_exec)
@@ -123,11 +123,11 @@ def prepare_all(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[Problems], 
                 raise
             not_run[name] = str(e)
             continue
-        papers.append(prepare(name, task, tokenizer, cfg.max_problems))
+        eval_sets.append(make_eval_set(name, task, tokenizer, cfg.max_problems))
     for name, reason in not_run.items():
         print0(f"WARNING: {name} is not run: {reason}")
-    require(bool(papers), "no task can be run: see the reasons above")
-    return papers, not_run
+    require(bool(eval_sets), "no task can be run: see the reasons above")
+    return eval_sets, not_run
 
 
 def main(cfg: EvalConfig) -> int:
@@ -143,15 +143,15 @@ def main(cfg: EvalConfig) -> int:
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
     check_tokenizer(tokenizer, find.peek_meta(found))
-    with processes.zero_first("the problems"):
-        papers, not_run = prepare_all(cfg, tokenizer)
-    sizes = [f"{problems.name}: {len(problems.prompts)}" for problems in papers]
+    with processes.process_zero_first("the problems"):
+        eval_sets, not_run = make_eval_sets(cfg, tokenizer)
+    sizes = [f"{problems.name}: {len(problems.prompts)}" for problems in eval_sets]
     facts = {"model": find.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
     processes.agree("the problems", facts)
     print0(f"Model: {found}")
     model_config, params, _ = find.load_params(found)
     how = {"mesh": mesh, "dtype": dtype}
-    longest = max(len(prompt) for problems in papers for prompt in problems.prompts)
+    longest = max(len(prompt) for problems in eval_sets for prompt in problems.prompts)
     alone = {"packed": False, "training": False}
     how["attention"] = choose_attention(cfg.attention, model_config, longest, **alone, **how)
 
@@ -170,7 +170,7 @@ def main(cfg: EvalConfig) -> int:
     }
     own = how["mesh"] = distributed_mesh.own_devices(mesh)  # each process has its part of the problems
     slots = max(1, cfg.slots // processes.count())
-    examiner = Examiner(model_config, tokenizer, rows=cfg.batch_size, slots=slots, **how)
+    evaluator = Evaluator(model_config, tokenizer, rows=cfg.batch_size, slots=slots, **how)
     console = Console(quiet=processes.index() > 0)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
@@ -178,12 +178,12 @@ def main(cfg: EvalConfig) -> int:
         explaining_memory_of(cfg),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
-        examiner.load(jax.device_put(params, sharding.param_shardings(params, own)))
-        for problems in papers:
+        evaluator.load(jax.device_put(params, sharding.param_shardings(params, own)))
+        for problems in eval_sets:
             bar = progress.add_task(problems.name, total=len(problems.prompts))
             how = {"samples": cfg.num_samples, "seed": cfg.seed, "progress": partial(move, progress, bar)}
             began = time.perf_counter()
-            verdict = examiner.examine(problems, sampling, **how)
+            verdict = evaluator.evaluate_set(problems, sampling, **how)
             result = report["tasks"][problems.name] = record(problems, verdict, time.perf_counter() - began)
             progress.remove_task(bar)
             print_line(progress.console, f"{problems.name}: {spoken(result)}")
@@ -216,7 +216,7 @@ def explaining_memory_of(cfg: EvalConfig):
         ) from e
 
 
-def record(problems: Problems, verdict: Verdict, seconds: float) -> dict:
+def record(problems: EvalSet, verdict: EvalResult, seconds: float) -> dict:
     """What the JSON file tells of a task; shares as value, low and high of the 95 % interval."""
     generated = problems.letters is None
     result = {

@@ -67,7 +67,7 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
         if state:
             meta |= {"optimizer_groups": recorded_groups(state["groups"]), "nanochat_groups": state["groups"]}
         arrays = nanochat_optimizer.imported_arrays(state) if state else None
-        store.write(target, sharding.flat(params), arrays, meta)
+        store.write(target, sharding.flatten_by_path(params), arrays, meta)
         log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if state else " (no optimizer state)"))
     return len(models)
 

@@ -34,7 +34,7 @@ from nanochat_jax.distributed import mesh
 from nanochat_jax.evals import eval_set, evaluator
 from nanochat_jax.evals.intervals import Share
 from nanochat_jax.files.paths import write_atomically
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.tasks import Arithmetic, SimpleSpelling
 from nanochat_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -221,7 +221,7 @@ class Tour:
     def __init__(self, console: Console, out: Path, seed: int):
         self.console, self.out, self.seed = console, out, seed
         self.shares: dict[str, list[Share]] = {}  # after a stage: right answers, most likely and drawn
-        self.examiner = None
+        self.evaluator = None
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style), soft_wrap=True)
@@ -262,12 +262,14 @@ class Tour:
         """Put the unseen problems to the model that the last stage has made; shares.json keeps what comes of it."""
         began = time.perf_counter()
         model_config, params, _ = find.load_params(find.find_model(source, tag))
-        if self.examiner is None:
-            self.problems = eval_set.prepare("Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer)
-            self.examiner = evaluator.Examiner(model_config, tokenizer, mesh.make_mesh(""), slots=PROBLEMS)
-        self.examiner.load(params)
-        drawn = [Sampling(temperature, 0, ANSWER_TOKENS) for temperature in (0.0, 1.0)]
-        shares = [self.examiner.examine(self.problems, how, seed=self.seed).accuracy for how in drawn]
+        if self.evaluator is None:
+            self.problems = eval_set.make_eval_set(
+                "Arithmetic", Arithmetic("test", PROBLEMS, seed=self.seed), tokenizer
+            )
+            self.evaluator = evaluator.Evaluator(model_config, tokenizer, mesh.make_mesh(""), slots=PROBLEMS)
+        self.evaluator.load(params)
+        drawn = [SamplingParams(temperature, 0, ANSWER_TOKENS) for temperature in (0.0, 1.0)]
+        shares = [self.evaluator.evaluate_set(self.problems, how, seed=self.seed).accuracy for how in drawn]
         self.shares[name] = shares
         write_atomically(self.out / "shares.json", json.dumps(self.shares, indent=1).encode())
         self.done(f"right on {spoken(shares[0])} of {PROBLEMS} unseen problems", began)
@@ -282,7 +284,7 @@ class Tour:
         empty = {"role": "assistant", "content": ""}
         asked = [{"messages": [{"role": "user", "content": question}, empty]} for question in questions]
         prompts = [tokenizer.render_for_completion(conversation) for conversation in asked]
-        groups = self.examiner.engine.generate(prompts, Sampling(0.0, 0, ANSWER_TOKENS))
+        groups = self.evaluator.engine.generate(prompts, SamplingParams(0.0, 0, ANSWER_TOKENS))
         for question, (sample,) in zip(questions, groups):
             pieces = chat.Answer(tokenizer).pieces(zip(sample.tokens, sample.mask))
             answer = "".join(text for text, _ in pieces)

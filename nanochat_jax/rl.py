@@ -24,18 +24,18 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.distributed import sharding as distributed_sharding
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import Interrupted, Signals
-from nanochat_jax.evals.eval_set import Problems, judge, prepare
+from nanochat_jax.evals.eval_set import EvalSet, judge, make_eval_set
 from nanochat_jax.evals.intervals import pass_at_k
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sampling, answer_text
+from nanochat_jax.inference.samples import SamplingParams, answer_text
 from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.optim import schedules as optim
 from nanochat_jax.rollouts.batch_shape import plan_shape
-from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, Practice
+from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
-from nanochat_jax.rollouts.prompts import Exercises
+from nanochat_jax.rollouts.prompts import PromptStream
 from nanochat_jax.tasks import GSM8K, Arithmetic, SpellingBee, Task, load_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
@@ -112,7 +112,7 @@ EVAL_STEP = -1  # in place of the step in the sampling's seeds: every evaluation
 ADVICE = "Lower --slots and --device-batch-size first, which change no result, then --max-new-tokens"
 
 
-def check(cfg: RLConfig) -> Sampling:
+def check(cfg: RLConfig) -> SamplingParams:
     """How to sample. ValueError for a setting that cannot work whatever the model and the problems are."""
     rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac")
     counts = ("num_epochs", "examples_per_step", "eval_examples", "eval_samples", "slots", "device_batch_size")
@@ -136,7 +136,7 @@ def check(cfg: RLConfig) -> Sampling:
         f"--updates-per-batch={cfg.updates_per_batch} goes on with answers of an older policy: bound how far with "
         "--clip-low 0.2 --clip-high 0.2",
     )
-    return Sampling(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
+    return SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
 
 
 def objective_of(cfg: RLConfig) -> Objective:
@@ -161,14 +161,14 @@ def main(cfg: RLConfig) -> int:
     dtype = compute_dtype(cfg.dtype)
 
     # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
-    with processes.zero_first("the problems"):
+    with processes.process_zero_first("the problems"):
         task = make_task("--task", cfg.task, "train", MADE_UP, cfg.data_dir)
     run.check_data(task.fingerprint())
     total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
     require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
     draws = total * cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
-    exercises = Exercises(task, tokenizer, cfg.seed, draws)
-    with processes.zero_first("the held-out problems"):
+    exercises = PromptStream(task, tokenizer, cfg.seed, draws)
+    with processes.process_zero_first("the held-out problems"):
         paper = held_out(cfg, tokenizer)
     run.load(print0)
     mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
@@ -194,7 +194,7 @@ def main(cfg: RLConfig) -> int:
             score = functools.partial(make_score(run.model_config, params, mesh, **where), params)
         signals = Signals()
         own, slots = sharding.own_devices(mesh), max(1, cfg.slots // processes.count())
-        practice = Practice(
+        practice = RolloutCollector(
             cfg=cfg,
             exercises=exercises,
             tokenizer=tokenizer,
@@ -287,7 +287,7 @@ def make_task(flag: str, name: str, split: str, size: int, data_dir: Path | None
     return TASKS[name](split, size, data_dir)
 
 
-def held_out(cfg: RLConfig, tokenizer: Tokenizer) -> Problems | None:
+def held_out(cfg: RLConfig, tokenizer: Tokenizer) -> EvalSet | None:
     """The held-out problems; None where there is nothing to measure."""
     if cfg.eval_every < 1:
         return None
@@ -295,7 +295,7 @@ def held_out(cfg: RLConfig, tokenizer: Tokenizer) -> Problems | None:
         print0("NOTE: no held-out problems, pass@k is not measured (give --eval-task)")
         return None
     task = make_task("--eval-task", cfg.eval_task or cfg.task, "test", cfg.eval_examples, cfg.data_dir)
-    paper = prepare(task.name, task, tokenizer, cfg.eval_examples)
+    paper = make_eval_set(task.name, task, tokenizer, cfg.eval_examples)
     require(paper.letters is None, f"--eval-task {task.name} is multiple choice, pass@k is of generated answers")
     return paper
 
@@ -324,7 +324,7 @@ def starting_model(cfg: RLConfig, record: dict, like: Any) -> tuple[Any, str]:
     except FileNotFoundError as e:
         raise ValueError(f"--kl-coef needs the model that the run started from: {e}") from e
     digest = hashlib.sha256()
-    for name, leaf in sorted(distributed_sharding.flat(params).items()):
+    for name, leaf in sorted(distributed_sharding.flatten_by_path(params).items()):
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     require(
         record.get("reference") in (None, digest.hexdigest()),
@@ -334,7 +334,7 @@ def starting_model(cfg: RLConfig, record: dict, like: Any) -> tuple[Any, str]:
     return place(params, like), digest.hexdigest()
 
 
-def examination(cfg: RLConfig, paper: Problems | None, practice: Practice) -> Measurement:
+def examination(cfg: RLConfig, paper: EvalSet | None, practice: RolloutCollector) -> Measurement:
     """pass@k on the held-out problems, k = 1..--eval-samples, with 95 % intervals as pass@k_low and pass@k_high."""
     if paper is None:
         return Measurement(-1, lambda params: {})

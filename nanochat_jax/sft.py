@@ -170,12 +170,12 @@ def main(cfg: SFTConfig) -> int:
     batch = plan_batches(cfg, mesh, print0)
 
     # Data: conversations once through the tokenizer, packed into rows by plan
-    with processes.zero_first("the data"):
+    with processes.process_zero_first("the data"):
         tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
         rows = row_source(TaskMixture(tasks, seed=cfg.seed), cfg, tokenizer)
     run.check_data(rows.fingerprint())
     print0("\n".join(data.describe(rows)))
-    with processes.zero_first("the validation data"):
+    with processes.process_zero_first("the validation data"):
         held_out_rows = validation_rows(held_out, cfg, tokenizer)
     total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.rows_in_epoch(0) // batch.rows_per_step)
 

@@ -19,7 +19,7 @@ from nanochat_jax import chat
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
 from nanochat_jax.cli import main
 from nanochat_jax.cli import settings as cli_settings
-from nanochat_jax.inference.samples import Marks, Sampling
+from nanochat_jax.inference.samples import ControlTokens, SamplingParams
 from nanochat_jax.tokenizer import UnsplittableText
 from tests.support import tiny
 
@@ -30,7 +30,7 @@ BOS, USER, USER_END, ASSISTANT, END = (TOKENIZER.special(f"<|{name}|>") for name
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
     TOKENIZER.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
 )
-SAMPLING = Sampling(0.6, 50, 20)
+SAMPLING = SamplingParams(0.6, 50, 20)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def no_colours(monkeypatch):
 class Script:
     """An engine that says what is written: an answer is a list of (token, mask) and of exceptions to be raised."""
 
-    tokenizer, marks = TOKENIZER, Marks(TOKENIZER)
+    tokenizer, control_tokens = TOKENIZER, ControlTokens(TOKENIZER)
 
     def __init__(self, *answers, context=100):
         self.answers, self.context = iter(answers), context
@@ -200,7 +200,7 @@ def test_what_a_user_types_never_becomes_a_special_token(monkeypatch):
 
 def test_the_oldest_turns_are_forgotten_and_it_is_said(monkeypatch, capsys):
     engine = Script(*[said("abcde") + sampled(END)] * 4, context=50)
-    talk(monkeypatch, engine, "one\ntwo\nsix\nten\n", Sampling(0.6, 50, 15))  # a turn has 12 tokens, 15 stay free
+    talk(monkeypatch, engine, "one\ntwo\nsix\nten\n", SamplingParams(0.6, 50, 15))  # a turn has 12 tokens, 15 stay free
     one, two, six = (turn(q, *b"abcde") for q in ("one", "two", "six"))
     assert engine.prompts[1:] == [
         [BOS, *one, *asked("two")],
@@ -210,7 +210,7 @@ def test_the_oldest_turns_are_forgotten_and_it_is_said(monkeypatch, capsys):
     assert capsys.readouterr().err == "(the oldest turn is forgotten: the context of 50 has no room for more)\n"
 
     engine = Script(*[said("abcde") + sampled(END)] * 4, context=50)
-    talk(monkeypatch, engine, "one\ntwo\n" + "m" * 20, Sampling(0.6, 50, 15))
+    talk(monkeypatch, engine, "one\ntwo\n" + "m" * 20, SamplingParams(0.6, 50, 15))
     assert engine.prompts[2] == [BOS, *asked("m" * 20)]
     assert "(the oldest 2 turns are forgotten:" in capsys.readouterr().err
 
@@ -223,8 +223,8 @@ def parse_turns(prompt):
         turns.append(rest[: rest.index(END) + 1])
         rest = rest[len(turns[-1]) :]
     for ids in (*turns, [*rest, END]):
-        marks = [i for i in ids if i in (USER, USER_END, ASSISTANT, END)]
-        assert marks == [USER, USER_END, ASSISTANT, END] and ids[0] == USER and ids[-1] == END
+        control_tokens = [i for i in ids if i in (USER, USER_END, ASSISTANT, END)]
+        assert control_tokens == [USER, USER_END, ASSISTANT, END] and ids[0] == USER and ids[-1] == END
     return turns
 
 
@@ -385,7 +385,7 @@ class Interrupting(list):
 def test_ctrl_c_stops_the_answer_and_what_there_is_of_it_stays(keyboard, capsys):
     engine = Script(Interrupting(said("half")), said("ok") + sampled(END))
     keyboard("one", "two")
-    Chat(engine, Sampling(), 0).talk()
+    Chat(engine, SamplingParams(), 0).talk()
     assert engine.prompts[1] == [BOS, *turn("one", *b"half"), *asked("two")]
     out, err = capsys.readouterr()
     assert out == "half\nok\n\n" and err == "(stopped)\n"
@@ -409,7 +409,7 @@ class Careless(list):
 def test_ctrl_c_is_not_lost_where_python_drops_the_exception(keyboard, capsys):
     engine = Script(Careless(said("half")), said("ok") + sampled(END))
     keyboard("one", "two")
-    Chat(engine, Sampling(), 0).talk()
+    Chat(engine, SamplingParams(), 0).talk()
     out, err = capsys.readouterr()
     assert out == "half\nok\n\n" and err == "(stopped)\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and sys.unraisablehook is not None
@@ -418,7 +418,7 @@ def test_ctrl_c_is_not_lost_where_python_drops_the_exception(keyboard, capsys):
 def test_ctrl_c_before_the_first_token_forgets_the_message(keyboard, capsys):
     engine = Script([KeyboardInterrupt()], sampled(END))
     keyboard("one", "two")
-    Chat(engine, Sampling(), 0).talk()
+    Chat(engine, SamplingParams(), 0).talk()
     assert engine.prompts[1] == [BOS, *asked("two")]
     assert capsys.readouterr().err == "(stopped before the answer began; the message is forgotten)\n"
 
@@ -427,7 +427,7 @@ def test_ctrl_c_at_the_prompt_gives_a_hint_and_the_second_one_ends(keyboard, cap
     engine = Script(said("a") + sampled(END))
     keyboard(KeyboardInterrupt(), "one", KeyboardInterrupt(), KeyboardInterrupt(), "two")
     with pytest.raises(KeyboardInterrupt):
-        Chat(engine, Sampling(), 0).talk()
+        Chat(engine, SamplingParams(), 0).talk()
     out, err = capsys.readouterr()
     assert out == "\na\n\n" and err == 2 * "(Ctrl-C again, Ctrl-D or quit ends the chat)\n"
     assert len(engine.prompts) == 1
@@ -448,7 +448,7 @@ def test_calls_are_coloured_where_there_are_colours(monkeypatch, capsys):
 
 
 def test_the_first_answer_says_that_it_compiles(capsys):
-    made = Chat(Script(sampled(END), sampled(END)), Sampling(), 0)
+    made = Chat(Script(sampled(END), sampled(END)), SamplingParams(), 0)
     made.notes = Console(file=io.StringIO(), force_terminal=True)
     made.reply("one")
     assert "compiling" in made.notes.file.getvalue()
@@ -500,13 +500,13 @@ def test_one_prompt_prints_the_answer_and_nothing_else(engine, monkeypatch, caps
     prompt = TOKENIZER.render_for_completion(
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}]}
     )
-    assert capsys.readouterr().out == shown(engine.stream(prompt, Sampling(1.0, 40, 12), seed=5)) + "\n"
+    assert capsys.readouterr().out == shown(engine.stream(prompt, SamplingParams(1.0, 40, 12), seed=5)) + "\n"
 
 
 def test_a_chat_repeats_itself_with_the_same_seed_and_not_with_another(engine, monkeypatch, capsys):
     outputs = []
     for seed in (1, 1, 2):
-        talk(monkeypatch, engine, "hello\nclear\nhello\n", Sampling(1.0, 0, 12), seed)
+        talk(monkeypatch, engine, "hello\nclear\nhello\n", SamplingParams(1.0, 0, 12), seed)
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     first, second = outputs[0][:-1].split("\n", 1)  # the same prompt, with different seeds
@@ -514,7 +514,7 @@ def test_a_chat_repeats_itself_with_the_same_seed_and_not_with_another(engine, m
 
 
 def test_an_answer_that_is_stopped_leaves_the_engine_usable(engine, capsys):
-    made = Chat(engine, Sampling(1.0, 50, 12), 3)
+    made = Chat(engine, SamplingParams(1.0, 50, 12), 3)
     write, first = made.write, iter([True])
 
     def interrupted(text):

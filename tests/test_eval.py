@@ -18,11 +18,11 @@ from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import sharding
 from nanochat_jax.evals import chatcore
 from nanochat_jax.evals.chatcore import BASELINES, make_chatcore
-from nanochat_jax.evals.eval_set import prepare
-from nanochat_jax.evals.evaluator import Examiner
+from nanochat_jax.evals.eval_set import make_eval_set
+from nanochat_jax.evals.evaluator import Evaluator
 from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.inference.decode import Programs
-from nanochat_jax.inference.samples import Sample, Sampling, answer_text
+from nanochat_jax.inference.samples import Sample, SamplingParams, answer_text
 from nanochat_jax.model.gpt import abstract_gpt
 from nanochat_jax.tasks import HumanEval, Task, registry, sandbox
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, choice_conversation
@@ -33,7 +33,7 @@ from tests.support.models import random_params
 ONE = distributed_mesh.make_mesh("data=1")
 TOKENIZER = tiny.tokenizer()
 CHOICE = ("ARC-Easy", "ARC-Challenge", "MMLU")
-GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=8)
 QUESTIONS = [("Which?", "ABCD", "C"), ("What is red, and not blue, and neither green nor grey?", "123", "1")] * 3
 QUESTIONS += [("Why", "AB", "B"), ("x" * 90, "ABCDE", "E")]
 WORDS = "\n".join(map("".join, itertools.product("abcdefghij", repeat=3)))  # one in twenty is for the test split
@@ -82,16 +82,16 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def examiner(params):
-    examiner = Examiner(tiny.CONFIG, TOKENIZER, ONE, rows=3, slots=6)
-    examiner.load(params)
-    return examiner
+def evaluator(params):
+    evaluator = Evaluator(tiny.CONFIG, TOKENIZER, ONE, rows=3, slots=6)
+    evaluator.load(params)
+    return evaluator
 
 
 # ------------------------------------------------------------------------------------------------- multiple choice
 @pytest.mark.parametrize(("mesh", "rows"), [("data=1", 3), ("data=4,model=2", None)])
 def test_letter_logits_are_those_of_the_plain_forward_after_the_last_token(params, mesh, rows):
-    problems = prepare("quiz", Quiz(), TOKENIZER)
+    problems = make_eval_set("quiz", Quiz(), TOKENIZER)
     mesh, done = distributed_mesh.make_mesh(mesh), []
     letter_logits = make_letter_logits(tiny.CONFIG, mesh, TOKENIZER.bos, rows=rows)
     with jax.set_mesh(mesh):
@@ -116,34 +116,34 @@ def with_letters_alike(params, letters):
     return params | {"lm_head": jax.device_put(head, params["lm_head"].sharding)}
 
 
-def test_the_first_of_equal_letters_wins_and_only_offered_ones_count(examiner, params):
-    examiner.load(with_letters_alike(params, "ABCDEFG12345"))
-    chosen = examiner.choose(prepare("quiz", Quiz(), TOKENIZER))
-    examiner.load(params)
+def test_the_first_of_equal_letters_wins_and_only_offered_ones_count(evaluator, params):
+    evaluator.load(with_letters_alike(params, "ABCDEFG12345"))
+    chosen = evaluator.choose(make_eval_set("quiz", Quiz(), TOKENIZER))
+    evaluator.load(params)
     assert chosen == [letters[0] for _, letters, _ in QUESTIONS]
     order = [("Which?", "DCBA", "A"), ("Which?", "ZB", "B")]
-    examiner.load(with_letters_alike(params, "ABCD"))
-    assert examiner.choose(prepare("quiz", Quiz(order), TOKENIZER))[0] == "D"
-    examiner.load(params)
+    evaluator.load(with_letters_alike(params, "ABCD"))
+    assert evaluator.choose(make_eval_set("quiz", Quiz(order), TOKENIZER))[0] == "D"
+    evaluator.load(params)
 
 
-def test_accuracy_counts_the_letters_that_are_right(examiner):
-    problems = prepare("quiz", Quiz(), TOKENIZER)
-    chosen = examiner.choose(problems)
+def test_accuracy_counts_the_letters_that_are_right(evaluator):
+    problems = make_eval_set("quiz", Quiz(), TOKENIZER)
+    chosen = evaluator.choose(problems)
     asked = [(text, letters, letter) for (text, letters, _), letter in zip(QUESTIONS, chosen)]
-    assert examiner.examine(prepare("quiz", Quiz(asked), TOKENIZER), GREEDY).accuracy.value == 1.0
+    assert evaluator.evaluate_set(make_eval_set("quiz", Quiz(asked), TOKENIZER), GREEDY).accuracy.value == 1.0
     text, letters, letter = asked[0]
     asked[0] = (text, letters, "ABCD"["ABCD".index(letter) - 1])
-    verdict = examiner.examine(prepare("quiz", Quiz(asked), TOKENIZER), GREEDY)
+    verdict = evaluator.evaluate_set(make_eval_set("quiz", Quiz(asked), TOKENIZER), GREEDY)
     assert verdict.passed[:, 0].tolist() == [False] + [True] * 7 and verdict.cut is None
     assert verdict.accuracy.low < 7 / 8 == verdict.accuracy.value < verdict.accuracy.high
 
 
-def test_weights_that_are_no_numbers_are_said_instead_of_scored(examiner, params):
-    examiner.load(params | {"lm_head": params["lm_head"] * np.nan})
+def test_weights_that_are_no_numbers_are_said_instead_of_scored(evaluator, params):
+    evaluator.load(params | {"lm_head": params["lm_head"] * np.nan})
     with pytest.raises(FloatingPointError, match="not finite"):
-        examiner.choose(prepare("quiz", Quiz(), TOKENIZER))
-    examiner.load(params)
+        evaluator.choose(make_eval_set("quiz", Quiz(), TOKENIZER))
+    evaluator.load(params)
 
 
 # -------------------------------------------------------------------------------------------------- what is prepared
@@ -166,14 +166,14 @@ def test_weights_that_are_no_numbers_are_said_instead_of_scored(examiner, params
 )
 def test_a_task_that_cannot_be_put_to_a_model_is_refused_before_any_work(task, message):
     with pytest.raises(ValueError, match=message):
-        prepare("quiz", task, TOKENIZER)
+        make_eval_set("quiz", task, TOKENIZER)
 
 
 def test_conversations_that_carry_letters_are_multiple_choice_whatever_the_task_says():
     task = Quiz()
     task.eval_type = "generative"
-    assert prepare("quiz", task, TOKENIZER, 2).letters == [[65, 66, 67, 68], [49, 50, 51]]
-    assert prepare("even", Even(), TOKENIZER).letters is None
+    assert make_eval_set("quiz", task, TOKENIZER, 2).letters == [[65, 66, 67, 68], [49, 50, 51]]
+    assert make_eval_set("even", Even(), TOKENIZER).letters is None
 
 
 # ------------------------------------------------------------------------------------------------ generated answers
@@ -190,15 +190,15 @@ def test_the_judged_text_lacks_the_end_token_and_nothing_else():
     assert answer_text(TOKENIZER, tool) == "<|python_start|>1"
 
 
-def test_each_answer_is_judged_with_its_own_problem_and_what_does_not_fit_is_wrong(examiner):
+def test_each_answer_is_judged_with_its_own_problem_and_what_does_not_fit_is_wrong(evaluator):
     task = Even((5, 2000, 9, 3))
     task.evaluate = lambda conversation, answer: len(answer + conversation["messages"][0]["content"]) % 2 == 0
-    problems = prepare("even", task, TOKENIZER)
-    assert len(problems.prompts[1]) > examiner.engine.context
-    sampling = Sampling(temperature=1.0, max_new_tokens=6)
-    verdict = examiner.examine(problems, sampling, samples=3, seed=5)
+    problems = make_eval_set("even", task, TOKENIZER)
+    assert len(problems.prompts[1]) > evaluator.engine.context
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=6)
+    verdict = evaluator.evaluate_set(problems, sampling, samples=3, seed=5)
     fitting = [0, 2, 3]
-    groups = examiner.engine.generate(
+    groups = evaluator.engine.generate(
         [problems.prompts[i] for i in fitting], sampling, samples=3, seed=5, examples=fitting
     )
     expected = np.zeros((4, 3), bool)
@@ -212,21 +212,21 @@ def test_each_answer_is_judged_with_its_own_problem_and_what_does_not_fit_is_wro
     assert verdict.pass_at()[3].value == expected.any(1).mean()  # nanochat's accuracy
 
 
-def test_a_task_none_of_whose_problems_fits_is_all_wrong(examiner):
-    verdict = examiner.examine(prepare("even", Even((2000,)), TOKENIZER), GREEDY)
+def test_a_task_none_of_whose_problems_fits_is_all_wrong(evaluator):
+    verdict = evaluator.evaluate_set(make_eval_set("even", Even((2000,)), TOKENIZER), GREEDY)
     assert verdict.too_long == 1 and verdict.passed.tolist() == [[False]] and verdict.cut == 0.0
 
 
 @pytest.mark.skipif(sandbox.guard_fault() is not None, reason=f"no sandbox here: {sandbox.guard_fault()}")
-def test_programs_of_humaneval_are_run(examiner, datasets, monkeypatch):
-    problems = prepare("HumanEval", HumanEval(data_dir=datasets), TOKENIZER)
+def test_programs_of_humaneval_are_run(evaluator, datasets, monkeypatch):
+    problems = make_eval_set("HumanEval", HumanEval(data_dir=datasets), TOKENIZER)
     right = ["```python\ndef inc(x):\n    return x + 1\n```" if i else "def inc(x): return x" for i in range(3)]
 
     def generate(prompts, sampling, **_):
         return [[sample_of(right[0]), sample_of(right[1])], [sample_of(right[2], False), sample_of("def inc(")]]
 
-    monkeypatch.setattr(examiner.engine, "generate", generate)
-    assert examiner.examine(problems, GREEDY, samples=2).passed.tolist() == [[False, True], [True, False]]
+    monkeypatch.setattr(evaluator.engine, "generate", generate)
+    assert evaluator.evaluate_set(problems, GREEDY, samples=2).passed.tolist() == [[False, True], [True, False]]
 
 
 # --------------------------------------------------------------------------------------------------------- ChatCORE
@@ -419,7 +419,7 @@ def test_a_device_without_memory_is_told_with_the_flags_of_this_stage(monkeypatc
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate 9 bytes")
 
-    monkeypatch.setattr(Examiner, "examine", full)
+    monkeypatch.setattr(Evaluator, "evaluate_set", full)
     said = run(*SHORT, "-a", "Arithmetic", "-x", "1", "--slots", "77")
     assert said.startswith("error: Out of device memory: lower --slots (now 77)") and "9 bytes" in said
 

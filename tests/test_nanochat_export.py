@@ -81,7 +81,7 @@ def test_a_model_of_ours_and_its_optimizer_come_back_bit_for_bit(base, exported)
     assert (found.ours, again.ours, again.tag, again.step) == (True, False, "d2", 7)
     (config_1, params_1, _), (config_2, params_2, _) = find.load_params(found), find.load_params(again)
     assert config_1 == config_2
-    assert_equal(sharding.flat(params_1), sharding.flat(params_2))
+    assert_equal(sharding.flatten_by_path(params_1), sharding.flatten_by_path(params_2))
     empty = optim.default_groups(config_1.n_embd, **RATES)
     (groups_1, arrays_1), (groups_2, arrays_2) = (find.load_optimizer(f, config_1, empty) for f in (found, again))
     assert groups_1 == groups_2
@@ -382,7 +382,7 @@ def test_a_converted_model_gives_back_what_it_was_converted_from(tmp_path):
     meta = {"optimizer_groups": {}, "nanochat_groups": json.loads(json.dumps(state["groups"]))}
     target = tmp_path / "ours/base_checkpoints/d3/7"
     _, params, _ = read_model(source, 7)
-    store.write(target, sharding.flat(params), nanochat_optimizer.imported_arrays(state), meta)
+    store.write(target, sharding.flatten_by_path(params), nanochat_optimizer.imported_arrays(state), meta)
     got = nanochat_export.optimizer_state(find.Found(target.parent, 7, True), model, meta)
     content = nanochat_write.optimizer_content(got, model, EMBEDDING_TYPES["float32"])
     write_pt(tmp_path / "optim_000007_rank0.pt", content)

@@ -21,8 +21,8 @@ from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.rollouts.batch_shape import plan_shape
-from nanochat_jax.rollouts.collector import Practice
-from nanochat_jax.rollouts.prompts import Exercises
+from nanochat_jax.rollouts.collector import RolloutCollector
+from nanochat_jax.rollouts.prompts import PromptStream
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import tiny
@@ -334,7 +334,7 @@ def test_a_step_without_a_signal_changes_nothing_and_is_counted(base):
 )
 def test_the_warning_of_too_little_signal_is_about_the_first_steps_together_and_comes_once(signal, passed, told):
     said = []
-    practice = Practice.__new__(Practice)
+    practice = RolloutCollector.__new__(RolloutCollector)
     practice.first_steps, practice.reporter = [], SimpleNamespace(say=said.append)
     for step in range(3):
         practice._warn(step + 1, {"no_signal": 1 - signal[step], "pass_rate": passed[step]})
@@ -346,11 +346,11 @@ def test_the_warning_of_too_little_signal_is_about_the_first_steps_together_and_
 
 def test_every_epoch_has_every_problem_once_in_an_order_of_its_own(base):
     task, tokenizer = AdaptedTask(__import__("rl_tasks").Early()), tiny.tokenizer()
-    exercises = Exercises(task, tokenizer, 3, 100)
+    exercises = PromptStream(task, tokenizer, 3, 100)
     orders = [[exercises[10 * epoch + i][0] for i in range(10)] for epoch in range(3)]
     assert orders[0] == list(range(10)) and all(sorted(order) == orders[0] for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert exercises.longest == 17 and len(Exercises(task, tokenizer, 3, 4).prompts) == 4
+    assert exercises.longest == 17 and len(PromptStream(task, tokenizer, 3, 4).prompts) == 4
 
 
 def test_rows_are_as_many_as_the_longest_answers_can_need():

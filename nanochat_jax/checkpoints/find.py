@@ -43,7 +43,7 @@ class Found:
 def identity(found: Found) -> str:
     """The model's tag and step, with a hash of what tells it from another one there."""
     folder = found.folder / str(found.step)
-    files = [folder / integrity.SEAL] if found.ours else [_meta_file(found.folder, found.step)]
+    files = [folder / integrity.MANIFEST] if found.ours else [_meta_file(found.folder, found.step)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     size = 0 if found.ours else (found.folder / f"model_{found.step:06d}.pt").stat().st_size
     return f"{found.tag}, step {found.step}, {digest[:12]}{f', {size} bytes' if size else ''}"

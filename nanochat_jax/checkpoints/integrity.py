@@ -15,24 +15,24 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import write_atomically
 
-SEAL = "INTEGRITY.json"
+MANIFEST = "INTEGRITY.json"
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Record a hash of every file. Call when the save is committed; a checkpoint without its seal does not count."""
-    write_atomically(folder / SEAL, json.dumps(_digests(folder)).encode())
+    write_atomically(folder / MANIFEST, json.dumps(_digests(folder)).encode())
 
 
 def steps(folder: Path) -> list[int]:
     """Steps of our own checkpoints in the folder, ascending; whether they are intact is another question."""
-    names = {p.parent.name for p in folder.glob(f"*/{SEAL}")}
+    names = {p.parent.name for p in folder.glob(f"*/{MANIFEST}")}
     return sorted(int(name) for name in names if name.isdigit() and name == str(int(name)))
 
 
 def is_intact(folder: Path) -> bool:
     """Every file that was sealed is there and has its bytes. Files beside them do not matter."""
     try:
-        digests = json.loads((folder / SEAL).read_bytes())
+        digests = json.loads((folder / MANIFEST).read_bytes())
         return bool(digests) and _as_sealed(folder, digests)
     except FileNotFoundError:
         return False
@@ -54,7 +54,7 @@ def newest_intact(folder: Path, log: Callable = print0) -> int | None:
 def discard(folder: Path) -> None:
     """Delete a checkpoint; one that is deleted by half, because the process was killed, does not look like one."""
     if bucket.in_bucket(folder):
-        (folder / SEAL).unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         folder.rmtree(missing_ok=True)
         return
     doomed = folder.with_name(f"{folder.name}.deleted")
@@ -82,9 +82,9 @@ def _digests(folder: Path) -> dict[str, str]:
         return {
             name: f"md5:{entry.md5}" if entry.md5 else bucket.md5(folder / name)
             for name, entry in bucket.listing(folder).items()
-            if name != SEAL
+            if name != MANIFEST
         }
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
     return {p.relative_to(folder).as_posix(): _digest(p) for p in files}
 
 

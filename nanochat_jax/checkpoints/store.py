@@ -78,7 +78,7 @@ class Saver:
             if not processes.index():
                 if self._owner:
                     self._owner.check()
-                integrity.seal(target)
+                integrity.write_manifest(target)
                 steps = [step for step in integrity.steps(self.folder) if step <= int(target.name)]
                 for step in steps[: -self.keep]:  # a later one is damaged: the run went on from before it
                     integrity.discard(self.folder / str(step))
@@ -95,7 +95,7 @@ def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] 
     arrays = {"params": params} | ({"optimizer": optimizer} if optimizer else {})
     with _orbax():
         ocp.save_checkpointables(target, jax.tree.map(jnp.asarray, arrays) | {"meta": meta})
-    integrity.seal(target)
+    integrity.write_manifest(target)
 
 
 def _orbax() -> ocp.Context:

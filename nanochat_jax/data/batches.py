@@ -37,7 +37,7 @@ def train_batches(
     return iter(grain.MapDataset.range(1 << 40).map(step).to_iter_dataset(options))
 
 
-def fixed_batches(
+def validation_batches(
     rows: PackedRows, *, n_rows: int, rows_per_batch: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """This process's share of the first `n_rows` rows of section 0, the same at each call: leaves [B/P, T].

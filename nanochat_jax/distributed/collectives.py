@@ -15,7 +15,7 @@ _whole = contextvars.ContextVar("whole copies over the data axis", default=False
 
 
 @contextlib.contextmanager
-def whole_copies(replicate: bool = True):
+def replicated_parameters(replicate: bool = True):
     """While it is entered, `spec_in_force` and what reads it take parameters as --replicate keeps them."""
     token = _whole.set(replicate)
     try:

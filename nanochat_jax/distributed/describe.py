@@ -46,7 +46,7 @@ def heads_note(n_kv_head: int, mesh: Mesh) -> list[str]:
 
 
 def replicas_note(n_embd: int, mesh: Mesh) -> list[str]:
-    """What to tell of a mesh that has replicas by `suiting`, if so."""
+    """What to tell of a mesh that has replicas by `choose_replicas`, if so."""
     if "replica" not in mesh.shape:
         return []
     replica, data = mesh.shape["replica"], mesh.shape["data"]

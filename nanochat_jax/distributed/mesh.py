@@ -6,12 +6,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-MIN_PART = (
-    8  # channels that a device holds at least of a matrix, on a mesh that is chosen here: a TPU's tile has 8 rows
-)
+# Channels that a device holds at least of a matrix, on a mesh that is chosen here: a TPU's tile has 8 rows.
+MIN_CHANNELS = 8
 
 
-MANY = 64  # devices from which on such a mesh has two replicas at least
+REPLICAS_FROM = 64  # devices from which on such a mesh has two replicas at least
 
 
 def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
@@ -19,8 +18,8 @@ def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
     "data=8", "data=4,model=2", "replica=2,data=4".
 
     What is not given is 1 for replica and model, and all that is left for data; with a width n_embd, where neither
-    replica nor data are given, `suiting` divides that among the two. The devices of a process are neighbours, so that
-    it holds whole rows of a batch. ValueError: the flag's form, too few devices, or a model axis that tears processes.
+    replica nor data are given, `choose_replicas` divides that among the two. The devices of a process are neighbours,
+    so that it holds whole rows of a batch. ValueError: the flag's form, too few devices, or a model axis that tears processes.
     """
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices
     sizes = {"replica": None, "data": None, "model": None}
@@ -33,7 +32,7 @@ def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
     replica = sizes["replica"] or 1
     data = sizes["data"] or max(1, len(devices) // (model * replica))
     if n_embd and not sizes["data"] and not sizes["replica"]:
-        replica, data = suiting(n_embd, data)
+        replica, data = choose_replicas(n_embd, data)
     size = replica * data * model
     local = sum(device.process_index == jax.process_index() for device in devices)
     if size > len(devices) or (local < len(devices) and size != len(devices)):
@@ -48,15 +47,15 @@ def make_mesh(spec: str = "", devices=None, n_embd: int | None = None) -> Mesh:
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def suiting(n_embd: int, devices: int) -> tuple[int, int]:
+def choose_replicas(n_embd: int, devices: int) -> tuple[int, int]:
     """(replica, data) for so many devices and a model of this width: as many parts as possible, of MIN_PART channels or
     more and all alike, since what does not divide is not split; and on MANY devices at least two replicas.
 
     By prediction (tools/predict): across whole slices of 64 chips and more, XLA for TPU makes all-reduces of gathers
     and scatters, across half of one it does not. Depth 20 on 256 v5e chips: data=256, 5 channels each, 84 to 120 ms a
     step; replica=2 47 to 93, replica=4 58 to 109. On 64: data=64 191 to 272, replica=2 167 to 234."""
-    most = devices if devices < MANY else devices // 2
-    fitting = (n for n in range(most, 0, -1) if devices % n == 0 and n_embd % n == 0 and n_embd // n >= MIN_PART)
+    most = devices if devices < REPLICAS_FROM else devices // 2
+    fitting = (n for n in range(most, 0, -1) if devices % n == 0 and n_embd % n == 0 and n_embd // n >= MIN_CHANNELS)
     data = next(fitting, 1)
     return devices // data, data
 

@@ -59,7 +59,7 @@ def join(settings: Mapping[str, Any], *, platform: str | None = None) -> None:
         return
     import jax
 
-    facts = {name: version(name) for name in VERSIONS} | {"code": code_hash(), **settings_told(settings)}
+    facts = {name: version(name) for name in VERSIONS} | {"code": code_hash(), **compared_settings(settings)}
     _line = (receive_all if place.index == 0 else visit)(place, facts)
     _line.start()
     jax.config.update("jax_enable_preemption_service", False)  # `stop_here` answers every signal
@@ -110,7 +110,7 @@ def gather(what: str, data: bytes | None) -> list[bytes] | None:
 
 
 @contextlib.contextmanager
-def zero_first(what: str) -> Iterator[None]:
+def process_zero_first(what: str) -> Iterator[None]:
     """What is inside is done by process 0, then by the others: on a file system that they share they find it done."""
     if index():
         exchange(what, None)
@@ -171,7 +171,7 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def settings_told(settings: Mapping[str, Any]) -> dict[str, str]:
+def compared_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings that must agree, by their flags."""
     return {f"--{k.replace('_', '-')}": str(v) for k, v in settings.items() if k not in PER_PROCESS}
 

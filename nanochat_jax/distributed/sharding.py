@@ -25,7 +25,7 @@ PARAM_SPECS = [
 ]
 
 
-def by_path(tree: Any, table: list[tuple[str, Any]]) -> Any:
+def map_by_path(tree: Any, table: list[tuple[str, Any]]) -> Any:
     """Replace each leaf by the value of the first pattern that matches the whole of its path ("blocks/0/attn/c_q").
 
     ValueError names a leaf that no pattern matches."""
@@ -70,7 +70,7 @@ def nearest(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSha
 
 def param_shardings(params: Any, mesh: Mesh, replicate: bool = False) -> Any:
     """A NamedSharding for each parameter, by PARAM_SPECS; `replicate` keeps whole copies over the data axis."""
-    specs = by_path(params, PARAM_SPECS)
+    specs = map_by_path(params, PARAM_SPECS)
     if replicate:
         specs = jax.tree.map(without_data, specs, is_leaf=_is_spec)
     return jax.tree.map(lambda leaf, spec: nearest(spec, leaf.shape, mesh), params, specs)
@@ -125,6 +125,6 @@ def without_data(spec: PartitionSpec) -> PartitionSpec:
     return P(*(axis if axis != "data" else None for axis in spec))
 
 
-def flat(tree: Any) -> dict[str, Any]:
+def flatten_by_path(tree: Any) -> dict[str, Any]:
     """{"blocks/0/attn/c_q": leaf, ...}"""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

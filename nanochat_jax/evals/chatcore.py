@@ -11,9 +11,9 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import own_copy
-from nanochat_jax.evals.eval_set import prepare
-from nanochat_jax.evals.evaluator import Examiner
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.evals.eval_set import make_eval_set
+from nanochat_jax.evals.evaluator import Evaluator
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks.registry import make_task
 
@@ -54,13 +54,13 @@ def make_chatcore(
     eval_sets = []
     for name in WITH_SPELLING:
         try:
-            with processes.zero_first(name):
+            with processes.process_zero_first(name):
                 task = make_task(name, data_dir)
         except (ValueError, OSError) as e:
             log(f"NOTE: {name} is not measured: {e}")
             continue
         limit = max_cat if task.eval_type == "categorical" else max_sample
-        eval_sets.append(prepare(name, task, tokenizer, None if limit < 0 else limit))
+        eval_sets.append(make_eval_set(name, task, tokenizer, None if limit < 0 else limit))
     if missing := sorted(BASELINES.keys() - {eval_set.name for eval_set in eval_sets}):
         log(f"NOTE: no ChatCORE without {', '.join(missing)}; the tasks that are there are measured")
     if not eval_sets:
@@ -69,8 +69,8 @@ def make_chatcore(
         key=lambda eval_set: -max(map(len, eval_set.prompts))
     )  # the engine keeps room for the longest so far
     own = own_devices(mesh)
-    evaluator = Examiner(model_config, tokenizer, own, dtype=dtype, attention=attention)
-    sampling = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
+    evaluator = Evaluator(model_config, tokenizer, own, dtype=dtype, attention=attention)
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
     letters = {name: BASELINES[name] for name in BASELINES if BASELINES[name]}
     sums = {"chatcore": BASELINES, "chatcore_cat": letters, "chatcore_with_spelling": WITH_SPELLING}
 
@@ -79,7 +79,7 @@ def make_chatcore(
             evaluator.load(own_copy(params, mesh))
             try:
                 accuracies = {
-                    eval_set.name: evaluator.examine(eval_set, sampling, progress=progress).accuracy.value
+                    eval_set.name: evaluator.evaluate_set(eval_set, sampling, progress=progress).accuracy.value
                     for eval_set in eval_sets
                 }
             finally:

@@ -9,7 +9,7 @@ from nanochat_jax.tasks import Task
 
 
 @dataclass(frozen=True)
-class Problems:
+class EvalSet:
     """A task's problems as the model sees them."""
 
     name: str
@@ -19,7 +19,7 @@ class Problems:
     letters: list[list[int]] | None  # of multiple choice: token ids of each problem's letters
 
 
-def prepare(name: str, task: Task, tokenizer, limit: int | None = None) -> Problems:
+def make_eval_set(name: str, task: Task, tokenizer, limit: int | None = None) -> EvalSet:
     """The first `limit` problems (None: all). They are multiple choice where the conversations carry letters.
 
     ValueError names the problem: it cannot be rendered, a letter is not one token, or its answer cannot be judged.
@@ -35,10 +35,10 @@ def prepare(name: str, task: Task, tokenizer, limit: int | None = None) -> Probl
             if choice:
                 letters.append(letter_tokens(conversation["letters"], tokenizer))
         except (Exception, SystemExit) as e:  # a user's class may do anything
-            raise ValueError(f"{name}, problem {i}: {told(e)}") from e
+            raise ValueError(f"{name}, problem {i}: {error_text(e)}") from e
     if not conversations:
         raise ValueError(f"{name} has no problems to put to the model")
-    problems = Problems(name, task, conversations, prompts, letters if choice else None)
+    problems = EvalSet(name, task, conversations, prompts, letters if choice else None)
     judge(problems, 0, conversations[0]["letters"][0] if choice else "")  # a task without a judge is found out now
     return problems
 
@@ -54,18 +54,18 @@ def letter_tokens(letters: Sequence[str], tokenizer) -> list[int]:
     return [ids[0] for ids in split]
 
 
-def judge(problems: Problems, i: int, answer: str) -> bool:
+def judge(problems: EvalSet, i: int, answer: str) -> bool:
     """Whether the task takes `answer` to problem i as right. ValueError: it fails to say."""
     try:
         score = problems.task.evaluate(problems.conversations[i], answer)
         known = bool(score in (0, 1))
     except (Exception, SystemExit) as e:
-        raise ValueError(f"{problems.name} cannot judge the answer to problem {i}: {told(e)}") from e
+        raise ValueError(f"{problems.name} cannot judge the answer to problem {i}: {error_text(e)}") from e
     if not known:
         raise ValueError(f"{problems.name}: evaluate must return 0 or 1, got {score!r:.40} for problem {i}")
     return bool(score)
 
 
-def told(e: BaseException) -> str:
+def error_text(e: BaseException) -> str:
     """What went wrong in a task, in words: with the error's class unless its sentence was made to be read."""
     return str(e) if isinstance(e, ValueError | NotImplementedError) else f"{type(e).__name__}: {e}"

@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
-from nanochat_jax.evals.eval_set import Problems, judge
+from nanochat_jax.evals.eval_set import EvalSet, judge
 from nanochat_jax.evals.intervals import Share, pass_at_k
 from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sampling, answer_text
+from nanochat_jax.inference.samples import SamplingParams, answer_text
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks import HumanEval
 
@@ -27,7 +27,7 @@ JUDGES = min(8, os.cpu_count() or 1)  # programs run at once: each has seconds o
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EvalResult:
     """What became of a task's problems."""
 
     passed: np.ndarray  # bool [P,n]: which of the n answers are right
@@ -44,7 +44,7 @@ class Verdict:
         return self.pass_at()[1]
 
 
-class Examiner:
+class Evaluator:
     """Puts problems to the model that was loaded last; programs are compiled once for all models of this config.
 
     rows: multiple-choice questions in a pass, per device; slots: answers generated together.
@@ -71,28 +71,28 @@ class Examiner:
         self._params, self._in_engine = params, False
         self.engine.load(None)
 
-    def examine(
+    def evaluate_set(
         self,
-        problems: Problems,
-        sampling: Sampling,
+        problems: EvalSet,
+        sampling: SamplingParams,
         *,
         samples: int = 1,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Verdict:
+    ) -> EvalResult:
         """Judge `samples` answers to each problem, or the one letter. progress(answers done, answers in all)."""
         if problems.letters is None:
             return self._generated(problems, sampling, samples, seed, progress)
         chosen = self.choose(problems, progress)
-        return Verdict(np.array([[judge(problems, i, letter)] for i, letter in enumerate(chosen)]))
+        return EvalResult(np.array([[judge(problems, i, letter)] for i, letter in enumerate(chosen)]))
 
-    def choose(self, problems: Problems, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    def choose(self, problems: EvalSet, progress: Callable[[int, int], None] | None = None) -> list[str]:
         """The letter that the model prefers for each problem."""
         own = [processes.mine(x) for x in (problems.prompts, problems.letters, problems.conversations)]
         logits = self._letter_logits(self._params, *own[:2], progress) if own[0] else []
         return _merged([c["letters"][int(np.argmax(row))] for c, row in zip(own[2], logits)])
 
-    def _generated(self, problems, sampling, samples, seed, progress) -> Verdict:
+    def _generated(self, problems, sampling, samples, seed, progress) -> EvalResult:
         if not self._in_engine:
             self.engine.load(self._params)
             self._in_engine = True
@@ -107,9 +107,9 @@ class Examiner:
         passed = np.zeros((len(problems.prompts), samples), bool)
         passed[fitting] = np.reshape([row for row, _ in judged], (len(fitting), samples))
         ended = [end for _, ends in judged for end in ends]
-        return Verdict(passed, len(problems.prompts) - len(fitting), 1 - float(np.mean(ended)) if ended else 0.0)
+        return EvalResult(passed, len(problems.prompts) - len(fitting), 1 - float(np.mean(ended)) if ended else 0.0)
 
-    def _judged(self, problems: Problems, answers: list[tuple[int, str]]) -> list[bool]:
+    def _judged(self, problems: EvalSet, answers: list[tuple[int, str]]) -> list[bool]:
         if not isinstance(problems.task, HumanEval):  # a user's judge may be made for one thread
             return [judge(problems, *answer) for answer in answers]
         pool = ThreadPoolExecutor(JUDGES)

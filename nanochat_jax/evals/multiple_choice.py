@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.distributed.sharding import to_global
-from nanochat_jax.inference.engine import ladder
+from nanochat_jax.inference.engine import padded_size
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 
 # Of questions in one pass, per device: on CPU as many as its cache likes (four times more takes 1.4 times as long).
@@ -30,8 +30,8 @@ def make_letter_logits(
 
     They are the logits after the prompt's last token (token ids, at least one) at the letters' token ids. Prompts of
     like length share a pass of `rows` a device (default: as many as fill PASS_TOKENS), padded on the right with `pad`,
-    which nothing before it sees. Lengths are few (`ladder`), so shapes are. progress(prompts done, prompts in all).
-    FloatingPointError: a logit is not finite.
+    which nothing before it sees. Lengths are few (`padded_size`), so shapes are. progress(prompts done, prompts in
+    all). FloatingPointError: a logit is not finite.
     """
     graphdef, _ = abstract_gpt(config, dtype, attention)
     devices = row_shards(mesh)
@@ -50,12 +50,12 @@ def make_letter_logits(
         letters: Sequence[Sequence[int]],
         progress: Callable[[int, int], None] | None = None,
     ) -> list[np.ndarray]:
-        offered = ladder(max(map(len, letters), default=0), 8)
+        offered = padded_size(max(map(len, letters), default=0), 8)
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         passes = []
         while waiting:
-            T = ladder(len(prompts[waiting[0]]), 16)
-            B = devices * min(rows or max(1, tokens // T), ladder(-(-len(prompts) // devices)))
+            T = padded_size(len(prompts[waiting[0]]), 16)
+            B = devices * min(rows or max(1, tokens // T), padded_size(-(-len(prompts) // devices)))
             numbers, waiting = waiting[:B], waiting[B:]
             batch = {
                 "ids": np.full((B, T), pad, np.int32),

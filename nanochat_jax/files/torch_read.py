@@ -258,10 +258,10 @@ TORCH_CALLS = {
 
 def _interpret(data: bytes, calls: dict, storage) -> object:
     """The object that the pickle `data` describes: it may use the names in `calls`; `storage` finds tensors' bytes."""
-    stack, marks, memo = [], [], {}
+    stack, control_tokens, memo = [], [], {}
 
     def since_mark() -> list:
-        start = marks.pop()
+        start = control_tokens.pop()
         items = stack[start:]
         del stack[start:]
         return items
@@ -308,7 +308,7 @@ def _interpret(data: bytes, calls: dict, storage) -> object:
         elif op in CONSTANTS:
             stack.append(CONSTANTS[op])
         elif op == "MARK":
-            marks.append(len(stack))
+            control_tokens.append(len(stack))
         elif op in TUPLES:
             n = TUPLES[op]
             stack[-n:] = [tuple(stack[-n:])]
@@ -349,7 +349,7 @@ def _interpret(data: bytes, calls: dict, storage) -> object:
                 raise Refused(f"its pickle sets attributes of {_short(stack[-1])}")
         elif op not in ("PROTO", "FRAME", "STOP"):
             raise Refused(f"its pickle uses {op} at byte {position}, which plain data does not need")
-    if len(stack) != 1 or marks:
+    if len(stack) != 1 or control_tokens:
         raise Refused("its pickle does not end with one object")
     _check_nesting(stack[0])
     return stack[0]

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.inference import sampling
-from nanochat_jax.model.attention import over_parts
+from nanochat_jax.model.attention import decode_attention
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import pick_logprob
 
@@ -223,7 +223,7 @@ class Programs:
                 current = (age >= 0) & (age <= (NO_RING if window < 0 else window))
                 sources = [*zip((prompts[layer], own[layer]), visible[window]), (fresh, jnp.tile(current, (R, 1)))]
                 parts = [(k, v, seen) for (k, v), seen in sources if k.shape[2]]
-                return over_parts(q[:, 0], parts, scale)[:, None], fresh
+                return decode_attention(q[:, 0], parts, scale)[:, None], fresh
 
             x, fresh = model.hidden(
                 token[:, None], positions=position[:, None], previous=state["previous"], attend=attend

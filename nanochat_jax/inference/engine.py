@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.inference.decode import Programs, empty_table
-from nanochat_jax.inference.samples import Marks, Row, Sample, Sampling
+from nanochat_jax.inference.samples import ControlTokens, Row, Sample, SamplingParams
 from nanochat_jax.model.gpt import GPTConfig
 
 PREFILL_TOKENS = 2048  # per device and call
@@ -57,13 +57,18 @@ class Engine:
                 raise ValueError(f"the engine's {name} must be at least 1, got {value}")
         self.config, self.tokenizer, self.mesh, self.slots = model_config, tokenizer, mesh, slots
         self.context = 10 * model_config.sequence_len if context is None else context
-        self.marks = Marks(tokenizer, tools)
-        how = {"dtype": dtype, "attention": attention, "ends": sorted(self.marks.ends), "block": self.marks.block}
+        self.control_tokens = ControlTokens(tokenizer, tools)
+        how = {
+            "dtype": dtype,
+            "attention": attention,
+            "ends": sorted(self.control_tokens.ends),
+            "block": self.control_tokens.block,
+        }
         self._batch, self._stream = (
             Programs(model_config, mesh, chunk=n, **how) for n in (chunk, min(chunk, STREAM_CHUNK))
         )
         self._params = None
-        self._prompt_size = collections.defaultdict(lambda: ladder(prompt_tokens - 1, PROMPT_STEP))
+        self._prompt_size = collections.defaultdict(lambda: padded_size(prompt_tokens - 1, PROMPT_STEP))
         self.stats = {}
 
     @property
@@ -94,7 +99,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         samples: int = 1,
         seed: int = 0,
@@ -132,7 +137,7 @@ class Engine:
         }
         return results
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling, *, seed: int = 0) -> Iterator[tuple[int, int]]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams, *, seed: int = 0) -> Iterator[tuple[int, int]]:
         """One continuation as it comes, as (token, mask); the same as sample 0 of `generate`."""
         run = _Run(self, self._stream, [prompt], [0], 1, sampling, (seed, 0))
         shown = 0
@@ -178,8 +183,8 @@ class _Run:
         self.steps, self.device_seconds = 0, 0.0
 
         devices = engine.mesh.size
-        self.shared, groups = arrange(len(prompts), samples, engine.slots)
-        self.groups = devices * ladder(-(-groups // devices))
+        self.shared, groups = arrange_slots(len(prompts), samples, engine.slots)
+        self.groups = devices * padded_size(-(-groups // devices))
         R, C = self.groups * self.shared, programs.chunk
         self.working_on = [-1] * self.groups  # a group's prompt
         self.given = [0] * len(prompts)  # samples of a prompt that have a row
@@ -187,7 +192,7 @@ class _Run:
         self.table = empty_table(R, C)
         longest = max((len(prompt) - 1 for prompt in self.prompts), default=0)
         shape = programs, self.groups, self.shared
-        size = engine._prompt_size[shape] = max(ladder(longest, PROMPT_STEP), engine._prompt_size[shape])
+        size = engine._prompt_size[shape] = max(padded_size(longest, PROMPT_STEP), engine._prompt_size[shape])
         self.prompt_parts = programs.empty_prompts(self.groups, size)
         self._forget()
 
@@ -226,7 +231,7 @@ class _Run:
                 self.rows[r] = None
         going_on = [int(filled[r]) for r, row in active if not row.finished]
         if going_on:
-            self.size = max(self.size, ladder(max(going_on) + self.programs.chunk, OWN_STEP))
+            self.size = max(self.size, padded_size(max(going_on) + self.programs.chunk, OWN_STEP))
             self.own = self.programs.append(self.own, fresh, filled, self.size)
         else:
             self._forget()
@@ -253,7 +258,7 @@ class _Run:
         self.given[prompt] += 1
         ids = self.prompts[prompt]
         room = min(self.sampling.max_new_tokens, self.engine.context - len(ids))
-        self.rows[r] = Row(self.engine.marks, prompt, sample, room)
+        self.rows[r] = Row(self.engine.control_tokens, prompt, sample, room)
         values = {
             "token": ids[-1],
             "previous": ids[-2] if len(ids) > 1 else 0,
@@ -274,7 +279,7 @@ class _Run:
         for group, prompt in sorted(admitted, key=lambda pair: -len(self.prompts[pair[1]])):
             waiting[group // local].append((group % local, prompt))
         while any(waiting):
-            T = ladder(max(len(self.prompts[queue[0][1]]) - 1 for queue in waiting if queue), PROMPT_STEP)
+            T = padded_size(max(len(self.prompts[queue[0][1]]) - 1 for queue in waiting if queue), PROMPT_STEP)
             most = min(max(map(len, waiting)), max(1, PREFILL_TOKENS // T))
             count = min(local, 4 ** -(-(most - 1).bit_length() // 2))  # 1, 4, 16, ...: few programs for each T
             ids = np.zeros((devices, count, T), np.int32)
@@ -289,7 +294,7 @@ class _Run:
             self.prompt_parts = self.programs.admit(self.engine._params, self.prompt_parts, batch)
 
 
-def arrange(prompts: int, samples: int, slots: int) -> tuple[int, int]:
+def arrange_slots(prompts: int, samples: int, slots: int) -> tuple[int, int]:
     """(rows in a group, groups): all samples at once where they fit; else small groups, so that rows are soon free."""
     if prompts * samples <= slots:
         return samples, max(prompts, 1)
@@ -297,7 +302,7 @@ def arrange(prompts: int, samples: int, slots: int) -> tuple[int, int]:
     return shared, min(prompts, max(1, slots // shared))
 
 
-def ladder(n: int, least: int = 1) -> int:
+def padded_size(n: int, least: int = 1) -> int:
     """The smallest of least * (1, 2, 3, 4, 6, 8, 12, ...) that is at least n, 0 for 0: few sizes, few programs."""
     steps = -(-n // least)
     power = 1 << max(steps - 1, 0).bit_length()

@@ -12,7 +12,7 @@ from nanochat_jax.inference.calculator import calculate
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to draw: temperature 0 is greedy, top_k 0 no limit; max_new_tokens counts forced tokens too."""
 
     temperature: float = 1.0
@@ -53,7 +53,7 @@ class Sample:
     tool_calls: list[ToolCall]
 
 
-class Marks:
+class ControlTokens:
     """The special tokens that a sample goes by.
 
     ends: ids of which one that was sampled ends a sample. block: (start, end) of what the calculator is asked, None
@@ -73,7 +73,7 @@ class Marks:
 class Row:
     """A sample in progress: what it has so far, and the tokens that will be forced next."""
 
-    marks: Marks
+    control_tokens: ControlTokens
     prompt: int
     sample: int
     room: int  # tokens that may still come
@@ -99,19 +99,19 @@ class Row:
         self.policy_logprobs += policy_logprobs
         self.mask += [0] * forced + [1] * (len(tokens) - forced)
         self.room -= len(tokens)
-        self.ended = len(tokens) > forced and tokens[-1] in self.marks.ends
-        if self.marks.block is not None:
+        self.ended = len(tokens) > forced and tokens[-1] in self.control_tokens.ends
+        if self.control_tokens.block is not None:
             for token in tokens:
                 self._watch(token)
 
     def _watch(self, token: int) -> None:
         """Collect what stands in a block, and answer it where it closes."""
-        start, end = self.marks.block
+        start, end = self.control_tokens.block
         if token == start:
             self.block = []
         elif token == end:
             if self.block:
-                self._call(self.marks.tokenizer.decode(self.block))
+                self._call(self.control_tokens.tokenizer.decode(self.block))
             self.block = None
         elif self.block is not None:
             self.block.append(token)
@@ -120,8 +120,8 @@ class Row:
         result = calculate(expression)
         self.calls.append(ToolCall(expression, result))
         if result is not None:
-            start, end = self.marks.output
-            self.queue = [start, *self.marks.tokenizer.encode(result), end]
+            start, end = self.control_tokens.output
+            self.queue = [start, *self.control_tokens.tokenizer.encode(result), end]
 
     def result(self) -> Sample:
         return Sample(

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.distributed.sharding import by_path, flat
+from nanochat_jax.distributed.sharding import flatten_by_path, map_by_path
 from nanochat_jax.files.torch_read import Refused, read_pt
 from nanochat_jax.interop.nanochat_model import naming, tensor_shapes, widen
 from nanochat_jax.model.gpt import GPTConfig
@@ -296,7 +296,10 @@ def imported_arrays(state: dict) -> dict[str, Any]:
     for path, array in state["momentum"].items():  # era A's Muon had no second moment: it starts from zero
         r, c = array.shape
         arrays.setdefault(f"second_momentum/{path}", jnp.zeros((r, 1) if r >= c else (1, c)))
-    counts = {path: (group, state["count"][path]) for path, group in flat(by_path(state["count"], GROUP_OF)).items()}
+    counts = {
+        path: (group, state["count"][path])
+        for path, group in flatten_by_path(map_by_path(state["count"], GROUP_OF)).items()
+    }
     for group, count in counts.values():
         if any(other != count for name, other in counts.values() if name == group):
             raise ValueError(f"parameters of one learning-rate group must have taken equally many steps: {counts}")

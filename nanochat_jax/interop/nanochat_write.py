@@ -55,7 +55,7 @@ def nanochat_meta(meta: dict, model: GPTConfig, step: int) -> dict:
 def model_content(params: dict, embedding_type: np.dtype) -> dict[str, Tensor]:
     """The state dict: nanochat's name -> tensor."""
     content = collections.OrderedDict()
-    for path, leaf in sharding.flat(params).items():
+    for path, leaf in sharding.flatten_by_path(params).items():
         content[nanochat_name(path)] = Tensor(leaf.shape, stored_type(path, embedding_type), [leaf])
     return content
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanochat_jax.distributed.sharding import by_path, path_name
+from nanochat_jax.distributed.sharding import map_by_path, path_name
 from nanochat_jax.optim.muon import MuonState, muon_decay_and_rate, scale_by_muon
 
 GROUP_OF = [  # parameter path -> learning-rate group
@@ -109,7 +109,7 @@ def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientT
 
 def group_labels(params: Any) -> Any:
     """The tree with each parameter's group name in its place; ValueError names a parameter without a group."""
-    return by_path(params, GROUP_OF)
+    return map_by_path(params, GROUP_OF)
 
 
 def decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformationExtraArgs:

@@ -2,7 +2,7 @@
 Express coefficients (arXiv 2505.16932), the second moment is NorMuon's factored one (arXiv 2510.05491), and weights
 decay cautiously. `optax.contrib.muon` has none of these.
 
-A matrix must be whole to be orthogonalised: `shared_out` brings each to one device and its parts back.
+A matrix must be whole to be orthogonalised: `orthogonalize_distributed` brings each to one device and its parts back.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,9 @@ def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransfo
             alike.setdefault((leaf.shape, spec_in_force(path_name(path), leaf.shape)), []).append(i)
         for (_, home), members in alike.items():
             U, second = ([tree[i] for i in members] for tree in (leaves, seconds))
-            X, second = shared_out(partial(orthogonalised, b2), [u.astype(compute_dtype) for u in U], second, home)
+            X, second = orthogonalize_distributed(
+                partial(orthogonalised, b2), [u.astype(compute_dtype) for u in U], second, home
+            )
             for row, i in enumerate(members):
                 leaves[i], seconds[i] = X[row], second[row]
         return treedef.unflatten(leaves), MuonState(momentum, treedef.unflatten(seconds))
@@ -66,7 +68,9 @@ def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def shared_out(work: Callable, U: list[jax.Array], second: list[jax.Array], home: P) -> tuple[Any, jax.Array]:
+def orthogonalize_distributed(
+    work: Callable, U: list[jax.Array], second: list[jax.Array], home: P
+) -> tuple[Any, jax.Array]:
     """work(U [K,r,c], second [K,...]) -> (X, second) of those shapes, for matrices that are each cut up over the mesh
     in force as `home` says. Every device gets whole matrices, as many as any other, and gives them back in parts:
     two exchanges of what it holds, and nobody ever holds all of them. -> X as K matrices cut up as they were."""

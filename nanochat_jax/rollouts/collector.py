@@ -15,13 +15,13 @@ from nanochat_jax.distributed.mesh import row_part
 from nanochat_jax.distributed.sharding import batch_sharding, replicated, to_global
 from nanochat_jax.distributed.signals import Interrupted, Signals
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sample, Sampling, answer_text
+from nanochat_jax.inference.samples import Sample, SamplingParams, answer_text
 from nanochat_jax.rollouts.batch_shape import Shape
 from nanochat_jax.rollouts.exchange import from_bytes, to_bytes
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.objective import Objective, advantages
 from nanochat_jax.rollouts.pack import nanochat_rows, packed_rows
-from nanochat_jax.rollouts.prompts import Exercises
+from nanochat_jax.rollouts.prompts import PromptStream
 from nanochat_jax.rollouts.statistics import step_statistics
 from nanochat_jax.train.metrics import Reporter, SmoothedLoss
 from nanochat_jax.train.step import TrainState
@@ -42,14 +42,14 @@ class Group:
 
 
 @dataclasses.dataclass
-class Practice:
+class RolloutCollector:
     """The loop's next_batch, train_step and report. What it remembers from step to step goes into the checkpoint."""
 
     cfg: Any
-    exercises: Exercises
+    exercises: PromptStream
     tokenizer: Any
     engine: Engine
-    sampling: Sampling
+    sampling: SamplingParams
     objective: Objective
     shape: Shape
     mesh: Mesh

@@ -5,13 +5,13 @@ import functools
 import numpy as np
 
 from nanochat_jax.data.rows import shuffled
-from nanochat_jax.evals.eval_set import told
+from nanochat_jax.evals.eval_set import error_text
 from nanochat_jax.rollouts.objective import MAX_REWARD
 from nanochat_jax.tasks import Task
 from nanochat_jax.tokenizer import MAX_TOKENS
 
 
-class Exercises:
+class PromptStream:
     """A task's problems in the order of a run, which meets them one after the other by their position 0, 1, ...: in the
     task's order, from the second epoch on in one drawn from (seed, epoch)."""
 
@@ -38,7 +38,7 @@ class Exercises:
         try:
             reward = float(self.task.reward(self.task[example], answer))
         except (Exception, SystemExit) as e:  # a user's class may do anything
-            raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {told(e)}") from e
+            raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {error_text(e)}") from e
         if not abs(reward) <= MAX_REWARD:
             raise ValueError(
                 f"{self.task.name}: a reward must be finite and at most {MAX_REWARD:g}, got {reward:g} for problem "

@@ -17,11 +17,11 @@ TRAINED, GIVEN, SPECIAL_STYLE = "green", "bright_black", "bold"
 MARKS = "[]|\\"
 
 
-def visible(text: str, marks: str = MARKS) -> str:
+def visible(text: str, control_tokens: str = MARKS) -> str:
     """The text without anything that a terminal acts on: \\x1b, \\u202e, \\n ...; a new line also begins one."""
     shown = []
     for c in text:
-        if c in marks:
+        if c in control_tokens:
             shown.append("\\" + c)
         elif c.isprintable():
             shown.append(c)

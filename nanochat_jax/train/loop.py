@@ -19,7 +19,7 @@ from nanochat_jax.cli.device import pages_note
 from nanochat_jax.data import batches as data_batches
 from nanochat_jax.data import rows as data_rows
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.collectives import whole_copies
+from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.describe import heads_note, replicas_note, table
 from nanochat_jax.distributed.device_memory import is_out_of_memory
 from nanochat_jax.distributed.mesh import row_part, row_shards
@@ -170,7 +170,7 @@ def session(run: Run, mesh: Mesh, dtype: Any, total: int, T: int, rows: int):
 
     rows: of T tokens, of a device in one pass."""
     cfg = run.cfg
-    with jax.set_mesh(mesh), whole_copies(cfg.replicate), contextlib.ExitStack() as stack:
+    with jax.set_mesh(mesh), replicated_parameters(cfg.replicate), contextlib.ExitStack() as stack:
         tx = groups.make_optimizer(run.groups, dtype)
         abstract = abstract_state(run.model_config, tx, mesh, cfg.replicate)
         lines, notes = table(abstract.params, mesh, cfg.replicate)
@@ -216,7 +216,9 @@ def validation(
     bits_per_byte = make_bits_per_byte(run.model_config, tokenizer.token_bytes(), **how)
 
     def measure(params):
-        batches = data_batches.fixed_batches(rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares(mesh))
+        batches = data_batches.validation_batches(
+            rows, n_rows=count, rows_per_batch=batch.rows_per_pass, **shares(mesh)
+        )
         if not cfg.document_mask:
             batches = map(data_batches.without_documents, batches)
         return {"val_bpb": bits_per_byte(params, (to_global(b, mesh) for b in batches))}

@@ -27,7 +27,7 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import batch_sharding
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.decode import Programs
-from nanochat_jax.inference.engine import OWN_STEP, PROMPT_STEP, arrange, ladder
+from nanochat_jax.inference.engine import OWN_STEP, PROMPT_STEP, arrange_slots, padded_size
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import summed_token_loss, weighted_nll
@@ -221,10 +221,10 @@ class Compiler:
 
     def decode_sizes(self, rollouts: Rollouts) -> tuple[int, int, int, int]:
         """Groups of rows of all devices, rows of each, tokens of a prompt part and of an own part."""
-        shared, groups = arrange(rollouts.prompts, rollouts.samples, rollouts.slots)
-        groups = self.place.mesh.size * ladder(-(-groups // self.place.mesh.size))
-        own = ladder(rollouts.new_tokens + rollouts.chunk, OWN_STEP)
-        return groups, shared, ladder(PROMPT_TOKENS, PROMPT_STEP), own
+        shared, groups = arrange_slots(rollouts.prompts, rollouts.samples, rollouts.slots)
+        groups = self.place.mesh.size * padded_size(-(-groups // self.place.mesh.size))
+        own = padded_size(rollouts.new_tokens + rollouts.chunk, OWN_STEP)
+        return groups, shared, padded_size(PROMPT_TOKENS, PROMPT_STEP), own
 
     def copy_bytes(self) -> int:
         """Of the weights that rollouts read: whole, and matrices in the compute type."""

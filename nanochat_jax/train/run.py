@@ -253,7 +253,7 @@ def open_run(
         tag = f"d{find.peek_meta(found)['model_config']['n_layer']}"
     run = open_folder(cfg, stage, tag, tokenizer, harmless, log)
     if run.resumed:
-        return agreed(run)
+        return check_agreement(run)
     found = found or find.find_model(source, cfg.model_tag, cfg.model_step)
     log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
     meta = find.peek_meta(found)
@@ -263,12 +263,12 @@ def open_run(
     limit = 10 * meta["model_config"]["sequence_len"]
     fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
     config.require(fits, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
-    return agreed(dataclasses.replace(run, cfg=cfg, base=found))
+    return check_agreement(dataclasses.replace(run, cfg=cfg, base=found))
 
 
-def agreed(run: Run) -> Run:
+def check_agreement(run: Run) -> Run:
     """The run. ValueError: another process is about to start another one, or from something else."""
-    facts = {"tokenizer": run.tokenizer_digest} | processes.settings_told(dataclasses.asdict(run.cfg))
+    facts = {"tokenizer": run.tokenizer_digest} | processes.compared_settings(dataclasses.asdict(run.cfg))
     if run.resumed:
         facts["checkpoint to resume"] = find.identity(find.Found(run.folder, run.first_step, True))
     if run.base:

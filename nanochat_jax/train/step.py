@@ -12,9 +12,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoints import store
-from nanochat_jax.distributed.collectives import whole_copies
+from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.mesh import row_shards
-from nanochat_jax.distributed.sharding import batch_sharding, fit, flat, param_shardings, path_name, replicated
+from nanochat_jax.distributed.sharding import (
+    batch_sharding,
+    fit,
+    flatten_by_path,
+    param_shardings,
+    path_name,
+    replicated,
+)
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import summed_token_loss, weighted_nll
 from nanochat_jax.optim.groups import state_arrays, with_state_arrays
@@ -75,7 +82,7 @@ def state_items(state: TrainState) -> dict[str, dict[str, Any]]:
     """What a checkpoint keeps of a state, as `checkpoints.store` takes it: `params` and `optimizer` (its arrays, and
     the count of skipped updates); the step is the folder's name."""
     optimizer = state_arrays(state.opt_state) | {"bad_steps": state.bad_steps}
-    return {"params": flat(state.params), "optimizer": optimizer}
+    return {"params": flatten_by_path(state.params), "optimizer": optimizer}
 
 
 def restore_state(folder: Path, like: TrainState) -> TrainState:
@@ -141,7 +148,7 @@ def make_train_step(
     loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
     replicate = not any("data" in leaf.sharding.spec for leaf in jax.tree.leaves(state.params))
 
-    @whole_copies(replicate)
+    @replicated_parameters(replicate)
     def train_step(state: TrainState, batch, *scalars):
         if row_shards() != row_shards(mesh):
             raise ValueError("the train step must be called under jax.set_mesh with the mesh it was made for")

@@ -56,7 +56,7 @@ def abstract_on(n, groups):
 
 
 def assert_same(one, other):
-    a, b = (distributed_sharding.flat(tree) for tree in (one, other))
+    a, b = (distributed_sharding.flatten_by_path(tree) for tree in (one, other))
     assert a.keys() == b.keys()
     for name in a:
         assert np.array_equal(np.asarray(a[name]), np.asarray(b[name])), name
@@ -176,7 +176,7 @@ def test_every_flipped_byte_truncation_and_deletion_is_found(tmp_path, saved):
     folder = copy_of(saved[0], tmp_path / "7")
     files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
     kinds = {p.relative_to(folder).parts[0] for p in files}
-    assert kinds == {"params", "optimizer", "meta", "_CHECKPOINT_METADATA", "commit_success.txt", integrity.SEAL}
+    assert kinds == {"params", "optimizer", "meta", "_CHECKPOINT_METADATA", "commit_success.txt", integrity.MANIFEST}
     for path in files:
         good = path.read_bytes()
         flipped = bytearray(good)
@@ -193,7 +193,7 @@ def test_every_flipped_byte_truncation_and_deletion_is_found(tmp_path, saved):
 def test_a_seal_that_is_not_one_seals_nothing(tmp_path, saved):
     folder = copy_of(saved[0], tmp_path / "7")
     for data in (b"", b"{}", b"[]", b"3", b'{"meta": 3}', b'{"meta": "x"}', b'{"meta/data.json": null}', b"\xff"):
-        (folder / integrity.SEAL).write_bytes(data)
+        (folder / integrity.MANIFEST).write_bytes(data)
         assert not integrity.is_intact(folder), data
 
 

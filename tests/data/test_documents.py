@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.data import documents
-from nanochat_jax.data.batches import fixed_batches, train_batches
+from nanochat_jax.data.batches import train_batches, validation_batches
 from nanochat_jax.data.documents import DocumentRows, describe
 from nanochat_jax.data.packing import plan_epoch
 from nanochat_jax.data.shards import Documents, find_shards
@@ -148,7 +148,7 @@ def test_rows_are_the_same_for_any_number_of_processes_and_from_any_start(tmp_pa
 def test_validation_rows_are_the_same_each_time(tmp_path):
     *_, held_out = find_shards(tiny.write_shards(tmp_path / "shards"))
     rows = rows_of([held_out])
-    first, again = (list(fixed_batches(rows, n_rows=10**9, rows_per_batch=8)) for _ in range(2))
+    first, again = (list(validation_batches(rows, n_rows=10**9, rows_per_batch=8)) for _ in range(2))
     assert sum((batch["weights"].sum(1) > 0).sum() for batch in first) == rows.plan(0).n_rows
     assert all((a["inputs"] == b["inputs"]).all() for a, b in zip(first, again, strict=True))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from nanochat_jax.data.batches import fixed_batches, train_batches
+from nanochat_jax.data.batches import train_batches, validation_batches
 from nanochat_jax.data.conversations import ConversationStore, RowSource
 from nanochat_jax.data.rows import assemble, shuffled
 from nanochat_jax.data.token_cache import BATCH, TokenCache, _checksum, open_caches
@@ -420,14 +420,16 @@ def test_rows_that_cannot_be_shared_out_are_refused(tmp_path):
 def test_validation_rows_are_the_same_each_time_and_come_once(tmp_path):
     rows = make_rows(tmp_path)
     n = rows.rows_in_epoch(0)
-    first, again = (list(fixed_batches(rows, n_rows=10**6, rows_per_batch=8)) for _ in range(2))
+    first, again = (list(validation_batches(rows, n_rows=10**6, rows_per_batch=8)) for _ in range(2))
     assert len(first) == -(-n // 8) and all(batch["inputs"].shape == (8, 64) for batch in first)
     for a, b in zip(first, again, strict=True):
         assert_equal(a, b)
     joined = {name: np.concatenate([batch[name] for batch in first]) for name in first[0]}
     assert_equal({name: leaf[:n] for name, leaf in joined.items()}, rows.batch(range(n)))
     assert not joined["weights"][n:].any()
-    halves = [list(fixed_batches(rows, n_rows=10, rows_per_batch=8, process_index=p, process_count=2)) for p in (0, 1)]
+    halves = [
+        list(validation_batches(rows, n_rows=10, rows_per_batch=8, process_index=p, process_count=2)) for p in (0, 1)
+    ]
     inputs = np.concatenate([np.concatenate([h[k]["weights"] for h in halves]) for k in range(2)])
     np.testing.assert_array_equal(inputs[:10], rows.batch(range(10))["weights"])
     assert not inputs[10:].any()

@@ -294,7 +294,7 @@ def test_other_code_and_versions_are_named_with_process_and_host():
 
 def test_what_may_differ_between_machines_is_not_compared():
     settings = {"seed": 1, "data_dir": "/a", "process_id": 3, "coordinator": "x", "max_seq_len": 64}
-    assert processes.settings_told(settings) == {"--seed": "1", "--max-seq-len": "64"}
+    assert processes.compared_settings(settings) == {"--seed": "1", "--max-seq-len": "64"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,5 +397,5 @@ def test_one_process_needs_no_line():
     assert (processes.count(), processes.index(), processes.mine([1, 2, 3])) == (1, 0, [1, 2, 3])
     assert processes.exchange("x", [1, None]) == [[1, None]] and processes.gather("x", b"abc") == [b"abc"]
     assert processes.gather("x", None) is None and not processes.stop_here() and not processes.signal_noticed()
-    with processes.zero_first("x"), processes.stopping_in_order():
+    with processes.process_zero_first("x"), processes.stopping_in_order():
         processes.agree("x", {"a": 1})

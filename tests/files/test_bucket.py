@@ -416,7 +416,7 @@ def test_a_run_killed_in_the_middle_of_an_upload_goes_on_bit_for_bit_on_another_
     running.append(process)
     ended(process, -9)
     left = cloud.names("bucket", "base/chatsft_checkpoints/killed/4/")
-    assert left and not any(name.endswith(("commit_success.txt", integrity.SEAL)) for name in left)
+    assert left and not any(name.endswith(("commit_success.txt", integrity.MANIFEST)) for name in left)
     shutil.rmtree(tmp_path / "first")
     output = ended(start(tmp_path / "second", "killed", ["--resume"]))
     assert "Resuming gs://bucket/base/chatsft_checkpoints/killed from step 2" in output

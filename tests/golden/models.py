@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from nanochat_jax.checkpoints.find import find_model, load_params
-from nanochat_jax.distributed.sharding import flat
+from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.interop.nanochat_model import nanochat_name, our_path
 from nanochat_jax.model import gpt
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
@@ -59,7 +59,7 @@ def under(prefix: str, record: dict) -> dict:
 
 def by_name(tree: dict) -> dict[str, np.ndarray]:
     """A parameter tree as a flat dict under nanochat's names."""
-    return {nanochat_name(path): np.asarray(leaf) for path, leaf in flat(tree).items()}
+    return {nanochat_name(path): np.asarray(leaf) for path, leaf in flatten_by_path(tree).items()}
 
 
 def tree(named: dict[str, np.ndarray]) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.tokenizer import Tokenizer
 from tests.golden import data, models
@@ -40,7 +40,7 @@ def greedy(file: str):
     engine = Engine(config, tokenizer(name), chunk=16 if config.smear else longest, **MESH)
     engine.load(params)
     with models.rotary_tables_of(file):
-        rows = engine.generate([*prompts.values()], Sampling(temperature=0.0, max_new_tokens=longest))
+        rows = engine.generate([*prompts.values()], SamplingParams(temperature=0.0, max_new_tokens=longest))
     return golden, {n: row[0] for n, row in zip(prompts, rows)}
 
 
@@ -114,7 +114,7 @@ def test_rollouts_with_tool_calls_are_nanochats(scripted):
     engine, traces = scripted
     for trace, first in traces:
         rollouts = engine(trace["tokenizer"])
-        how = Sampling(max_new_tokens=trace["max_tokens"])
+        how = SamplingParams(max_new_tokens=trace["max_tokens"])
         (samples,) = rollouts.generate([trace["prompt"]], how, samples=trace["num_samples"], seed=first)
         for n, sample in enumerate(samples):
             size = len(sample.tokens) - sample.ended
@@ -129,10 +129,10 @@ def test_streams_with_tool_calls_are_nanochats(scripted):
     for trace, first in traces:
         for n in range(trace["num_samples"]):
             stream = engine(trace["tokenizer"]).stream(
-                trace["prompt"], Sampling(max_new_tokens=trace["max_tokens"]), seed=first + n
+                trace["prompt"], SamplingParams(max_new_tokens=trace["max_tokens"]), seed=first + n
             )
             shown = list(stream)
             columns = [(column[n], mask[n]) for column, mask in zip(trace["columns"], trace["column_masks"])]
             assert shown == columns[: len(shown)], trace["name"]
-            ended = shown[-1][0] in engine(trace["tokenizer"]).marks.ends and shown[-1][1] == 1
+            ended = shown[-1][0] in engine(trace["tokenizer"]).control_tokens.ends and shown[-1][1] == 1
             assert ended or len(shown) == len(columns) == trace["max_tokens"], trace["name"]

@@ -12,7 +12,7 @@ import pytest
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.sharding import param_shardings, to_global
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.optim.groups import Muon, default_groups, make_optimizer, scale_rates
 from nanochat_jax.optim.schedules import rl_lr_multiplier
 from nanochat_jax.rollouts.objective import Objective, advantages, make_score
@@ -213,7 +213,7 @@ def test_in_bfloat16_neither_sampler_nor_trainer_is_much_farther_from_float32_th
     mesh, ids = make_mesh("data=1"), np.random.default_rng(0).integers(0, config.vocab_size, (8, 20))
     engine = Engine(config, tokenizer, mesh, dtype=jnp.bfloat16)
     engine.load(params)
-    samples = engine.generate(ids, Sampling(top_k=0, max_new_tokens=24), samples=2)
+    samples = engine.generate(ids, SamplingParams(top_k=0, max_new_tokens=24), samples=2)
     A, B, T = largest(file)  # the shape for which the program that scores in float32 is there already
     sizes = {"bos": tokenizer.bos, "micro_batches": A, "rows": B, "fields": ("policy_logprobs",)}
     batch = packed_rows(ids, samples, np.ones((8, 2), np.float32), T, **sizes)

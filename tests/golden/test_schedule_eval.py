@@ -8,8 +8,8 @@ import pytest
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
 from nanochat_jax.evals.chatcore import BASELINES, chatcore
-from nanochat_jax.evals.eval_set import Problems, judge, prepare
-from nanochat_jax.evals.evaluator import Examiner
+from nanochat_jax.evals.eval_set import EvalSet, judge, make_eval_set
+from nanochat_jax.evals.evaluator import Evaluator
 from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.model.gpt import GPTConfig
@@ -92,12 +92,12 @@ class Quiz:
         return is_right(conversation, answer)
 
 
-def quiz(name: str) -> tuple[dict, Problems, GPTConfig, dict, Tokenizer]:
+def quiz(name: str) -> tuple[dict, EvalSet, GPTConfig, dict, Tokenizer]:
     """(the golden case, its items as problems, the model's config and parameters, the tokenizer)."""
     config, params, _ = models.load(name)
     tokenizer = Tokenizer.load(data.path(f"checkpoints/{name}/tokenizer"))
     golden = data.load_json("eval.json")[f"categorical_{name}"]
-    return golden, prepare(name, AdaptedTask(Quiz(golden["items"])), tokenizer), config, params, tokenizer
+    return golden, make_eval_set(name, AdaptedTask(Quiz(golden["items"])), tokenizer), config, params, tokenizer
 
 
 @pytest.mark.parametrize("name", cases_of("categorical_"))
@@ -117,10 +117,10 @@ def test_letters_and_accuracies_are_nanochats_whatever_the_batch(name):
     golden, problems, config, params, tokenizer = quiz(name)
     sizes = [run["batch_size"] for run in golden["runs"]]
     for rows in {min(sizes), max(sizes)}:
-        examiner = Examiner(config, tokenizer, make_mesh("data=1"), rows=rows)
-        examiner.load(params)
+        evaluator = Evaluator(config, tokenizer, make_mesh("data=1"), rows=rows)
+        evaluator.load(params)
         with models.rotary_tables_of(name):
-            chosen = examiner.choose(problems)
+            chosen = evaluator.choose(problems)
         right = [judge(problems, i, letter) for i, letter in enumerate(chosen)]
         for run in golden["runs"]:
             assert chosen[: run["max_problems"]] == run["predicted"]

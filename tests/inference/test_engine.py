@@ -14,8 +14,8 @@ from flax import nnx
 
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
-from nanochat_jax.inference.engine import Engine, arrange, ladder, text_pieces
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.engine import Engine, arrange_slots, padded_size, text_pieces
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.model.gpt import GPT, abstract_gpt
 from tests.support import tiny
 from tests.support.models import random_params, tiny_config
@@ -24,7 +24,7 @@ TOKENIZER = tiny.tokenizer()
 CONFIG = tiny_config(vocab_size=265, padded_vocab=320, n_layer=2, windows=(7, -1))  # a ring that turns, grouped heads
 PARAMS = random_params(CONFIG)
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (1, 5, 33, 2, 20)]
-HOW = Sampling(temperature=0.8, top_k=40, max_new_tokens=36)
+HOW = SamplingParams(temperature=0.8, top_k=40, max_new_tokens=36)
 # All rows at once, in six calls: the first layer's ring of 22 turns amid one of them, but own parts keep their size, as
 # each is a program. They grow with chunks of 1 and 5. Several tests share these programs.
 ROOMY = {"slots": 64, "chunk": 6}
@@ -112,7 +112,9 @@ def test_the_order_of_prompts_changes_nothing_where_they_keep_their_numbers(engi
 
 def test_seed_and_step_change_the_draws(engine, rollouts):
     for change in ({"seed": 6, "step": 2}, {"seed": 5, "step": 3}):
-        other = engine.generate(PROMPTS, Sampling(temperature=0.8, top_k=40, max_new_tokens=24), samples=3, **change)
+        other = engine.generate(
+            PROMPTS, SamplingParams(temperature=0.8, top_k=40, max_new_tokens=24), samples=3, **change
+        )
         assert not np.array_equal(other[2][0].tokens[:10], rollouts[2][0].tokens[:10])
 
 
@@ -122,7 +124,7 @@ def test_a_second_call_compiles_nothing_also_with_other_parameters_and_settings(
     before = engine.stats["compiles"]
     engine.load(jax.tree.map(lambda leaf: leaf + 0.01, PARAMS))
     events.clear()
-    other = engine.generate(PROMPTS, Sampling(temperature=1.2, top_k=7, max_new_tokens=24), samples=3, step=9)
+    other = engine.generate(PROMPTS, SamplingParams(temperature=1.2, top_k=7, max_new_tokens=24), samples=3, step=9)
     assert [name for name in events if "compile" in name] == [] and engine.stats["compiles"] == before
     assert not np.array_equal(other[2][0].tokens, rollouts[2][0].tokens)
     engine.load(PARAMS)
@@ -132,9 +134,9 @@ def test_a_second_call_compiles_nothing_also_with_other_parameters_and_settings(
 
 def test_prompts_within_the_length_to_expect_share_the_decoding_programs():
     engine = make(slots=4, chunk=4, prompt_tokens=len(PROMPTS[2]))
-    engine.generate([PROMPTS[1]], Sampling(max_new_tokens=2))
+    engine.generate([PROMPTS[1]], SamplingParams(max_new_tokens=2))
     before = engine.stats["compiles"]
-    engine.generate([PROMPTS[2]], Sampling(max_new_tokens=2))
+    engine.generate([PROMPTS[2]], SamplingParams(max_new_tokens=2))
     assert engine.stats["compiles"] == before + 1  # the longer prefill
 
 
@@ -149,7 +151,7 @@ def test_bfloat16_rollouts_stay_near_the_bfloat16_training_forward():
 
 def test_a_sample_is_cut_where_the_context_ends():
     prompts = [PROMPTS[4], PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[4]]
-    rollouts = make(context=24, **ROOMY).generate(prompts, Sampling(0.0, 0, 10), samples=3)
+    rollouts = make(context=24, **ROOMY).generate(prompts, SamplingParams(0.0, 0, 10), samples=3)
     assert [[len(sample.tokens) for sample in row] for row in rollouts] == [[n] * 3 for n in (4, 10, 10, 10, 4)]
     assert not any(sample.ended for sample in itertools.chain(*rollouts))
 
@@ -180,7 +182,7 @@ def test_settings_that_make_no_sense_are_refused():
     temperatures = [{"temperature": value} for value in (-1.0, float("nan"), float("inf"), 1e39)]
     for bad in (*temperatures, {"top_k": -1}, {"top_k": 1.5}, {"max_new_tokens": 0}, {"max_new_tokens": 1.5}):
         with pytest.raises(ValueError, match=f"--{next(iter(bad)).replace('_', '-')}"):
-            Sampling(**bad)
+            SamplingParams(**bad)
     with pytest.raises(ValueError, match="slots must be at least 1"):
         make(slots=0)
     with pytest.raises(RuntimeError, match="load"):
@@ -226,7 +228,7 @@ END = TOKENIZER.special("<|assistant_end|>")
 
 def test_the_calculator_answers_and_what_was_sampled_there_is_thrown_away(monkeypatch):
     script = [[[*call("2*21"), END, END, END, END, 9, END], [*call("2/0"), 8, END]]]
-    ((good, bad),) = scripted(monkeypatch, script, chunk=3).generate([[1]], Sampling(), samples=2)
+    ((good, bad),) = scripted(monkeypatch, script, chunk=3).generate([[1]], SamplingParams(), samples=2)
     answer = [TOKENIZER.special("<|output_start|>"), *TOKENIZER.encode("42"), TOKENIZER.special("<|output_end|>")]
     assert good.tokens.tolist() == [*call("2*21"), *answer, 9, END]
     assert good.mask.tolist() == [1] * 6 + [0] * 4 + [1] * 2 and good.ended
@@ -240,14 +242,14 @@ def test_a_result_longer_than_a_call_of_the_device_is_cut_at_the_limit_only(monk
     script = [[[*call("11111111*10001"), 9]]]
     engine = scripted(monkeypatch, script, chunk=3)
     for limit in (18, 20, 27, 40):
-        (sample,) = engine.generate([[1]], Sampling(max_new_tokens=limit))[0]
+        (sample,) = engine.generate([[1]], SamplingParams(max_new_tokens=limit))[0]
         expected = [*call("11111111*10001"), 261 + 2, *b"111122221111", 261 + 3] + [7] * 40
         assert sample.tokens.tolist() == expected[:limit] and not sample.ended
         assert sample.mask.tolist() == ([1] * 16 + [0] * 14 + [1] * 40)[:limit]
 
 
 def test_without_tools_a_block_is_text(monkeypatch):
-    (sample,) = scripted(monkeypatch, [[[*call("1+1"), 9, END]]], tools=False).generate([[1]], Sampling())[0]
+    (sample,) = scripted(monkeypatch, [[[*call("1+1"), 9, END]]], tools=False).generate([[1]], SamplingParams())[0]
     assert sample.tokens.tolist() == [*call("1+1"), 9, END] and sample.mask.all() and not sample.tool_calls
 
 
@@ -259,7 +261,7 @@ def test_a_long_sample_does_not_hold_up_the_others(monkeypatch, samples):
     engine = scripted(monkeypatch, script, slots=12, chunk=8)
     seen = []
     rollouts = engine.generate(
-        [[1]] * len(script), Sampling(), samples=samples, progress=lambda done, total: seen.append((done, total))
+        [[1]] * len(script), SamplingParams(), samples=samples, progress=lambda done, total: seen.append((done, total))
     )
     assert [len(s.tokens) for s in itertools.chain(*rollouts)] == [150] + [5] * 143
     assert engine.stats["decode_steps"] <= 150 + 16
@@ -270,7 +272,7 @@ def test_rows_that_wait_for_the_calculator_do_not_idle_while_long_ones_run_on(mo
     caller = [*call("1+1"), 0, 0, 0, *call("2+2"), 0, 0, 0, END]
     script = [[caller] * 8 + [[7] * 59 + [END]] * 4]
     engine = scripted(monkeypatch, script, chunk=64)
-    ((*samples,),) = engine.generate([[1]], Sampling(), samples=12)
+    ((*samples,),) = engine.generate([[1]], SamplingParams(), samples=12)
     assert all(len(s.tokens) == 17 and len(s.tool_calls) == 2 for s in samples[:8])
     assert engine.stats["decode_steps"] == 60
 
@@ -279,20 +281,20 @@ def test_rows_that_wait_for_the_calculator_do_not_idle_while_long_ones_run_on(mo
 
 
 def test_rows_are_shared_out_so_that_everything_fits_or_a_group_is_small():
-    assert arrange(16, 16, 256) == (16, 16)
-    assert arrange(32, 16, 256) == (8, 32)
-    assert arrange(1000, 16, 256) == (4, 64)
-    assert arrange(1000, 1, 256) == (1, 256)
-    assert arrange(3, 100, 64) == (21, 3)
-    assert arrange(5, 2, 1) == (1, 1)
+    assert arrange_slots(16, 16, 256) == (16, 16)
+    assert arrange_slots(32, 16, 256) == (8, 32)
+    assert arrange_slots(1000, 16, 256) == (4, 64)
+    assert arrange_slots(1000, 1, 256) == (1, 256)
+    assert arrange_slots(3, 100, 64) == (21, 3)
+    assert arrange_slots(5, 2, 1) == (1, 1)
 
 
 def test_sizes_are_few_and_near():
     for least in (1, 16):
-        sizes = {ladder(n, least) for n in range(1, 5000)}
+        sizes = {padded_size(n, least) for n in range(1, 5000)}
         assert len(sizes) < 26 and all(size % least == 0 for size in sizes)
-        assert all(n <= ladder(n, least) < 1.5 * n + least for n in range(1, 5000))
-    assert ladder(0, 16) == 0
+        assert all(n <= padded_size(n, least) < 1.5 * n + least for n in range(1, 5000))
+    assert padded_size(0, 16) == 0
 
 
 def test_text_comes_in_whole_characters_and_broken_bytes_are_replaced():

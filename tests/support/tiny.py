@@ -79,7 +79,7 @@ def write_nanochat_base(base: Path, tag: str = "d2", step: int = 7, seed: int = 
     params = jax.tree.map(np.asarray, random_state(seed=seed)[0].params)
     write_pt(
         folder / f"model_{step:06d}.pt",
-        {nanochat_name(path): leaf for path, leaf in sharding.flat(params).items()},
+        {nanochat_name(path): leaf for path, leaf in sharding.flatten_by_path(params).items()},
     )
     fields = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
     sizes = {name: getattr(CONFIG, name) for name in fields} | {"window_pattern": "SL"}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.mesh import make_mesh, suiting
-from nanochat_jax.distributed.sharding import PARAM_SPECS, by_path, param_shardings, path_name, to_global
+from nanochat_jax.distributed.mesh import choose_replicas, make_mesh
+from nanochat_jax.distributed.sharding import PARAM_SPECS, map_by_path, param_shardings, path_name, to_global
 from nanochat_jax.model.gpt import abstract_gpt
 from nanochat_jax.optim.groups import default_groups, make_optimizer
 from nanochat_jax.train.step import abstract_state, init_state, make_train_step, place, random_state
@@ -254,7 +254,7 @@ def test_large_leaves_are_sharded_and_their_optimizer_state_with_them():
 
 
 def test_every_parameter_has_a_rule_and_an_unknown_one_is_named():
-    specs = by_path(random_params(CONFIG), PARAM_SPECS)
+    specs = map_by_path(random_params(CONFIG), PARAM_SPECS)
     assert specs["wte"] == P("model", "data")
     with pytest.raises(ValueError, match="'odd/one'"):
         param_shardings({"odd": {"one": jnp.zeros(3)}}, make_mesh("data=8"))
@@ -289,7 +289,7 @@ def test_a_mesh_is_chosen_by_the_width_where_it_is_not_given():
     ],
 )
 def test_the_parts_of_a_matrix_are_as_many_as_suit_its_width(n_embd, devices, expected):
-    assert suiting(n_embd, devices) == expected
+    assert choose_replicas(n_embd, devices) == expected
 
 
 def test_an_array_of_another_shape_is_named():

@@ -29,8 +29,8 @@ from bench_device import DEPTHS, choose_attention, compute_dtype, depth_shape, f
 from flax import nnx
 
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.inference.engine import Engine, arrange
-from nanochat_jax.inference.samples import Sampling
+from nanochat_jax.inference.engine import Engine, arrange_slots
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -107,7 +107,7 @@ def main(cfg: Bench) -> None:
         raise ValueError("sizes and counts must be at least 1")
     config = model_config(cfg, cfg.sequence_len)
     dtype, mesh = compute_dtype(cfg.dtype), make_mesh(cfg.mesh)
-    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.new_tokens)
+    sampling = SamplingParams(cfg.temperature, cfg.top_k, cfg.new_tokens)
     rows = cfg.prompt_tokens + cfg.new_tokens
     attention = choose_attention(cfg.attention, config, rows, mesh, dtype, packed=True)  # that of RL's training
     how = {"dtype": dtype, "attention": attention, "slots": cfg.slots, "chunk": cfg.chunk, "tools": cfg.tools}
@@ -119,7 +119,7 @@ def main(cfg: Bench) -> None:
     counts = parameter_counts(config)
     weights = (counts["matrices"] + counts["lm_head"]) * dtype.itemsize * mesh.size
     pair = 2 * config.kv_dim * engine._batch.kept_dtype.itemsize
-    shared, _ = arrange(cfg.prompts, cfg.samples, cfg.slots)
+    shared, _ = arrange_slots(cfg.prompts, cfg.samples, cfg.slots)
     runs = []
     for step in range(cfg.repeats + 1):
         results = engine.generate(prompts, sampling, samples=cfg.samples, step=step)

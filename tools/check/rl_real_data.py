@@ -23,7 +23,7 @@ import tyro
 from kill_resume import at_step, run_until, start
 
 from nanochat_jax.checkpoints.find import find_model, load_params
-from nanochat_jax.distributed.sharding import flat
+from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.quickstart import write_shards
 from nanochat_jax.tasks import GSM8K
 from nanochat_jax.tasks.gsm8k import final_answer
@@ -138,7 +138,7 @@ def folder_of(stage: str, out: Path) -> Path:
 
 def weights_of(stage: str, out: Path) -> dict[str, np.ndarray]:
     _, params, _ = load_params(find_model(stage, base=out))
-    return {name: np.asarray(leaf, np.float64) for name, leaf in flat(params).items()}
+    return {name: np.asarray(leaf, np.float64) for name, leaf in flatten_by_path(params).items()}
 
 
 def moved(before: dict, after: dict) -> float:

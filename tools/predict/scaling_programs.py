@@ -20,7 +20,7 @@ from roofline import RATES, spans
 
 from nanochat_jax.cli.device import peak_flops
 from nanochat_jax.cli.settings import require
-from nanochat_jax.distributed.collectives import whole_copies
+from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.device_memory import asked_and_had, beside_arguments, bytes_on_device, is_out_of_memory
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.model.gpt import REMAT, GPTConfig, window_sizes
@@ -187,7 +187,7 @@ def compile_update(compiler: preflight.Compiler, replicate: bool = False):
         scalars = {"lr_multiplier": lr_multiplier, "muon_momentum": muon_momentum}
         return compiler.tx.update(grads, opt_state, params, **scalars)
 
-    with jax.set_mesh(compiler.place.mesh), whole_copies(replicate):
+    with jax.set_mesh(compiler.place.mesh), replicated_parameters(replicate):
         shardings = {"in_shardings": (params, opt_state, params, None, None), "out_shardings": (params, opt_state)}
         jitted = jax.jit(update, donate_argnums=(0, 1), **shardings)
         number = jax.ShapeDtypeStruct((), jnp.float32)

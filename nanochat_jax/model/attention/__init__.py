@@ -2,12 +2,12 @@
 
 Causality, the left window and the documents of a packed row are together one interval of keys per query:
 `[k_start[t], t]`. `reference` is the definition; the others must equal it. `choose` decides which one runs.
-`over_parts` is attention for decoding.
+`decode_attention` is attention for decoding.
 """
 
 import jax
 
-from nanochat_jax.model.attention.decode import over_parts as over_parts
+from nanochat_jax.model.attention.decode import decode_attention as decode_attention
 from nanochat_jax.model.attention.select import NAMES as NAMES
 from nanochat_jax.model.attention.select import Shapes as Shapes
 from nanochat_jax.model.attention.select import backend

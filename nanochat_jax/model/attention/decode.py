@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 
-def over_parts(q, parts, scale):
+def decode_attention(q, parts, scale):
     """q [R,N,H], parts: a list of (k, v, visible) -> softmax attention over the visible keys of all parts, [R,N,H].
 
     k and v are [P,K,S,H] of one type with P dividing R: each is shared by R / P neighbouring rows, and is read once for

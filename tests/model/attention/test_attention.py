@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.model.attention import attention, over_parts
+from nanochat_jax.model.attention import attention, decode_attention
 from nanochat_jax.model.attention.cudnn import one_document
 from nanochat_jax.model.attention.residuals import LSE, OUT
 from nanochat_jax.model.attention.splash import segments, splash, tiles
@@ -226,7 +226,7 @@ def test_attention_over_parts_is_that_over_all_their_keys(N, K):
     q = rng.standard_normal((R, N, H)).astype(np.float32)
     parts = [[rng.standard_normal((P, K, S, H)).astype(np.float32) for _ in "kv"] for P, S in sizes]
     seen = [rng.random((R, S)) < share for (_, S), share in zip(sizes, (0.5, 0.7, 1, 0))]
-    got = jax.jit(over_parts)(q, [(k, v, visible) for (k, v), visible in zip(parts, seen)], H**-0.5)
+    got = jax.jit(decode_attention)(q, [(k, v, visible) for (k, v), visible in zip(parts, seen)], H**-0.5)
     for r, n in itertools.product(range(R), range(N)):
         k, v = (
             np.concatenate([part[i][r * len(part[i]) // R, n * K // N][s[r]] for part, s in zip(parts, seen)])
