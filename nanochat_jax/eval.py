@@ -77,7 +77,7 @@ class EvalConfig:
     slots: int = 256  # answers that are generated together
     # output
     json: Maybe[Path] = None  # new file for all numbers
-    settings: Maybe[Path] = None  # TOML file of flags; flags on the command line win
+    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
 
 
 def check(cfg: EvalConfig) -> SamplingParams:

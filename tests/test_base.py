@@ -14,7 +14,7 @@ from nanochat_jax import base as stage
 from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import main
-from nanochat_jax.cli import settings as cli_settings
+from nanochat_jax.cli import settings as flags
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.train import scaling_laws
 from nanochat_jax.train.metrics import read_metrics
@@ -47,7 +47,7 @@ def flags(*more):
 def run(argv, module=stage, settings=stage.BaseConfig) -> int | str:
     """The exit code, or the error's sentence."""
     with pytest.raises(SystemExit) as stop:
-        main.run_stage(module.main, cli_settings.parse(settings, list(argv)))
+        main.run_stage(module.main, flags.parse(settings, list(argv)))
     return stop.value.code
 
 
@@ -114,15 +114,15 @@ def test_the_checkpoint_is_a_base_model_with_what_fine_tuning_inherits(trained):
     meta = find.peek_meta(found)
     assert (meta["max_seq_len"], meta["device_batch_size"], meta["total_batch_size"]) == (64, 1, 512)
     assert (meta["rows_consumed"], meta["total_steps"], meta["user_config"]["embedding_lr"]) == (48, STEPS, 0.3)
-    cli_settings = find.load_params(found)[0]
-    assert (cli_settings.n_embd, cli_settings.windows, cli_settings.smear, cli_settings.padded_vocab) == (
+    config = find.load_params(found)[0]
+    assert (config.n_embd, config.windows, config.smear, config.padded_vocab) == (
         64,
         (128, 64),
         True,
         320,
     )
     dials = {"aspect_ratio": 32, "head_dim": 32, "window_pattern": "SL", "max_seq_len": 64, "vocab_size": 265}
-    growth = scaling_laws.scaling_params(cli_settings) / scaling_laws.scaling_params(
+    growth = scaling_laws.scaling_params(config) / scaling_laws.scaling_params(
         scaling_laws.config_of_depth(12, **dials)
     )
     decay = 0.28 * math.sqrt(512 / 2**19) / growth * 0.5 * (1 + math.cos(math.pi * 5 / 6))  # the last step's
@@ -184,7 +184,7 @@ def test_other_settings_and_other_data_are_not_the_same_run(base, trained, tmp_p
 
 def test_resume_alone_means_the_only_run(base, trained, tmp_path, monkeypatch):
     def tag(*argv):
-        return stage.tag_of(cli_settings.parse(stage.BaseConfig, [*argv]))
+        return stage.tag_of(flags.parse(stage.BaseConfig, [*argv]))
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     assert tag("--resume") == tag() == "d20"  # there is none

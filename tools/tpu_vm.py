@@ -50,7 +50,7 @@ WITHOUT_COMMAND = "what to run? Write it after --, such as -- .venv/bin/python -
 class Settings:
     """A TPU, and what to do with it."""
 
-    settings: Maybe[Path] = None  # TOML file of flags; flags on the command line win
+    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
     # the TPU
     name: str = "nanochat"  # of the TPU
     zone: Maybe[str] = None  # such as us-east5-b

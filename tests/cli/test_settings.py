@@ -27,7 +27,7 @@ class Settings:
     mask: bool = True  # documents apart
     files: tuple[Path, ...] = ()  # data
     load: int = 1  # 1 or 0
-    settings: Maybe[Path] = None  # TOML file of flags
+    config: Maybe[Path] = None  # TOML file of flags
 
 
 def parsed(*argv):
