@@ -18,7 +18,8 @@ from nanochat_jax.checkpoints import find, store
 from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed import sharding
 from nanochat_jax.files import torch_write
-from nanochat_jax.files.torch_read import read_pt, read_tokenizer_pickle
+from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
+from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.files.torch_write import Tensor, write_pt
 from nanochat_jax.interop import nanochat_optimizer, nanochat_write
 from nanochat_jax.interop.nanochat_model import read_model

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.files.torch_read import Refused, read_pt
+from nanochat_jax.files.plain_pickle import Refused
+from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig
 
 # nanochat's name of a tensor -> our path; * stands for the layer. Both directions are read from here.

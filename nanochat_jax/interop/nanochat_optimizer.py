@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.distributed.sharding import flatten_by_path, map_by_path
-from nanochat_jax.files.torch_read import Refused, read_pt
+from nanochat_jax.files.plain_pickle import Refused
+from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.interop.nanochat_model import naming, tensor_shapes, widen
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import GROUP_OF

@@ -88,7 +88,7 @@ class Tokenizer:
         if ours.exists():
             found.append(cls._from_json(ours))
         if theirs.exists():
-            from nanochat_jax.files.torch_read import read_tokenizer_pickle
+            from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 
             state = read_tokenizer_pickle(theirs)
             found.append(

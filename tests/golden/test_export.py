@@ -7,7 +7,8 @@ import pytest
 
 from nanochat_jax import nanochat_import
 from nanochat_jax.checkpoints import find
-from nanochat_jax.files.torch_read import read_pt, read_tokenizer_pickle
+from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
+from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.interop.nanochat_model import find_era, read_model
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from nanochat_jax.interop.nanochat_write import EMBEDDING_TYPES

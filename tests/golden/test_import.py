@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax.checkpoints.find import find_tag
-from nanochat_jax.files.torch_read import Refused, read_pt, read_tokenizer_pickle
+from nanochat_jax.files.plain_pickle import Refused
+from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
+from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.interop.nanochat_model import (
     era_config,
     find_era,

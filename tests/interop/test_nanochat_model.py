@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.checkpoints.find import find_tag
-from nanochat_jax.files.torch_read import Refused
+from nanochat_jax.files.plain_pickle import Refused
 from nanochat_jax.interop.nanochat_model import (
     NAMES,
     era_config,

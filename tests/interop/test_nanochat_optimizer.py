@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nanochat_jax.files.torch_read import Refused
+from nanochat_jax.files.plain_pickle import Refused
 from nanochat_jax.interop.nanochat_model import read_model, tensor_shapes
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from tests.interop.test_nanochat_model import model, write_model
