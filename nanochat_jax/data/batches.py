@@ -1,4 +1,4 @@
-"""Batches out of packed rows: endless ones for training, fixed ones for validation, a process's share of each."""
+"""Batches of packed rows: endless ones for training, fixed ones for validation, and a process's part of each."""
 
 from collections.abc import Iterator
 
@@ -18,20 +18,20 @@ def train_batches(
     process_count: int = 1,
     prefetch: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless iterator of this process's batches, leaves [A, B/P, T]; close() it when done.
+    """Endless iterator of this process's batches, arrays [A, B/P, T]; close() it when done.
 
-    Step k takes the rows from start_row + k * rows_per_step on; micro-batch a is their a-th run of B rows, and process
-    p has the p-th run of B/P of those: the processes' batches, joined on axis 1, are the batch of one process.
+    Step k takes the rows from start_row + k * rows_per_step on. Micro-batch a is their a-th run of B rows, of which
+    process p has the p-th run of B/P: the processes' batches, joined on axis 1, are the batch of one process.
     prefetch: steps prepared ahead by a thread; 0 prepares each when it is asked for.
     ValueError: the rows of a step cannot be split like that.
     """
-    share = _share(rows_per_step, micro_batches, process_index, process_count)
+    share = _rows_of_process(rows_per_step, micro_batches, process_index, process_count)
     if start_row < 0:
         raise ValueError(f"start_row must be at least 0, got {start_row}")
 
     def step(k: int) -> Batch:
         batch = rows.batch((start_row + k * rows_per_step + share).ravel())
-        return {name: leaf.reshape(*share.shape, -1) for name, leaf in batch.items()}
+        return {name: array.reshape(*share.shape, -1) for name, array in batch.items()}
 
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(1 << 40).map(step).to_iter_dataset(options))
@@ -40,11 +40,11 @@ def train_batches(
 def validation_batches(
     rows: PackedRows, *, n_rows: int, rows_per_batch: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """This process's share of the first `n_rows` rows of section 0, the same at each call: leaves [B/P, T].
+    """This process's part of the first `n_rows` rows of section 0, the same at each call: arrays [B/P, T].
 
-    No row comes twice: fewer come where the section is shorter, and the last batch is filled up with rows of padding.
+    No row comes twice: a shorter section gives fewer, and rows of padding fill the last batch up.
     """
-    share = _share(rows_per_batch, 1, process_index, process_count)[0]
+    share = _rows_of_process(rows_per_batch, 1, process_index, process_count)[0]
     n_rows = min(n_rows, rows.plan(0).n_rows)
     for start in range(0, n_rows, rows_per_batch):
         wanted = (start + share)[start + share < n_rows]
@@ -52,8 +52,8 @@ def validation_batches(
         yield assemble([rows.contents(int(row)) for row in wanted] + padding, rows.T, rows.bos)
 
 
-def _share(n_rows: int, micro_batches: int, process_index: int, process_count: int) -> np.ndarray:
-    """Which rows of a step are this process's: offsets int64 [A, B/P]."""
+def _rows_of_process(n_rows: int, micro_batches: int, process_index: int, process_count: int) -> np.ndarray:
+    """Which of a step's n_rows = A * B rows are this process's: int64 [A, B/P]."""
     parts = micro_batches * process_count
     if min(n_rows, parts) < 1 or n_rows % parts:
         raise ValueError(

@@ -4,26 +4,27 @@ import dataclasses
 import itertools
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 
 BUFFER_SIZE = 100  # conversations to choose from, as in nanochat
-_ARRIVALS = 1 << 40  # above any number of conversations in one stream
+TooLong = Literal["cut", "block", "fill"]
 
 
 def pack_rows(
-    stream: Iterable[tuple[object, int]], capacity: int, buffer_size: int = BUFFER_SIZE, too_long: str = "cut"
+    stream: Iterable[tuple[object, int]], capacity: int, buffer_size: int = BUFFER_SIZE, too_long: TooLong = "cut"
 ) -> Iterator[list[tuple[object, int]]]:
-    """Yield rows, lists of (item, length) whose lengths sum to at most `capacity`; what is missing there is padding.
+    """Yield rows, lists of (item, length) whose lengths sum to at most `capacity`; the rest of a row is padding.
 
-    stream: (item, length) pairs, finite or endless. It is read lazily: the buffer is filled up before each pick.
-    A pick is the longest item that still fits, of equals the earliest. When none fits, the row ends. When the stream
-    ends, the buffer drains. What is too long for that is, by `too_long`,
-    "cut": a conversation longer than a row is cut to fill one (its length is yielded as `capacity`);
-    "block": it is never picked and keeps its place in the buffer (nanochat's rule for conversations; at the end of a
-        finite stream such items are left over);
-    "fill": when no item fits, the shortest in the buffer, of equals the earliest, is cut to the room that is left
-        (nanochat's rule for pretraining documents): every row is full, and a last one that cannot be is dropped.
+    stream: (item, length) pairs, finite or endless; it is read only to fill the buffer up before each pick. A pick is
+    the longest item that still fits, of equals the earliest, and when none fits, the row ends. When the stream ends,
+    the buffer is emptied. `too_long` says what becomes of items that never fit like that:
+    "cut": an item longer than a row is cut to `capacity`, so it fills a row of its own;
+    "block": an item longer than a row is never picked and keeps its place in the buffer, which is what nanochat does
+        with conversations; at the end of a finite stream such items are left over;
+    "fill": when no item fits, the shortest in the buffer, of equals the earliest, is cut to the room that is left,
+        which is what nanochat does with documents: every row is full, and an incomplete last row is dropped.
 
     ValueError: a length below 1; a bad argument; with "block", a buffer in which nothing can ever be picked.
     """
@@ -32,34 +33,26 @@ def pack_rows(
     if capacity < 1 or buffer_size < 1:
         raise ValueError(f"capacity and buffer size must be at least 1, got {capacity=} {buffer_size=}")
     cut, fill = too_long == "cut", too_long == "fill"
-    # One integer orders the buffer: by length, then the later arrival first, so that the last key below a bound is
-    # the pick: length * _ARRIVALS - arrival, with arrivals from 1.
-    keys: list[int] = []
-    waiting: dict[int, object] = {}
-    arrivals = zip(itertools.count(1), stream)
+    buffer: list[tuple[int, int, object]] = []  # (length, -arrival, item), sorted: of equals the earliest comes last
+    arrivals = zip(itertools.count(), stream)
     while True:
         row, room = [], capacity
         while room:
-            for arrival, (item, length) in itertools.islice(arrivals, buffer_size - len(keys)):
+            for arrival, (item, length) in itertools.islice(arrivals, buffer_size - len(buffer)):
                 if length < 1:
                     raise ValueError(f"what is packed must have at least one token, got length {length} for {item!r}")
-                if cut and length > capacity:
-                    length = capacity
-                insort(keys, length * _ARRIVALS - arrival)
-                waiting[arrival] = item
-            place = bisect_left(keys, room * _ARRIVALS)
-            if not place:
-                if not (fill and keys):
-                    break
-                place = bisect_left(keys, -(-keys[0] // _ARRIVALS) * _ARRIVALS)  # the earliest of the shortest
-            key = keys.pop(place - 1)
-            arrival = -key % _ARRIVALS
-            length = min((key + arrival) // _ARRIVALS, room)
-            row.append((waiting.pop(arrival), length))
-            room -= length
+                insort(buffer, (min(length, capacity) if cut else length, -arrival, item))
+            fitting = bisect_left(buffer, (room + 1,))
+            if not fitting and fill and buffer:
+                fitting = bisect_left(buffer, (buffer[0][0] + 1,))  # the shortest ones, to be cut
+            if not fitting:
+                break
+            length, _, item = buffer.pop(fitting - 1)
+            row.append((item, min(length, room)))
+            room -= row[-1][1]
         if row and not (fill and room):
             yield row
-        elif len(keys) < buffer_size:  # the stream has ended, and what is left, if anything, is too long
+        elif len(buffer) < buffer_size:  # the stream has ended, and what is left, if anything, is too long
             return
         else:
             raise ValueError(
@@ -70,17 +63,13 @@ def pack_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The rows of one stream: row r holds the items items[row_offsets[r] : row_offsets[r + 1]], in this order.
+    """Which items lie in which row: row r holds items[row_offsets[r] : row_offsets[r + 1]], in this order."""
 
-    row_offsets int64 [rows + 1]; items int64 [placed]: each to be read up to the room that is left in its row;
-    n_tokens: those placed, after cuts, without padding; n_cut: items of which only the beginning is placed.
-    """
-
-    row_offsets: np.ndarray
-    items: np.ndarray
-    capacity: int
-    n_tokens: int
-    n_cut: int
+    row_offsets: np.ndarray  # int64 [R + 1]
+    items: np.ndarray  # int64 [items placed]; an item is read up to the room that those before it leave in its row
+    capacity: int  # tokens of a row
+    n_tokens: int  # tokens placed, after cuts and without padding
+    n_cut: int  # items of which only the beginning is placed
 
     @property
     def n_rows(self) -> int:
@@ -88,7 +77,7 @@ class Plan:
 
     @property
     def fill(self) -> float:
-        """Share of the rows' places that hold a token of an item."""
+        """Tokens placed per token of capacity, 0 to 1."""
         return self.n_tokens / max(1, self.n_rows * self.capacity)
 
     def row(self, r: int) -> np.ndarray:
@@ -97,7 +86,7 @@ class Plan:
 
 
 def plan_epoch(
-    lengths: np.ndarray, order: np.ndarray, capacity: int, buffer_size: int = BUFFER_SIZE, too_long: str = "cut"
+    lengths: np.ndarray, order: np.ndarray, capacity: int, buffer_size: int = BUFFER_SIZE, too_long: TooLong = "cut"
 ) -> Plan:
     """Pack each item of `order` once, by the rules of `pack_rows`; "fill" may leave out a few at the end.
 
@@ -112,10 +101,4 @@ def plan_epoch(
             placed.append(length)
         ends.append(len(items))
     items, placed = np.array(items, np.int64), np.array(placed, np.int64)
-    return Plan(
-        row_offsets=np.array(ends, np.int64),
-        items=items,
-        capacity=capacity,
-        n_tokens=int(placed.sum()),
-        n_cut=int((placed < lengths[items]).sum()),
-    )
+    return Plan(np.array(ends, np.int64), items, capacity, int(placed.sum()), int((placed < lengths[items]).sum()))

@@ -1,6 +1,6 @@
-"""A task's conversations, or a shard's documents, as token ids and masks on disk: rendered once, opened at once by
-every later run."""
+"""Tokens on disk: a task's conversations, or a shard's documents, are tokenized once and only opened by later runs."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,27 +15,33 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from nanochat_jax.distributed.processes import print0
+from nanochat_jax.files.digest import digest_of
+from nanochat_jax.files.paths import write_atomically
 
-VERSION = 1  # of the format below and of what is stored (renderings, never cut); part of every cache's key
-BATCH = 1000  # conversations handed to the tokenizer at a time
-CHECKED_BLOCKS, BLOCK = 256, 1 << 16  # what is read of a file to recognise damage: all of it up to 16 MiB
+Rendering = tuple[np.ndarray, np.ndarray]  # token ids [k], and a mask uint8 [k]: 1 where the token is trained, else 0
+RenderMany = Callable[[list], list[Rendering]]  # entries of a task -> the tokens of each
+
+VERSION = 1  # part of every cache's key: raise it when the files below come to mean something else
+RENDER_BATCH = 1000  # entries handed to the tokenizer at a time
+BLOCK = 1 << 16  # bytes
+CHECKED_BLOCKS = 256  # of a file above so many blocks (16 MiB) the checksum covers only so many: opening stays quick
 FILES = ("ids.npy", "mask.npy", "offsets.npy", "trained.npy")
 
 
-class Damaged(Exception):
+class DamagedCache(Exception):
     """A cache folder that cannot be used; the message says why."""
 
 
 class TokenCache:
-    """The rendered conversations of one task, memory-mapped; conversation i is get(i).
+    """The tokens of one task's conversations, or of one shard's documents, mapped from disk; entry i is get(i).
 
-    Files of its folder: ids.npy uint16 (uint32 for a vocabulary above 65,536) [tokens]; mask.npy uint8, 8 tokens a
-    byte; offsets.npy int64 [n + 1]; trained.npy int32 [n], trained tokens of each conversation; meta.json, written
-    last: name, key, bos, counts, sizes and checksums. Renderings are stored whole: cuts belong to whoever reads.
+    Files in its folder: ids.npy uint16 [tokens] (uint32 for a vocabulary above 65,536); mask.npy uint8, 8 tokens in a
+    byte; offsets.npy int64 [n + 1]; trained.npy int32 [n], the trained tokens of each entry; and meta.json with name,
+    key, bos, counts, sizes and checksums. Entries are stored whole: whoever reads them cuts them.
     """
 
     def __init__(self, folder: Path):
-        """Open a finished cache. Damaged: the folder is missing, incomplete or not as it was written."""
+        """Open a finished cache. DamagedCache: the folder is missing, incomplete or not as it was written."""
         self.folder = folder
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -45,29 +51,28 @@ class TokenCache:
             for file in FILES:
                 size, checksum = meta["files"][file]["size"], meta["files"][file]["checksum"]
                 if (found := (folder / file).stat().st_size) != size:
-                    raise Damaged(f"{file} has {found:,} bytes instead of {size:,}")
+                    raise DamagedCache(f"{file} has {found:,} bytes instead of {size:,}")
                 if _checksum(folder / file) != checksum:
-                    raise Damaged(f"the content of {file} has changed since it was written")
-            self.content = [meta["files"][file]["checksum"] for file in FILES]  # what was rendered, however it was made
-            self.ids, self.mask, self.offsets, self.trained = (
-                np.asarray(np.load(folder / f, mmap_mode="r"))
-                for f in FILES  # plain views: memmap's own slicing is slow
-            )
+                    raise DamagedCache(f"the content of {file} has changed since it was written")
+            self.content = [meta["files"][file]["checksum"] for file in FILES]
+            # asarray: slicing a np.memmap costs several times as much as slicing a plain array
+            arrays = [np.asarray(np.load(folder / file, mmap_mode="r")) for file in FILES]
+            self.ids, self.mask, self.offsets, self.trained = arrays
             if len(self.trained) != meta["conversations"]:
-                raise Damaged(f"{len(self.trained)} conversations instead of {meta['conversations']}")
+                raise DamagedCache(f"{len(self.trained)} conversations instead of {meta['conversations']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{type(error).__name__}: {error}") from error
+            raise DamagedCache(f"{type(error).__name__}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.trained)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each conversation, uncut, int64 [n]."""
+        """Tokens of each entry, uncut, int64 [n]."""
         return np.diff(self.offsets)
 
-    def get(self, i: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Conversation i, cut to its first `limit` tokens: ids uint16 or uint32 [k], mask uint8 [k] of 0 and 1."""
+    def get(self, i: int, limit: int | None = None) -> Rendering:
+        """Entry i, cut to its first `limit` tokens: ids uint16 or uint32 [k], mask uint8 [k]."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name} has {len(self)} conversations, asked for number {i}")
         start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
@@ -78,21 +83,19 @@ class TokenCache:
 
     @classmethod
     def open_or_build(
-        cls, task, tokenizer, folder: Path, log: Callable = print0, render: Callable | None = None
+        cls, task, tokenizer, folder: Path, log: Callable = print0, render: RenderMany | None = None
     ) -> "TokenCache":
-        """The cache of `task` in `folder`, built first where there is none; processes that want it at once share it.
+        """The cache of `task` in `folder`, built first if there is none. Of several processes one builds, others wait.
 
-        task: a sequence of conversations with `name` and `fingerprint()`, the hash of its content. tokenizer: has
-        `render_many(conversations, max_tokens)`, `render_conversation`, `bos`, `vocab_size` and `digest()`.
-        render: list of entries -> list of (ids, mask), where the task's entries are no conversations.
-        ValueError: a conversation that cannot be rendered, named by its row.
+        task: a sequence of entries with a `name` and `fingerprint()`, a hash of its content. render: None where entries
+        are conversations, which the tokenizer renders.
+        ValueError: an entry that cannot be rendered; the message names its row.
         """
         key = cache_key(task, tokenizer)
         final = Path(folder) / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', task.name)[:80]}-{key[:20]}"
-        try:
+        with contextlib.suppress(DamagedCache):
             return cls(final)
-        except Damaged:
-            final.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(final)
         try:
             lock.acquire(timeout=1)
@@ -100,18 +103,20 @@ class TokenCache:
             log(f"another process is building the token cache of {task.name}: waiting for it")
             lock.acquire()
         try:
-            if not _is_usable(final, log):  # another process may have built it meanwhile
-                _build(task, tokenizer, final, key, log, render)
+            return cls(final)  # another process may have built it meanwhile
+        except DamagedCache as why:
+            if final.exists():
+                log(f"token cache {final} is damaged ({why}): building it anew")
+            _build(task, tokenizer, final, key, log, render)
+            return cls(final)
         finally:
             lock.release()
-        _sweep(final.parent)
-        return cls(final)
+            _remove_abandoned_builds(final.parent)
 
 
 def cache_key(task, tokenizer) -> str:
     """Changes with anything that changes a stored token: the conversations, the tokenizer, the format."""
-    parts = [VERSION, tokenizer.RENDERING, task.fingerprint(), tokenizer.digest()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return digest_of(VERSION, tokenizer.RENDERING, task.fingerprint(), tokenizer.digest())
 
 
 def open_caches(tasks, tokenizer, folder: Path, log: Callable = print0) -> list[TokenCache]:
@@ -126,28 +131,17 @@ def open_caches(tasks, tokenizer, folder: Path, log: Callable = print0) -> list[
     return caches
 
 
-def _is_usable(folder: Path, log: Callable) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        TokenCache(folder)
-    except Damaged as why:
-        log(f"token cache {folder} is damaged ({why}): building it anew")
-        return False
-    return True
-
-
-def _build(task, tokenizer, final: Path, key: str, log: Callable, render: Callable | None) -> None:
+def _build(task, tokenizer, final: Path, key: str, log: Callable, render: RenderMany | None) -> None:
     """Write the cache beside its place, then move it there in one step. The caller holds the lock."""
-    building = final.with_name(final.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)  # of a build that was killed: the lock is ours, so nobody writes there
+    building = final.with_name(f"{final.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
     building.mkdir()
     try:
         started = time.perf_counter()
         counts = _write_arrays(task, tokenizer, building, log, render)
         files = {f: {"size": (building / f).stat().st_size, "checksum": _checksum(building / f)} for f in FILES}
         meta = {"name": task.name, "key": key, "tokenizer": tokenizer.digest(), "bos": int(tokenizer.bos)}
-        _write(building / "meta.json", json.dumps(meta | counts | {"files": files}, indent=1).encode())
+        write_atomically(building / "meta.json", json.dumps(meta | counts | {"files": files}, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.rename(building, final)
     except BaseException:
@@ -159,53 +153,45 @@ def _build(task, tokenizer, final: Path, key: str, log: Callable, render: Callab
     )
 
 
-def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: Callable | None) -> dict[str, int]:
-    """Write FILES into the folder, a batch of conversations at a time; return the counts of meta.json."""
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    lengths, trained = [], []
+def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMany | None) -> dict[str, int]:
+    """Write FILES into the folder, a batch of entries at a time; return the counts for meta.json."""
+    entries = tokens = trained = 0
     odd_bits = np.empty(0, np.uint8)  # mask bits that do not fill a byte yet
-    with open(folder / "ids.npy", "wb") as ids_file, open(folder / "mask.npy", "wb") as mask_file:
-        _header(ids_file, dtype, 0)
-        _header(mask_file, np.dtype(np.uint8), 0)
-        said = time.perf_counter()
+    said = time.perf_counter()
+    with (
+        _npy_writer(folder / "ids.npy", np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32) as append_ids,
+        _npy_writer(folder / "mask.npy", np.uint8) as append_mask,
+        _npy_writer(folder / "offsets.npy", np.int64) as append_offsets,
+        _npy_writer(folder / "trained.npy", np.int32) as append_trained,
+    ):
+        append_offsets([0])
         for rendered in _render(task, tokenizer, render):
-            sizes = [len(ids) for ids, _ in rendered]
-            ids_file.write(np.concatenate([ids for ids, _ in rendered]).astype(dtype).tobytes())
+            ends = np.cumsum([len(ids) for ids, _ in rendered])
             mask = np.concatenate([mask for _, mask in rendered]).astype(np.uint8)
-            trained.append(np.add.reduceat(mask, np.cumsum([0, *sizes[:-1]]), dtype=np.int32))
-            lengths.append(np.array(sizes, np.int64))
+            sums = np.add.reduceat(mask, [0, *ends[:-1]], dtype=np.int32)
             bits = np.concatenate([odd_bits, mask])
             whole = len(bits) - len(bits) % 8
-            mask_file.write(np.packbits(bits[:whole]).tobytes())
+            append_ids(np.concatenate([ids for ids, _ in rendered]))
+            append_mask(np.packbits(bits[:whole]))
+            append_offsets(tokens + ends)
+            append_trained(sums)
             odd_bits = bits[whole:]
+            entries, tokens, trained = entries + len(ends), tokens + int(ends[-1]), trained + int(sums.sum())
             if time.perf_counter() - said > 10:
                 said = time.perf_counter()
-                log(f"tokenizing {task.name}: {sum(map(len, lengths)):,} of {len(task):,} entries")
-        mask_file.write(np.packbits(odd_bits).tobytes())
-        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-        tokens = int(offsets[-1])
-        for file, entry, count in ((ids_file, dtype, tokens), (mask_file, np.dtype(np.uint8), (tokens + 7) // 8)):
-            file.seek(0)
-            _header(file, entry, count)
-            file.flush()
-            os.fsync(file.fileno())
-    trained = np.concatenate([np.zeros(0, np.int32), *trained])
-    for name, array in (("offsets.npy", offsets), ("trained.npy", trained)):
-        with open(folder / name, "wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-    return {"conversations": len(trained), "tokens": tokens, "trained_tokens": int(trained.sum(dtype=np.int64))}
+                log(f"tokenizing {task.name}: {entries:,} of {len(task):,} entries")
+        append_mask(np.packbits(odd_bits))
+    return {"conversations": entries, "tokens": tokens, "trained_tokens": trained}
 
 
-def _render(task, tokenizer, render: Callable | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Batches of (ids, mask), uncut. ValueError: the first row that cannot be read or rendered, with the reason."""
+def _render(task, tokenizer, render: RenderMany | None) -> Iterator[list[Rendering]]:
+    """Batches of uncut entries. ValueError: the first row that cannot be read or rendered, with the reason."""
     render_many = render or partial(tokenizer.render_many, max_tokens=None)
-    for start in range(0, len(task), BATCH):
-        rows = range(start, min(start + BATCH, len(task)))
+    for start in range(0, len(task), RENDER_BATCH):
+        rows = range(start, min(start + RENDER_BATCH, len(task)))
         try:
             rendered = render_many([task[i] for i in rows])
-        except Exception:  # find the row to blame; one that fails only among others is told as it came
+        except Exception:  # find the row to blame; if each alone is fine, the batch's own error is raised
             for i in rows:
                 try:
                     render([task[i]]) if render else tokenizer.render_conversation(task[i], max_tokens=None)
@@ -219,21 +205,31 @@ def _render(task, tokenizer, render: Callable | None) -> Iterator[list[tuple[np.
         yield rendered
 
 
-def _header(file, dtype: np.dtype, count: int) -> None:
-    """The start of an .npy file; NumPy pads it so that any count fits in the same room, to be filled in at the end."""
-    shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(file, shape)
+@contextlib.contextmanager
+def _npy_writer(path: Path, dtype: type[np.generic]) -> Iterator[Callable[[np.ndarray], None]]:
+    """append(values) for an .npy file of one dimension, whose length is put into the header when all is written."""
+    count = 0
 
+    def write_header():  # NumPy pads it, so that it takes the same room for any count
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count,)})
 
-def _write(path: Path, data: bytes) -> None:
+    def append(values):
+        nonlocal count
+        file.write(np.asarray(values, dtype).tobytes())
+        count += len(values)
+
     with open(path, "wb") as file:
-        file.write(data)
+        write_header()
+        yield append
+        file.seek(0)
+        write_header()
         file.flush()
         os.fsync(file.fileno())
 
 
 def _checksum(path: Path) -> str:
-    """SHA-256 of the file, of evenly spread blocks of it where it is large: an open must not read gigabytes."""
+    """SHA-256 of the file, or of CHECKED_BLOCKS evenly spread blocks of a large one."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -250,12 +246,8 @@ def _lock(final: Path) -> FileLock:
     return FileLock(final.with_name(f".{final.name}.lock"))
 
 
-def _sweep(folder: Path) -> None:
+def _remove_abandoned_builds(folder: Path) -> None:
     """Remove what killed builds left behind; one whose lock is held is being written right now and stays."""
     for building in folder.glob("*.building"):
-        lock = _lock(building.with_suffix(""))
-        try:
-            with lock.acquire(timeout=0):
-                shutil.rmtree(building, ignore_errors=True)
-        except Timeout:
-            continue
+        with contextlib.suppress(Timeout), _lock(building.with_suffix("")).acquire(timeout=0):
+            shutil.rmtree(building, ignore_errors=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat_jax.data import documents
 from nanochat_jax.data.batches import train_batches, validation_batches
-from nanochat_jax.data.documents import DocumentRows, describe
+from nanochat_jax.data.documents import DocumentRows, describe_documents
 from nanochat_jax.data.packing import plan_epoch
 from nanochat_jax.data.shards import Documents, find_shards
 from tests.support import tiny
@@ -73,11 +73,11 @@ def test_the_shortest_document_is_cut_where_none_fits(tmp_path):
 def test_a_document_longer_than_a_row_is_several_pieces_each_behind_a_bos(tmp_path):
     rows = rows_of([shard(tmp_path / "a.parquet", ["abcdefghijklmnop", "wxyz"])], T=7)
     assert [texts_of(rows, r) for r in range(3)] == [["abcdefg"], ["hijklmn"], ["wxyz", "op"]]
-    assert rows.plan(0).n_rows == 3 and "leaves out 0.0% of the tokens" in describe(rows, 1)[2]
+    assert rows.plan(0).n_rows == 3 and "leaves out 0.0% of the tokens" in describe_documents(rows, 1)[2]
 
 
 def test_pieces_cover_every_token_once_and_fit():
-    document, start, lengths = documents.pieces(np.array([5, 9, 1, 17, 8]), np.array([3, 1, 0, 2, 4]), 7)
+    document, start, lengths = documents.split_into_pieces(np.array([5, 9, 1, 17, 8]), np.array([3, 1, 0, 2, 4]), 7)
     assert document.tolist() == [3, 3, 3, 1, 1, 0, 2, 4]
     assert start.tolist() == [0, 8, 15, 0, 8, 0, 0, 0]
     assert lengths.tolist() == [8, 8, 3, 8, 2, 5, 1, 8]
@@ -108,7 +108,7 @@ def test_a_row_holds_beginnings_of_documents_and_no_document_comes_twice_an_epoc
                 continue
             text = left.pop(tuple(body[:2]))  # a KeyError where it has been used before
             assert body == text[: len(body)] and (place == len(pieces) - 1 or len(body) == len(text))
-    assert rows.epoch_and_progress(first + 1)[0] == e + 1
+    assert rows.epoch(first + 1) == e + 1
 
 
 def test_each_epoch_takes_shards_and_documents_in_an_order_of_its_own(tmp_path):
@@ -127,7 +127,7 @@ def test_each_epoch_takes_shards_and_documents_in_an_order_of_its_own(tmp_path):
     assert epoch(1) == epoch(1)
     other = rows_of(shards, T=9, seed=1)
     assert ["".join(t[0] for t in texts_of(other, r)) for r in range(24, 48)] != epoch(1)
-    assert rows.epoch_and_progress(0) == (1, 0.0) and rows.epoch_and_progress(33) == (2, 0.375)
+    assert [rows.epoch(row) for row in (0, 23, 24, 33, 48)] == [1, 1, 2, 2, 3]
 
 
 def test_rows_are_the_same_for_any_number_of_processes_and_from_any_start(tmp_path):
@@ -155,7 +155,7 @@ def test_validation_rows_are_the_same_each_time(tmp_path):
 
 def test_documents_are_what_the_tokenizer_makes_of_them_after_bos(tmp_path):
     texts = ["", "a", "naïve — 漢字 🙂", "<|bos|> is text", "x" * 3000, " \n\t"]
-    rendered = documents.render(TOKENIZER, texts)
+    rendered = documents.render_documents(TOKENIZER, texts)
     assert [ids.tolist() for ids, _ in rendered] == [[TOKENIZER.bos, *TOKENIZER.encode(text)] for text in texts]
     assert all(len(mask) == len(ids) and mask.all() for ids, mask in rendered)
 
@@ -180,7 +180,7 @@ def test_the_next_shard_is_tokenized_when_half_of_this_one_is_used(tmp_path):
 
 def test_the_start_tells_what_cutting_costs(tmp_path):
     rows = rows_of([lettered(tmp_path / "a.parquet", [9, 9, 9, 6, 6])], T=9)
-    first, packed, lost, epochs = describe(rows, 10)
+    first, packed, lost, epochs = describe_documents(rows, 10)
     assert first == f"Training data: 1 shards in {tmp_path}, 5 documents"
     assert packed == "  a.parquet: 5 documents, 44 tokens, packed into 4 rows of 9 tokens"
     assert lost == "  1 of them end with a document that is cut to fill them, which leaves out 9.1% of the tokens"

@@ -10,9 +10,9 @@ import pytest
 from filelock import FileLock
 
 from nanochat_jax.data.batches import train_batches, validation_batches
-from nanochat_jax.data.conversations import ConversationStore, RowSource
+from nanochat_jax.data.conversations import ConversationRows, ConversationStore
 from nanochat_jax.data.rows import assemble, shuffled
-from nanochat_jax.data.token_cache import BATCH, TokenCache, _checksum, open_caches
+from nanochat_jax.data.token_cache import RENDER_BATCH, TokenCache, _checksum, open_caches
 
 BOS, END = 256, 257
 
@@ -29,7 +29,7 @@ class StubTask(list):
 class StubTokenizer:
     """Bytes; bos, the user's (mask 0), the assistant's and an end token (mask 1)."""
 
-    bos, vocab_size = 256, 300
+    bos, vocab_size, RENDERING = 256, 300, 1
 
     def digest(self):
         return "stub"
@@ -67,7 +67,7 @@ def make_task(n, seed=0, longest=30):
 
 def make_rows(folder, n=60, T=64, seed=0):
     cache = TokenCache.open_or_build(make_task(n), StubTokenizer(), folder, log=str)
-    return RowSource(ConversationStore([cache], [(0, i) for i in range(n)]), T, seed=seed)
+    return ConversationRows(ConversationStore([cache], [(0, i) for i in range(n)]), T, seed=seed)
 
 
 def take(n, batches):
@@ -86,7 +86,7 @@ def assert_equal(a, b):
 
 
 def test_a_cache_gives_back_what_was_rendered(tmp_path):
-    task, tokenizer, said = make_task(BATCH + 77), StubTokenizer(), []
+    task, tokenizer, said = make_task(RENDER_BATCH + 77), StubTokenizer(), []
     built = TokenCache.open_or_build(task, tokenizer, tmp_path, log=said.append)
     opened = TokenCache.open_or_build(task, tokenizer, tmp_path, log=said.append)
     assert len(said) == 1 and "stub/task" in said[0]
@@ -135,9 +135,9 @@ def test_a_task_named_twice_is_opened_once(tmp_path):
 
 
 def test_a_row_that_cannot_be_rendered_is_named_and_leaves_nothing_behind(tmp_path):
-    task = make_task(BATCH + 9)
-    task[BATCH + 4] = ["", "answer"]
-    with pytest.raises(ValueError, match=rf"stub/task, row {BATCH + 4} cannot be rendered: .*no user message"):
+    task = make_task(RENDER_BATCH + 9)
+    task[RENDER_BATCH + 4] = ["", "answer"]
+    with pytest.raises(ValueError, match=rf"stub/task, row {RENDER_BATCH + 4} cannot be rendered: .*no user message"):
         TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
 
@@ -196,7 +196,7 @@ def start_builder(folder, n, in_a_batch):
     program = f"""
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
-from nanochat_jax.token_cache import TokenCache
+from nanochat_jax.data.token_cache import TokenCache
 {inspect.getsource(StubTask)}
 {inspect.getsource(StubTokenizer)}
 class Tokenizer(StubTokenizer):
@@ -222,7 +222,7 @@ def test_two_processes_at_once_build_a_cache_once(tmp_path):
 
 
 def test_what_a_killed_build_left_is_cleaned_up(tmp_path):
-    n = BATCH + 5
+    n = RENDER_BATCH + 5
     killed = start_builder(tmp_path, n, "if self.batches == 2: os.kill(os.getpid(), signal.SIGKILL)")
     killed.communicate(timeout=60)
     assert killed.returncode == -9
@@ -253,16 +253,13 @@ def test_a_cache_that_is_there_is_opened_without_the_tokenizers_work(tmp_path, m
 
 def test_a_store_gathers_its_sources_and_reports_their_shares(tmp_path):
     short, long = StubTask([["a", "bc"]]), StubTask([["d", "e" * 100], ["f", "g"]])
+    long.name = "stub/long"
     caches = open_caches([short, long, short], StubTokenizer(), tmp_path, log=str)
     store = ConversationStore(caches, np.array([(1, 0), (0, 0), (2, 0), (1, 1)]))
     assert store.lengths().tolist() == [103, 5, 5, 4] and store.lengths(10).tolist() == [10, 5, 5, 4]
     assert store.trained().tolist() == [101, 3, 3, 2] and store.trained(10).tolist() == [8, 3, 3, 2]
     assert store.get(2)[0].tolist() == [BOS, *b"abc", END]
-    assert store.report(10) == [
-        {"name": "stub/task", "conversations": 1, "tokens": 5, "trained_tokens": 3},
-        {"name": "stub/task", "conversations": 2, "tokens": 14, "trained_tokens": 10},
-        {"name": "stub/task", "conversations": 1, "tokens": 5, "trained_tokens": 3},
-    ]
+    assert store.counts(10) == {"stub/task": (2, 10, 6), "stub/long": (2, 14, 10)}
 
 
 def test_impossible_mixtures_are_refused(tmp_path):
@@ -276,21 +273,21 @@ def test_impossible_mixtures_are_refused(tmp_path):
     with pytest.raises(ValueError, match="different tokenizers"):
         ConversationStore([cache, silent], [(0, 0)])
     with pytest.raises(ValueError, match="no conversation of stub/task has a token to train on"):
-        RowSource(ConversationStore([silent], [(0, 0)]), 64)
+        ConversationRows(ConversationStore([silent], [(0, 0)]), 64)
 
 
 def test_what_lies_beyond_the_cut_is_not_training_data(tmp_path):
     cache = TokenCache.open_or_build(StubTask([["q" * 100, "answer"]]), StubTokenizer(), tmp_path, log=str)
     store = ConversationStore([cache], [(0, 0)])
-    assert RowSource(store, 128).n_cut == 0
+    assert ConversationRows(store, 128).n_cut == 0
     with pytest.raises(ValueError, match="within its first 65 tokens"):
-        RowSource(store, 64)
+        ConversationRows(store, 64)
 
 
 @pytest.mark.parametrize(("T", "limit"), [(64, 65), (2047, 2048), (2048, 2048), (3000, 3000)])
 def test_a_conversation_is_cut_to_the_render_limit_then_to_the_row(tmp_path, T, limit):
     cache = TokenCache.open_or_build(StubTask([["q", "x" * 5000], ["q", "x"]]), StubTokenizer(), tmp_path, log=str)
-    rows = RowSource(ConversationStore([cache], [(0, 0), (0, 1)]), T)
+    rows = ConversationRows(ConversationStore([cache], [(0, 0), (0, 1)]), T)
     assert rows.lengths.tolist() == [limit, 4]
     assert (rows.n_cut, rows.limit) == (1, limit)
     assert rows.batch([0])["weights"].sum() == limit - 2  # not the bos, not the question
@@ -342,8 +339,7 @@ def test_a_row_number_finds_its_epoch(tmp_path):
     first, second = rows.rows_in_epoch(0), rows.rows_in_epoch(1)
     assert rows.locate(0) == (0, 0) and rows.locate(first - 1) == (0, first - 1)
     assert rows.locate(first) == (1, 0) and rows.locate(first + second) == (2, 0)
-    assert rows.epoch_and_progress(0) == (1, 0.0)
-    assert rows.epoch_and_progress(first + 1) == (2, 1 / second)
+    assert rows.epoch(0) == 1 and rows.epoch(first + 1) == 2
     assert make_rows(tmp_path).locate(first + second) == (2, 0)  # asked for at once, as after a resume
     with pytest.raises(IndexError):
         rows.locate(-1)
@@ -357,8 +353,8 @@ def test_rows_of_other_data_have_another_fingerprint(tmp_path):
         make_rows(tmp_path, T=65),
         make_rows(tmp_path, seed=1),
         make_rows(tmp_path, n=59),
-        RowSource(base.store, 64, buffer_size=99),
-        RowSource(ConversationStore([cache], base.store.pairs[::-1]), 64),
+        ConversationRows(base.store, 64, buffer_size=99),
+        ConversationRows(ConversationStore([cache], base.store.pairs[::-1]), 64),
     ]
     assert len({rows.fingerprint() for rows in [base, *others]}) == 6
 
@@ -366,7 +362,7 @@ def test_rows_of_other_data_have_another_fingerprint(tmp_path):
 def test_weights_count_every_trained_token_of_an_epoch(tmp_path):
     rows = make_rows(tmp_path)
     batch = rows.batch(range(rows.rows_in_epoch(0)))
-    assert batch["weights"].sum() == rows.store.report()[0]["trained_tokens"]
+    assert batch["weights"].sum() == rows.store.counts()["stub/task"].trained_tokens
 
 
 # -------------------------------------------------------------------------------------------------------- the batches

@@ -14,7 +14,7 @@ import tyro
 
 from nanochat_jax.cli.device import cpu_name
 from nanochat_jax.data.batches import train_batches
-from nanochat_jax.data.conversations import ConversationStore, RowSource
+from nanochat_jax.data.conversations import ConversationRows, ConversationStore
 from nanochat_jax.data.token_cache import TokenCache
 from nanochat_jax.tasks import GSM8K, SmolTalk
 from nanochat_jax.tokenizer import Tokenizer, split_conversation
@@ -46,7 +46,7 @@ def main(data_dir: Path, tokenizer: Path, seq_len: int = 512, repeats: int = 3) 
                 warm.append(time.perf_counter() - began)
                 pairs = np.stack([np.zeros(len(cache), np.int64), np.arange(len(cache))], 1)
                 began = time.perf_counter()
-                rows = RowSource(ConversationStore([cache], pairs), seq_len)
+                rows = ConversationRows(ConversationStore([cache], pairs), seq_len)
                 count = rows.rows_in_epoch(0)
                 plan = time.perf_counter() - began
                 batches = train_batches(rows, start_row=0, rows_per_step=64)
