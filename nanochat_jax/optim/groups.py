@@ -1,8 +1,7 @@
 """nanochat's optimizer as optax transforms: AdamW for embeddings, head and scalars, Muon for the matrices in blocks.
 
-Groups differ in learning rate, betas and decay. What changes from step to step (the rate's multiplier, Muon's momentum,
-in pretraining its weight decay) is an argument of `update`, computed from the step by the schedules below: there is no
-schedule state to restore.
+Groups of parameters differ in learning rate, betas and weight decay. What changes from step to step (the factor on the
+rates, Muon's momentum, the factor on its decay) are keywords of `update` that a stage computes by optim/schedules.py.
 """
 
 import dataclasses
@@ -15,9 +14,9 @@ import numpy as np
 import optax
 
 from nanochat_jax.distributed.sharding import map_by_path, path_name
-from nanochat_jax.optim.muon import MuonState, muon_decay_and_rate, scale_by_muon
+from nanochat_jax.optim.muon import muon_step, scale_by_muon
 
-GROUP_OF = [  # parameter path -> learning-rate group
+GROUP_OF = [  # parameter path -> group
     (r"lm_head", "unembedding"),
     (r"wte", "embedding"),
     (r".*/value_embed", "value_embedding"),
@@ -30,7 +29,7 @@ GROUP_OF = [  # parameter path -> learning-rate group
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """A group under AdamW (arXiv 1711.05101). lr is the rate at multiplier 1; decay is lr * weight_decay a step."""
+    """Settings of a group under AdamW (arXiv 1711.05101); lr is the rate where lr_multiplier is 1."""
 
     lr: float
     b1: float
@@ -41,7 +40,7 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """A group under Muon (see `muon`); b2 is the decay of the second moment."""
+    """Settings of a group under Muon (optim/muon.py); b2 is the decay of the second moment."""
 
     lr: float
     weight_decay: float
@@ -60,8 +59,8 @@ def default_groups(
     scalar_lr: float = 0.5,
     weight_decay: float = 0.0,
 ) -> Groups:
-    """nanochat's groups. Rates of embeddings and head are given for width 768 and scale as width^-1/2; `weight_decay`
-    reaches the matrices only."""
+    """nanochat's groups and betas. The rates of embeddings and head are given for width 768 and scale as width^-1/2;
+    `weight_decay` is that of the matrices."""
     s = (n_embd / 768) ** -0.5
     return {
         "unembedding": AdamW(unembedding_lr * s, 0.8, 0.96, 0.01),
@@ -75,45 +74,57 @@ def default_groups(
 
 
 def groups_in_use(groups: Groups, params: Any) -> Groups:
-    """Those that the model has a parameter of: nanochat's older eras have no smear, no lambdas, no value embeddings."""
+    """The groups that have a parameter in this model: older eras of nanochat have no smear, lambdas or value
+    embeddings."""
     used = set(jax.tree.leaves(group_labels(params)))
     return {name: group for name, group in groups.items() if name in used}
 
 
 def scale_rates(groups: Groups, factor: float) -> Groups:
-    """Every group with its rate times `factor` (nanochat's --init-lr-frac)."""
+    """Every group with its learning rate times `factor` (nanochat's --init-lr-frac)."""
     return {name: dataclasses.replace(group, lr=group.lr * factor) for name, group in groups.items()}
 
 
-def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
-    """The whole optimizer over the parameter tree. `update` needs the keywords lr_multiplier and muon_momentum, and
-    takes decay_multiplier (default 1), a factor on Muon's weight decay.
+def groups_from_meta(recorded: Mapping[str, Mapping]) -> Groups:
+    """The groups that a checkpoint's meta records as `optimizer_groups`: group -> fields of AdamW or Muon."""
+    return {name: (AdamW if "b1" in fields else Muon)(**fields) for name, fields in recorded.items()}
 
-    compute_dtype: the type in which Muon orthogonalises (bfloat16 on accelerators, as in nanochat).
+
+def update_all_but_rates(groups: Groups, recorded: Mapping[str, Mapping]) -> Groups:
+    """The groups with the recorded betas, eps and decay (as for `groups_from_meta`), and with their own rates."""
+    return {
+        name: dataclasses.replace(group, **{**recorded.get(name, {}), "lr": group.lr}) for name, group in groups.items()
+    }
+
+
+groups_from, replace_groups = groups_from_meta, update_all_but_rates  # until the stages are rewritten
+
+
+def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of the whole parameter tree. `update` must be given lr_multiplier and muon_momentum, may be given
+    decay_multiplier (Muon's weight decay, default 1), and ignores keywords that no transform reads.
+
+    compute_dtype: what Muon's matrices are rounded to before they are exchanged and orthogonalized, in float32.
     """
 
     def transform(group):
         if isinstance(group, Muon):
-            return optax.chain(
-                scale_by_muon(group.b2, compute_dtype), muon_decay_and_rate(group.weight_decay, group.lr)
-            )
+            return optax.chain(scale_by_muon(group.b2, compute_dtype), muon_step(group.weight_decay, group.lr))
         # float32 betas, because 1 - beta must be the same number in the moment and in its bias correction
-        b1, b2 = np.float32(group.b1), np.float32(group.b2)
-        return optax.chain(
-            optax.scale_by_adam(b1, b2, group.eps),
-            decay_and_rate(group.weight_decay, group.lr),
-        )
+        adam = optax.scale_by_adam(np.float32(group.b1), np.float32(group.b2), group.eps)
+        return optax.chain(adam, adamw_step(group.weight_decay, group.lr))
 
     return optax.partition({name: transform(group) for name, group in groups.items()}, group_labels)
 
 
 def group_labels(params: Any) -> Any:
-    """The tree with each parameter's group name in its place; ValueError names a parameter without a group."""
+    """The tree with each parameter's group in its place; the ValueError names a parameter that has none."""
     return map_by_path(params, GROUP_OF)
 
 
-def decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformationExtraArgs:
-    """AdamW's end: p <- p (1 - rate wd) - rate u, rounded in this order, as in nanochat; rate = lr * lr_multiplier."""
+def adamw_step(weight_decay: float, lr: float) -> optax.GradientTransformationExtraArgs:
+    """Direction u -> change of the parameter p, which becomes p (1 - rate weight_decay) - rate u, rounded in nanochat's
+    order; rate = lr * lr_multiplier, a keyword of `update`."""
 
     def update(updates, state, params, *, lr_multiplier, **_):
         rate = lr * lr_multiplier
@@ -123,48 +134,18 @@ def decay_and_rate(weight_decay: float, lr: float) -> optax.GradientTransformati
 
 
 def state_arrays(opt_state: Any) -> dict[str, Any]:
-    """The optimizer's state as a flat dict, whatever optax wraps around it: "exp_avg/<path>", "exp_avg_sq/<path>",
-    "momentum/<path>", "second_momentum/<path>" with arrays as `scale_by_*` keep them, "count/<group>" int32."""
-    arrays = {}
-    for group, masked in opt_state.inner_states.items():
-        inner = masked.inner_state[0]
-        if isinstance(inner, optax.ScaleByAdamState):
-            arrays[f"count/{group}"] = inner.count
-            kinds = {"exp_avg": inner.mu, "exp_avg_sq": inner.nu}
-        else:
-            kinds = {"momentum": inner.momentum, "second_momentum": inner.second}
-        for kind, tree in kinds.items():
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                arrays[f"{kind}/{path_name(path)}"] = leaf
-    return arrays
+    """The optimizer's state by its names in a checkpoint: "exp_avg/<path>", "exp_avg_sq/<path>" and the number of steps
+    "count/<group>", int32, of AdamW; "momentum/<path>" and "second_momentum/<path>" of Muon."""
+    return {_array_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)}
 
 
-def with_state_arrays(opt_state: Any, arrays: dict[str, Any]) -> Any:
-    """`opt_state` with its arrays replaced by those of a `state_arrays` dict; a missing one is a KeyError."""
-
-    def fill(kind, tree):
-        return jax.tree.map_with_path(lambda path, _: arrays[f"{kind}/{path_name(path)}"], tree)
-
-    inner_states = {}
-    for group, masked in opt_state.inner_states.items():
-        inner, *rest = masked.inner_state
-        if isinstance(inner, optax.ScaleByAdamState):
-            moments = {"mu": fill("exp_avg", inner.mu), "nu": fill("exp_avg_sq", inner.nu)}
-            inner = inner._replace(count=arrays[f"count/{group}"], **moments)
-        else:
-            inner = MuonState(fill("momentum", inner.momentum), fill("second_momentum", inner.second))
-        inner_states[group] = masked._replace(inner_state=(inner, *rest))
-    return opt_state._replace(inner_states=inner_states)
+def with_state_arrays(opt_state: Any, arrays: Mapping[str, Any]) -> Any:
+    """`opt_state` with the arrays of a `state_arrays` dict in place of its own; a missing one is a KeyError."""
+    return jax.tree.map_with_path(lambda path, _: arrays[_array_name(path)], opt_state)
 
 
-def replace_groups(groups: Groups, recorded: Mapping[str, Mapping]) -> Groups:
-    """Each group with the recorded values, the learning rate left as it is."""
-    return {
-        name: dataclasses.replace(group, **{k: v for k, v in recorded.get(name, {}).items() if k != "lr"})
-        for name, group in groups.items()
-    }
-
-
-def groups_from(recorded: Mapping[str, Mapping]) -> Groups:
-    """Groups from the `optimizer_groups` of a checkpoint's meta, rates included."""
-    return {name: (AdamW if "b1" in fields else Muon)(**fields) for name, fields in recorded.items()}
+def _array_name(path: tuple) -> str:
+    """A path in optax's state, (inner_states, group, inner_state, 0, field, *parameter), as a name in a checkpoint."""
+    group, field = path[1].key, path[4].name
+    kind = {"mu": "exp_avg", "nu": "exp_avg_sq"}.get(field, field)  # optax's names of Adam's moments
+    return f"{kind}/{group if kind == 'count' else path_name(path[5:])}"

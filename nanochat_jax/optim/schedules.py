@@ -1,13 +1,15 @@
-"""nanochat's schedules: what the learning rates, Muon's momentum and its weight decay are multiplied by at each step.
+"""nanochat's schedules: the factor on all learning rates, Muon's momentum, and the factor on Muon's weight decay.
 
-Every schedule is a function of the step, counted from 0, so that there is no schedule state to save or restore.
+Each is a function of the step, counted from 0, so that a checkpoint has no schedule state to save or restore.
 """
 
 import math
 
 
 def sft_lr_multiplier(progress: float, *, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float) -> float:
-    """nanochat's trapezoid over progress p, which is not clipped: above 1 the multiplier goes on falling."""
+    """Factor on the rates in SFT: linearly up, then 1, then linearly down to final_lr_frac at progress 1.
+
+    progress is the finished share of the run. It is not clipped: beyond 1 the factor falls further, as in nanochat."""
     if progress < warmup_ratio:
         return (progress + 1e-8) / warmup_ratio
     if progress <= 1.0 - warmdown_ratio:
@@ -17,7 +19,7 @@ def sft_lr_multiplier(progress: float, *, warmup_ratio: float, warmdown_ratio: f
 
 
 def sft_muon_momentum(step: int) -> float:
-    """From 0.85 to 0.95 over the first 300 steps."""
+    """Muon's momentum in SFT: from 0.85 to 0.95 over the first 300 steps."""
     warm = min(step / 300, 1)
     return (1 - warm) * 0.85 + warm * 0.95
 
@@ -25,8 +27,8 @@ def sft_muon_momentum(step: int) -> float:
 def base_lr_multiplier(
     step: int, total: int, *, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float
 ) -> float:
-    """Pretraining (nanochat, 2026): linearly up over warmup_steps, then 1, then linearly down to final_lr_frac, which
-    step `total` would have, over the last warmdown_ratio of the run."""
+    """Factor on the rates in pretraining: linearly up over warmup_steps, then 1, then over the last warmdown_ratio of
+    the `total` steps linearly down to final_lr_frac, which step `total` itself would have."""
     warmdown = round(warmdown_ratio * total)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -37,7 +39,7 @@ def base_lr_multiplier(
 
 
 def base_muon_momentum(step: int, total: int, *, warmdown_ratio: float) -> float:
-    """Pretraining (nanochat, 2026): from 0.85 to 0.97 over the first 400 steps, to 0.90 while the rates go down."""
+    """Muon's momentum in pretraining: from 0.85 to 0.97 over 400 steps, and down to 0.90 while the rates fall."""
     if step < 400:
         return 0.85 + (0.97 - 0.85) * step / 400
     warmdown = round(warmdown_ratio * total)
@@ -46,10 +48,10 @@ def base_muon_momentum(step: int, total: int, *, warmdown_ratio: float) -> float
 
 
 def base_decay_multiplier(step: int, total: int) -> float:
-    """Pretraining (nanochat, 2026): of Muon's weight decay, half a cosine from 1 to 0 at step `total`."""
+    """Factor on Muon's weight decay in pretraining: half a cosine, from 1 at step 0 to 0 at step `total`."""
     return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def rl_lr_multiplier(step: int, num_steps: int) -> float:
-    """From 1 linearly to 0 at num_steps."""
+    """Factor on the rates in RL: from 1 linearly down to 0 at num_steps."""
     return 1.0 - step / num_steps
