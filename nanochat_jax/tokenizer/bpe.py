@@ -5,12 +5,10 @@ lists) and `render_many` (a batch, as NumPy arrays, for the token cache) only tu
 """
 
 import base64
-import hashlib
 import json
 import os
 import pickle
-import tempfile
-from array import array
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +16,11 @@ import numpy as np
 import tiktoken
 
 from nanochat_jax.files import bucket
+from nanochat_jax.files.digest import digest_of
 from nanochat_jax.files.paths import write_atomically
+from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 from nanochat_jax.files.torch_write import write_pt
-from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, messages_of, role_of, split_conversation
+from nanochat_jax.tokenizer.conversation import BadConversation, messages_of, role_of, split_conversation
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -36,10 +36,10 @@ SPECIAL_TOKENS = (
 FORMAT = "nanochat_jax tokenizer 1"  # of tokenizer.json
 MAX_TOKENS = 2048  # nanochat renders with this limit whatever the model's sequence length is
 
-# Between the texts of one bulk call. It is known to one private encoding only, and no proper prefix of it is also a
-# suffix, so its occurrences never overlap: counting them tells whether a text contains it.
+# Between the texts of a chunk. One private encoding takes it for a token, text never contains it unless somebody writes
+# it on purpose, and no proper prefix of it is also a suffix, so that counting finds every occurrence.
 SEPARATOR = "\0nanochat_jax\1"
-CHUNK_CHARS = 1 << 17  # text of one bulk call; enough of them to keep every core busy on a small batch too
+CHUNK_CHARS = 1 << 17  # characters that a thread encodes in one call; few, so that a small batch keeps all cores busy
 
 
 class UnsplittableText(BadConversation):
@@ -57,23 +57,22 @@ class Tokenizer:
 
     def __init__(self, name: str, pattern: str, mergeable_ranks: dict[bytes, int], special_tokens: dict[str, int]):
         _check_vocabulary(mergeable_ranks, special_tokens)
-        self.name = name
-        self.pattern = pattern
-        self.mergeable_ranks = dict(mergeable_ranks)
-        self.special_tokens = dict(special_tokens)
+        self.name, self.pattern = name, pattern
+        self.mergeable_ranks, self.special_tokens = dict(mergeable_ranks), dict(special_tokens)
         self.vocab_size = len(mergeable_ranks) + len(special_tokens)
         by_id = {i: token for token, i in mergeable_ranks.items()} | {i: s.encode() for s, i in special_tokens.items()}
         self._bytes = [by_id[i] for i in range(self.vocab_size)]
-
-        def encoding(special):
-            try:
-                return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=mergeable_ranks, special_tokens=special)
-            except ValueError as e:
-                raise ValueError(f"the tokenizer's split pattern is not usable: {e}") from e
-
-        self._plain = encoding({})  # it knows no special token, so text can never become one
-        self._bulk = encoding({SEPARATOR: self.vocab_size})
+        try:
+            self._plain = self._encoding({})  # it knows no special token, so text can never become one
+            self._bulk = self._encoding({SEPARATOR: self.vocab_size})
+        except ValueError as e:
+            raise ValueError(f"the tokenizer's split pattern is not usable: {e}") from e
         self.bos = self.special("<|bos|>")
+
+    def _encoding(self, special_tokens: dict[str, int]) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=self.mergeable_ranks, special_tokens=special_tokens
+        )
 
     # ------------------------------------------------------------------------------------------------------- files
     @classmethod
@@ -86,14 +85,11 @@ class Tokenizer:
         ours, theirs = folder / "tokenizer.json", folder / "tokenizer.pkl"
         found = []
         if ours.exists():
-            found.append(cls._from_json(ours))
+            found.append(_naming(ours, lambda: cls._from_json(ours.read_bytes())))
         if theirs.exists():
-            from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
-
-            state = read_tokenizer_pickle(theirs)
-            found.append(
-                _naming(theirs, cls, state["name"], state["pat_str"], state["mergeable_ranks"], state["special_tokens"])
-            )
+            read = read_tokenizer_pickle(theirs)
+            fields = read["name"], read["pat_str"], read["mergeable_ranks"], read["special_tokens"]
+            found.append(_naming(theirs, lambda: cls(*fields)))
         if not found:
             raise FileNotFoundError(
                 f"no tokenizer.json or tokenizer.pkl in {folder}: copy the tokenizer folder of the nanochat run there, "
@@ -105,23 +101,19 @@ class Tokenizer:
         return found[0]
 
     @classmethod
-    def _from_json(cls, path: Path) -> "Tokenizer":
-        def read():
-            data = json.loads(path.read_bytes())
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
-                raise ValueError(f'"format" must be "{FORMAT}"')
-            for key, kind in {"name": str, "pattern": str, "ranks": list, "special_tokens": dict}.items():
-                if not isinstance(data.get(key), kind):
-                    raise ValueError(f'"{key}" must be a {kind.__name__}')
-            if not all(isinstance(text, str) for text in data["ranks"]):
-                raise ValueError('"ranks" must hold base64 strings')
-            tokens = [base64.b64decode(text, validate=True) for text in data["ranks"]]
-            if len(set(tokens)) < len(tokens):
-                raise ValueError('"ranks" holds the same token twice')
-            ranks = {token: i for i, token in enumerate(tokens)}
-            return cls(data["name"], data["pattern"], ranks, data["special_tokens"])
-
-        return _naming(path, read)
+    def _from_json(cls, content: bytes) -> "Tokenizer":
+        data = json.loads(content)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f'"format" must be "{FORMAT}"')
+        for key, kind in {"name": str, "pattern": str, "ranks": list, "special_tokens": dict}.items():
+            if not isinstance(data.get(key), kind):
+                raise ValueError(f'"{key}" must be a {kind.__name__}')
+        if not all(isinstance(text, str) for text in data["ranks"]):
+            raise ValueError('"ranks" must hold base64 strings')
+        ranks = {base64.b64decode(text, validate=True): i for i, text in enumerate(data["ranks"])}
+        if len(ranks) < len(data["ranks"]):
+            raise ValueError('"ranks" holds the same token twice')
+        return cls(data["name"], data["pattern"], ranks, data["special_tokens"])
 
     def save(self, folder: Path | str) -> None:
         """Write FOLDER/tokenizer.json; a reader sees the old file or the new one, never a part."""
@@ -135,24 +127,17 @@ class Tokenizer:
         write_atomically(bucket.place(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
 
     def save_for_nanochat(self, folder: Path | str) -> None:
-        """Write FOLDER/tokenizer.pkl and FOLDER/token_bytes.pt, which nanochat loads. `save` does not, as a folder
-        that came from nanochat holds files of its own."""
-        encoding = tiktoken.Encoding(
-            self.name,
-            pat_str=self.pattern,
-            mergeable_ranks=self.mergeable_ranks,
-            special_tokens=self.special_tokens,
-        )
+        """Write tokenizer.pkl and token_bytes.pt, which nanochat loads, into a folder that nobody reads yet.
+
+        `save` does not, as a folder that came from nanochat holds files of its own."""
+        encoding = self._encoding(self.special_tokens)
         write_atomically(Path(folder) / "tokenizer.pkl", pickle.dumps(encoding, protocol=4))
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".token_bytes-") as made:
-            write_pt(Path(made) / "token_bytes.pt", self.token_bytes())
-            os.replace(Path(made) / "token_bytes.pt", Path(folder) / "token_bytes.pt")
+        write_pt(Path(folder) / "token_bytes.pt", self.token_bytes())
 
     def digest(self) -> str:
         """sha256 (hex) over everything that decides ids: pattern, tokens in id order, specials. The name does not."""
         ranks = [token.hex() for token in self._bytes[: len(self.mergeable_ranks)]]
-        what = [self.pattern, ranks, sorted(self.special_tokens.items())]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return digest_of(self.pattern, ranks, sorted(self.special_tokens.items()))
 
     # -------------------------------------------------------------------------------------------------------- text
     def special(self, token: str) -> int:
@@ -169,16 +154,16 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"only text can be encoded, got {type(text).__name__}")
-        return guarded(lambda: self._plain.encode_ordinary(text))
+        return run_splitter(lambda: self._plain.encode_ordinary(text))
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`; specials as they are written in the vocabulary. ValueError for an id out of range."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {min(ids)}..{max(ids)}")
         return b"".join(map(self._bytes.__getitem__, ids))
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
@@ -189,16 +174,18 @@ class Tokenizer:
         return lengths
 
     # ------------------------------------------------------------------------------------------------ conversations
-    def render_conversation(self, conversation: dict, max_tokens: int | None = MAX_TOKENS):
-        """-> (ids, mask), two lists of ints of equal length, cut at max_tokens (None: never cut).
+    def render_conversation(
+        self, conversation: dict, max_tokens: int | None = MAX_TOKENS
+    ) -> tuple[list[int], list[int]]:
+        """-> (ids, mask) of equal length, cut at max_tokens (None: never); the mask is 1 for trained tokens, else 0.
 
         The input is not changed. BadConversation (a ValueError) says why a conversation cannot be rendered.
         """
         ids, mask = [], []
-        for piece, learned in split_conversation(conversation):
-            new = self.encode(piece) if learned < SPECIAL else [self.special_tokens[piece]]
+        for segment in split_conversation(conversation):
+            new = [self.special_tokens[segment.text]] if segment.special else self.encode(segment.text)
             ids += new
-            mask += [learned & 1] * len(new)
+            mask += [segment.mask] * len(new)
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
@@ -214,28 +201,31 @@ class Tokenizer:
         ids, _ = self.render_conversation({"messages": messages[:-1]})
         return [*ids, self.special_tokens["<|assistant_start|>"]]
 
-    def render_many(self, conversations, max_tokens: int | None = MAX_TOKENS) -> list[tuple[np.ndarray, np.ndarray]]:
-        """render_conversation of each, as (ids int32 [T], mask uint8 [T]), with every core at work.
+    def render_many(
+        self, conversations: Iterable[dict], max_tokens: int | None = MAX_TOKENS
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """render_conversation of each, as (ids int32 [k], mask uint8 [k]), with every core at work.
 
         The arrays are views into one buffer for the whole call: copy what is to outlive the rest of the batch.
         BadConversation begins with the conversation's index in this batch.
         """
         conversations = list(conversations)
-        flags, specials, segments_end = bytearray(), array("i"), []
+        masks, is_special, special_ids, ends = bytearray(), bytearray(), [], []  # of segments; ends: of conversations
 
-        def texts():  # conversations are split while the threads encode the texts before
+        def texts():  # splits conversations while the threads encode the texts before
             for i, conversation in enumerate(conversations):
                 try:
                     segments = split_conversation(conversation)
                 except BadConversation as e:
                     raise BadConversation(f"conversation {i}: {e}") from e
-                for piece, flag in segments:
-                    flags.append(flag)
-                    if flag < SPECIAL:
-                        yield piece
+                for text, mask, special in segments:
+                    masks.append(mask)
+                    is_special.append(special)
+                    if special:
+                        special_ids.append(self.special_tokens[text])
                     else:
-                        specials.append(self.special_tokens[piece])
-                segments_end.append(len(flags))
+                        yield text
+                ends.append(len(masks))
 
         try:
             text_ids, text_lengths = self.encode_many(texts())
@@ -249,26 +239,23 @@ class Tokenizer:
         if not conversations:
             return []
 
-        flags = np.frombuffer(flags, np.uint8)
-        is_text = flags < SPECIAL
-        lengths = np.ones(len(flags), np.int64)
+        is_text = np.frombuffer(is_special, np.uint8) == 0
+        lengths = np.ones(len(is_text), np.int64)
         lengths[is_text] = text_lengths
         from_text = np.repeat(is_text, lengths)
         ids = np.empty(len(from_text), np.int32)
-        ids[from_text] = text_ids
-        ids[~from_text] = specials
-        mask = np.repeat(flags & 1, lengths)
-        ends = np.cumsum(lengths)[np.array(segments_end) - 1].tolist()
-        starts = [0, *ends[:-1]]
+        ids[from_text], ids[~from_text] = text_ids, special_ids
+        mask = np.repeat(np.frombuffer(masks, np.uint8), lengths)
+        stops = np.cumsum(lengths)[np.array(ends) - 1].tolist()
         cut = len(ids) if max_tokens is None else max_tokens
-        return [(ids[a:b][:cut], mask[a:b][:cut]) for a, b in zip(starts, ends)]
+        return [(ids[a:b][:cut], mask[a:b][:cut]) for a, b in zip([0, *stops[:-1]], stops)]
 
-    def encode_many(self, texts) -> tuple[np.ndarray, np.ndarray]:
-        """-> (ids uint32 of all texts in a row, length int64 of each); `texts` is any iterable.
+    def encode_many(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """-> (ids uint32 of all texts in a row, length int64 of each), with every core at work.
 
         tiktoken's own batch call costs a Python task and a list of Python ints per text, which for chat messages of 50
-        bytes is most of the time. Here texts travel in chunks, joined by a token that only this encoding knows; between
-        such tokens tiktoken splits and merges independently, so the ids are those of the single texts.
+        bytes is most of the time. Here a task is a chunk of texts, joined by a token that only this encoding knows;
+        between such tokens tiktoken splits and merges independently, so the ids are those of the single texts.
         """
         chunk, size, pending = [], 0, []
         with ThreadPoolExecutor(_cores()) as pool:  # it starts a thread only when a chunk is submitted
@@ -279,18 +266,17 @@ class Tokenizer:
                     pending.append(pool.submit(self._encode_chunk, chunk))
                     chunk, size = [], 0
             last = self._encode_chunk(chunk)
-            done = [*(future.result() for future in pending), last]
-        ids, lengths = zip(*done)
+            ids, lengths = zip(*(future.result() for future in pending), last)
         return np.concatenate(ids), np.concatenate(lengths)
 
-    def _encode_chunk(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_chunk(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         joined = SEPARATOR.join(texts)
         if not texts or joined.count(SEPARATOR) != len(texts) - 1:  # nothing, or somebody wrote the separator
             lists = [self.encode(text) for text in texts]
             ids = np.array([i for one in lists for i in one], np.uint32)
             return ids, np.array([len(one) for one in lists], np.int64)
         joined = without_surrogates(joined)
-        ids = guarded(lambda: self._bulk.encode_to_numpy(joined, allowed_special={SEPARATOR}, disallowed_special=()))
+        ids = run_splitter(lambda: self._bulk.encode_to_numpy(joined, allowed_special={SEPARATOR}))
         is_separator = ids == self.vocab_size
         borders = np.concatenate([[-1], np.flatnonzero(is_separator), [len(ids)]])
         return ids[~is_separator], np.diff(borders) - 1
@@ -310,10 +296,10 @@ def _check_vocabulary(ranks, special) -> None:
         raise ValueError(f"the tokenizer has no token for {len(missing)} of the 256 bytes, the first is {missing[0]}")
 
 
-def _naming(path: Path, make, *args):
-    """make(*args); its ValueError names the file."""
+def _naming(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """make(); its ValueError names the file."""
     try:
-        return make(*args)
+        return make()
     except (ValueError, RecursionError) as e:  # json and base64 raise subclasses of ValueError
         raise ValueError(f"{path} is not a usable tokenizer: {e}") from e
 
@@ -327,10 +313,10 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-def guarded(split, errors: tuple[type[Exception], ...] = (ValueError,)):
-    """split(); UnsplittableText where the regex engine gives up, as on a very long run of white space.
+def run_splitter(split: Callable, errors: tuple[type[Exception], ...] = (ValueError,)):
+    """split(), a call into Rust. UnsplittableText: its regex engine gives up, as on a very long run of white space.
 
-    It panics then, outside Exception, or split() raises one of `errors`.
+    It then panics, with an exception outside Exception, or raises one of `errors`.
     """
     try:
         return split()

@@ -1,20 +1,34 @@
-"""What a conversation consists of: the one place where its roles and parts become segments of text with a loss mask.
+"""What a conversation consists of: the one place where its messages become segments of text with a loss mask.
 
-A conversation is rendered as: bos, then per message user_start text user_end, or assistant_start parts assistant_end.
-The mask is 1 for what the assistant writes itself (text, python_start code python_end, assistant_end), and 0 for
-everything it is given (bos, the user's side, assistant_start, and output_start result output_end).
+A conversation is rendered as bos, then for each message: user_start text user_end, or assistant_start parts
+assistant_end. The model is trained on what the assistant has to write itself: text, python_start code python_end,
+assistant_end. It is not trained on what it is given: bos, the user's side, assistant_start, and output_start result
+output_end.
 """
+
+from typing import NamedTuple
 
 
 class BadConversation(ValueError):
     """This conversation cannot be rendered; the message is one sentence that says why."""
 
 
-SPECIAL = 2  # the flag of a segment is its mask, plus SPECIAL where the piece names a special token
+class Segment(NamedTuple):
+    text: str  # or the name of a special token
+    mask: int  # 1 where its tokens are trained, else 0
+    special: bool = False  # it is one special token
 
 
-def split_conversation(conversation: dict) -> list[tuple[str, int]]:
-    """-> segments (piece, flag): flag is the mask of a text, or SPECIAL plus the mask of the special token `piece`."""
+BOS = Segment("<|bos|>", 0, special=True)
+USER_START, USER_END = Segment("<|user_start|>", 0, special=True), Segment("<|user_end|>", 0, special=True)
+ASSISTANT_START = Segment("<|assistant_start|>", 0, special=True)
+ASSISTANT_END = Segment("<|assistant_end|>", 1, special=True)
+PYTHON_START, PYTHON_END = Segment("<|python_start|>", 1, special=True), Segment("<|python_end|>", 1, special=True)
+OUTPUT_START, OUTPUT_END = Segment("<|output_start|>", 0, special=True), Segment("<|output_end|>", 0, special=True)
+
+
+def split_conversation(conversation: dict) -> list[Segment]:
+    """The conversation's segments, in order. BadConversation: it has none."""
     messages = messages_of(conversation)
     first, system = 0, ""
     if role_of(messages[0]) == "system":
@@ -22,7 +36,7 @@ def split_conversation(conversation: dict) -> list[tuple[str, int]]:
             raise BadConversation("a system message must be followed by a user message")
         first, system = 1, _text(messages[0], "the system message") + "\n\n"
 
-    segments = [("<|bos|>", SPECIAL)]
+    segments = [BOS]
     for i in range(first, len(messages)):
         message = messages[i]
         expected = "user" if (i - first) % 2 == 0 else "assistant"
@@ -31,39 +45,41 @@ def split_conversation(conversation: dict) -> list[tuple[str, int]]:
             raise BadConversation(f"message {i} must be from {expected!r}, as roles alternate, got {role!r:.40}")
         if role == "user":
             text = _text(message, f"user message {i}")
-            segments += [("<|user_start|>", SPECIAL), (system + text if i == first else text, 0)]
-            segments.append(("<|user_end|>", SPECIAL))
+            segments += [USER_START, Segment(system + text if i == first else text, 0), USER_END]
+            continue
+        segments.append(ASSISTANT_START)
+        content = message.get("content")
+        if isinstance(content, str):
+            segments.append(Segment(content, 1))
+        elif isinstance(content, list):
+            for k, part in enumerate(content):
+                segments += _split_part(part, k, i)
         else:
-            segments.append(("<|assistant_start|>", SPECIAL))
-            content = message.get("content")
-            if isinstance(content, str):
-                segments.append((content, 1))
-            elif isinstance(content, list):
-                for k, part in enumerate(content):
-                    segments += _split_part(part, f"part {k} of message {i}")
-            else:
-                raise BadConversation(
-                    f"assistant message {i} must hold text or a list of parts, got {type(content).__name__}"
-                )
-            segments.append(("<|assistant_end|>", SPECIAL + 1))
+            raise BadConversation(
+                f"assistant message {i} must hold text or a list of parts, got {type(content).__name__}"
+            )
+        segments.append(ASSISTANT_END)
     return segments
 
 
-def _split_part(part, where: str) -> list[tuple[str, int]]:
+def _split_part(part, k: int, i: int) -> list[Segment]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "python", "python_output"):
-        raise BadConversation(f"{where} must be of type text, python or python_output, got {kind!r:.40}")
+        raise BadConversation(
+            f"part {k} of message {i} must be of type text, python or python_output, got {kind!r:.40}"
+        )
     text = part.get("text")
     if not isinstance(text, str):
-        raise BadConversation(f'{where} must have a "text" that is a string, got {type(text).__name__}')
+        raise BadConversation(f'part {k} of message {i} must have a "text" that is a string, got {type(text).__name__}')
     if kind == "text":
-        return [(text, 1)]
+        return [Segment(text, 1)]
     if kind == "python":
-        return [("<|python_start|>", SPECIAL + 1), (text, 1), ("<|python_end|>", SPECIAL + 1)]
-    return [("<|output_start|>", SPECIAL), (text, 0), ("<|output_end|>", SPECIAL)]
+        return [PYTHON_START, Segment(text, 1), PYTHON_END]
+    return [OUTPUT_START, Segment(text, 0), OUTPUT_END]
 
 
 def messages_of(conversation) -> list:
+    """A copy of the conversation's list of messages, at least one."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list | tuple):
         raise BadConversation('a conversation must be a dict with a list of "messages"')
@@ -78,8 +94,8 @@ def role_of(message):
     return message.get("role")
 
 
-def _text(message: dict, where: str) -> str:
+def _text(message: dict, place: str) -> str:
     content = message.get("content")
     if not isinstance(content, str):
-        raise BadConversation(f"the content of {where} must be a string, got {type(content).__name__}")
+        raise BadConversation(f"the content of {place} must be a string, got {type(content).__name__}")
     return content

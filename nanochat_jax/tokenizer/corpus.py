@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from nanochat_jax.data.shards import Documents, find_shards
-from nanochat_jax.tokenizer.conversation import SPECIAL, BadConversation, split_conversation
+from nanochat_jax.tokenizer.conversation import BadConversation, split_conversation
 
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # what is read of a folder; a file that is named may have any
 MAX_LINE = 64 << 20  # bytes of a JSON line, so that a file without line ends does not fill the memory
@@ -109,7 +109,7 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
                 segments = split_conversation(conversation_of(value))
             except BadConversation as e:
                 raise ValueError(f'{where}: neither an object with "text" nor a conversation: {e}') from e
-            yield from (piece for piece, flag in segments if flag < SPECIAL)
+            yield from (segment.text for segment in segments if not segment.special)
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:

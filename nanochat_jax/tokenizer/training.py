@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import rustbpe
 
-from nanochat_jax.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer, guarded, without_surrogates
+from nanochat_jax.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer, run_splitter, without_surrogates
 
 # GPT-4's pattern, but with numbers cut after two digits instead of three, as nanochat's vocabularies are small.
 SPLIT_PATTERN = (
@@ -32,8 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = rustbpe.Tokenizer()
     clean = (without_surrogates(text) for text in texts)
     n_ranks = vocab_size - len(SPECIAL_TOKENS)
-    # () as reading the texts may raise errors of its own, which tell more
-    guarded(lambda: trainer.train_from_iterator(clean, n_ranks, pattern=SPLIT_PATTERN), ())
+    # errors=(): a ValueError is one of reading the texts, and says more
+    run_splitter(lambda: trainer.train_from_iterator(clean, n_ranks, pattern=SPLIT_PATTERN), errors=())
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if (reached := len(ranks) + len(SPECIAL_TOKENS)) < vocab_size:
         raise ValueError(

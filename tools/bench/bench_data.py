@@ -23,7 +23,7 @@ from nanochat_jax.tokenizer import Tokenizer, split_conversation
 def text_bytes(task) -> int:
     """UTF-8 bytes of what a task's conversations say."""
     segments = (segment for i in range(len(task)) for segment in split_conversation(task[i]))
-    return sum(len(text.encode()) for text, _ in segments)
+    return sum(len(segment.text.encode()) for segment in segments)
 
 
 def main(data_dir: Path, tokenizer: Path, seq_len: int = 512, repeats: int = 3) -> None:
