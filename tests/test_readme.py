@@ -1,58 +1,60 @@
-"""README's commands can be typed as they are; tools/check/readme_walk.py runs them.
+"""README: short, with the tree as it is, a status table in five words, and a snippet that runs.
 
-Run: python -m pytest tests/test_readme.py
+Its links and commands are tested in tests/test_docs.py. Run: python -m pytest tests/test_readme.py
 """
 
+import contextlib
+import io
 import re
-import shlex
+import shutil
 from pathlib import Path
 
-from nanochat_jax import base, chat, eval, nanochat_export, report, rl, sft
-from nanochat_jax.cli import settings
-from nanochat_jax.tokenizer.__main__ import Show, Train
-from tools.check import readme_walk as walk
+from tests.golden.data import SUBSET
+from tests.test_layers import FOLDERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SETTINGS = {
-    "base": base.BaseConfig,
-    "sft": sft.SFTConfig,
-    "rl": rl.RLConfig,
-    "eval": eval.EvalConfig,
-    "chat": chat.ChatConfig,
-    "report": report.ReportConfig,
-    "nanochat_export": nanochat_export.ExportConfig,
-    "tokenizer train": Train,
-    "tokenizer show": Show,
-}
+STATUS = ("measured", "compiled only", "simulated", "predicted", "not yet", "")
 
 
-def test_every_command_is_one_that_a_stage_takes(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    parsed = set()
-    for command in walk.commands(README):
-        if not (found := re.match(r"\.venv/bin/python -m nanochat_jax\.(tokenizer \w+|\w+)(.*)", command)):
-            assert command.startswith((".venv/bin/python", *walk.ELSEWHERE))
-            continue
-        stage, flags = found.groups()
-        if stage != "nanochat_import":  # its parser is its main's
-            walked = walk.sized(command).partition(f"nanochat_jax.{stage}")[2]
-            for typed in (flags, walked):
-                settings.parse(SETTINGS[stage], shlex.split(typed))
-        parsed.add(stage)
-    assert parsed == {*SETTINGS, "nanochat_import"}
+def test_readme_is_short():
+    assert len(README.encode()) <= 10_000
 
 
-def test_every_tool_and_preset_that_is_named_is_there():
-    named = set(re.findall(r"(?:tools|configs)/[\w.]+\.(?:sh|py|toml)", README))
-    assert {"tools/quickstart.sh", "tools/test.sh", "configs/base_h100.toml"} <= named
-    assert all((ROOT / name).is_file() for name in named)
+def test_the_two_commands_and_a_preset_are_named():
+    assert {"tools/quickstart.sh", "tools/test.sh", "configs/base_h100.toml"} <= set(
+        re.findall(r"(?:tools|configs)/[\w.]+\.(?:sh|py|toml)", README)
+    )
 
 
-def test_every_module_is_in_the_table_of_layers():
-    table = README[README.index("| layer | modules |") : README.index("A module imports its own layer")]
-    named = set(re.findall(r"`(\w+)/?`", table))
-    modules = {path.stem for path in (ROOT / "nanochat_jax").glob("*.py")} | {
-        path.parent.name for path in (ROOT / "nanochat_jax").glob("*/__init__.py")
-    }
-    assert named == modules - {"__init__"}
+def test_the_tree_shows_every_command_and_every_folder_from_high_to_low():
+    (tree,) = re.findall(r"^```\nnanochat_jax/\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"^  (\S+) +\S", tree, re.MULTILINE)
+    commands = {path.name for path in (ROOT / "nanochat_jax").glob("*.py")} - {"__init__.py"}
+    assert {name for name in shown if name.endswith(".py")} == commands
+    assert [name for name in shown if name.endswith("/")] == [f"{name}/" for name in reversed(FOLDERS)]
+    for name in re.findall(r"^(\w+/)", tree, re.MULTILINE):
+        assert (ROOT / name).is_dir()
+
+
+def test_the_status_table_uses_its_five_words():
+    rows = README.partition("| feature | CPU | H100 | TPU |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    assert len(rows) > 8
+    for row in rows:
+        feature, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        assert feature and len(cells) == 3
+        assert {re.sub(r" \(.*\)", "", cell) for cell in cells} <= set(STATUS), row
+    assert all(f"*{word}*:" in README for word in STATUS if word)
+
+
+def test_the_python_snippet_runs_on_files_of_nanochat_where_they_lie(tmp_path, monkeypatch):
+    folder = tmp_path / "base"
+    shutil.copytree(SUBSET / "checkpoints/c2_gqa", folder)
+    (folder / "base_checkpoints").rename(folder / "chatsft_checkpoints")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(snippet, names)
+    assert names["logits"].shape == (1, len(names["ids"]), names["tokenizer"].vocab_size)
+    assert printed.getvalue().endswith("\n")

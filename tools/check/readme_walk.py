@@ -1,5 +1,6 @@
-"""Run every command of README in order, as a newcomer would: with a fresh base directory, a hub on loopback that serves
-../shared/data, and sizes that 2 cores manage. Prints a line a command, and ends with status 1 where one failed.
+"""Run every command of README and of docs/ in order, as a newcomer would: with a fresh base directory, a hub on
+loopback that serves datasets from a folder, and sizes that 2 cores manage. Prints a line for each command, and ends
+with status 1 where one failed.
 
 python tools/check/readme_walk.py --out /tmp/walk
 """
@@ -15,43 +16,57 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
+NAMES = ("README", "docs/training", "docs/data", "docs/clusters", "docs/measured", "docs/contributing")  # in this order
+PAGES = tuple(ROOT / f"{name}.md" for name in NAMES)
 STEPS = "--num-iterations 6 --total-batch-size 1024 --device-batch-size 4 --eval-tokens 4096"
-SIZES = {  # added to a command that begins so; a flag that is given twice counts as it is given last
+DIALS = "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 256"
+SIZES = {  # flags for a command that begins so, the first that fits; a flag that is given twice counts as given last
+    "nanochat_jax.tokenizer train --input": "--vocab-size 600",
     "nanochat_jax.tokenizer train": "--vocab-size 600 --max-chars 1000000",
-    "nanochat_jax.base": f"--download 3 --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 256 {STEPS}",
-    "nanochat_jax.sft --resume": "",  # as it is: it needs no other flag
+    "nanochat_jax.base --resume": "",  # as it is: it needs no other flag
+    "nanochat_jax.base --data-dir": f"{DIALS} {STEPS}",
+    "nanochat_jax.base": f"--download 3 {DIALS} {STEPS}",
+    "nanochat_jax.sft --resume": "",
     "nanochat_jax.sft": f"{STEPS} --simple-spelling-rows 300 --spelling-bee-rows 300 --chatcore-max-cat 8 "
     "--chatcore-max-sample 2",
     "nanochat_jax.eval": "-x 4 -m 16",
+    "nanochat_jax.rl --resume": "",
     "nanochat_jax.rl": "--num-steps 2 --examples-per-step 2 --num-samples 2 --max-new-tokens 16 --eval-examples 4",
 }
 ELSEWHERE = {  # what is run by other means
     "tools/quickstart.sh": "takes minutes: run it by itself",
     "tools/test.sh": "the continuous integration runs it",
+    ".venv/bin/python -m pytest": "the continuous integration runs it",
     "tools/setup.sh --extra": "needs an accelerator; without the extra the other commands' environment is made by it",
+    "tools/bench/": "measures, which takes minutes",
+    ".venv/bin/python tools/": "measures or checks, which takes minutes",
     "tools/tpu_vm.py": "needs a Google Cloud project; tests drive it against a stand-in",
+    ".venv/bin/python -m nanochat_jax.sft --coordinator": "needs further processes; tests start them",
     "sbatch": "needs a SLURM cluster",
     "sky": "needs SkyPilot and a cloud",
 }
-SERVED_AS = {"HuggingFaceTB--smol-smoltalk": "sgd-dialogues"}  # the hub's dataset is not in ../shared
+SERVED_AS = {"HuggingFaceTB--smol-smoltalk": "sgd-dialogues"}  # the hub's dataset is not in the folder
 TALKS = [
     [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "A number."}] for n in range(9)
 ]
 
 
-def commands(readme: str) -> list[str]:
-    """The commands of all bash blocks, and the Python blocks as one command each."""
+def commands(page: str) -> list[str]:
+    """The commands of all bash blocks, and each Python block as one command. A Python block that begins with the name
+    of a file, as "# my_module.py", is written into that file."""
     found = []
-    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", readme, re.MULTILINE | re.DOTALL):
-        if language == "python":
-            found.append(f".venv/bin/python -c {shlex.quote(block)}")
-        else:
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if language == "bash":
             lines = block.replace("\\\n", " ").splitlines()
             found += [line.split("  #")[0].strip() for line in lines if line.strip()]
+        elif named := re.match(r"# (\w+\.py)\n", block):
+            found.append(f"cat > {named[1]} <<'END'\n{block}END")
+        else:
+            found.append(f".venv/bin/python -c {shlex.quote(block)}")
     return found
 
 
@@ -61,22 +76,30 @@ def sized(command: str) -> str:
     return f"{command} {next((flags for name, flags in SIZES.items() if start.startswith(name)), '')}".strip()
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(ThreadingHTTPServer):
+    """A hub on loopback. data: folder with the datasets in hub/ and pretraining shards in corpus/."""
+
+    def __init__(self, data: Path):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.data = data
+
+
+class HubRequest(BaseHTTPRequestHandler):
     """The two addresses of the hub that are asked for: a split's listing, and a file."""
 
     def do_GET(self):
-        parts = self.path.strip("/").split("/")
+        data, parts = self.server.data, self.path.strip("/").split("/")
         if parts[:2] == ["api", "datasets"] and parts[4] == "parquet":
             folder = "--".join(parts[2:4])
-            path = SHARED / "data/hub" / SERVED_AS.get(folder, folder) / parts[5] / parts[6]
+            path = data / "hub" / SERVED_AS.get(folder, folder) / parts[5] / parts[6]
             names = json.loads((path / "manifest.json").read_text()) if path.is_dir() else []
             here = f"http://{self.headers['Host']}/file"
-            self.answer(json.dumps([f"{here}/{path.relative_to(SHARED)}/{name}" for name in names]).encode())
+            self.answer(json.dumps([f"{here}/{path.relative_to(data)}/{name}" for name in names]).encode())
         elif parts[0] == "file":
-            self.answer((SHARED / "/".join(parts[1:])).read_bytes())
+            self.answer((data / "/".join(parts[1:])).read_bytes())
         elif number := re.fullmatch(r"shard_(\d+)\.parquet", parts[-1]):
             shard = min(int(number[1]), 4)  # the validation shard has the largest number
-            self.answer((SHARED / f"data/corpus/shard_{shard:05d}.parquet").read_bytes())
+            self.answer((data / f"corpus/shard_{shard:05d}.parquet").read_bytes())
         else:
             self.send_error(404)
 
@@ -90,18 +113,30 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def main(out: Path, readme: Path = ROOT / "README.md") -> None:
-    """out: folder to make (must not exist); its log.txt has the full output."""
-    out.mkdir(parents=True)
-    out = out.absolute()
+def prepare(out: Path, shared: Path) -> None:
+    """The folder in which the commands run, with the files that they name."""
     for name in (".venv", "configs", "tools"):
         (out / name).symlink_to(ROOT / name)
     for name in ("mine.jsonl", "held_out.jsonl"):
         (out / name).write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
-    shutil.copytree(SHARED / "golden/checkpoints/c1_master", out / "home/.cache/nanochat")
-    (out / "base").mkdir()
-    shutil.copy(SHARED / "data/words/words_alpha.txt", out / "base")  # its place on the web is no part of the hub
-    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    shards = sorted((shared / "data/corpus").glob("*.parquet"))[-2:]
+    for folder in ("my_texts", "my_shards", "base"):
+        (out / folder).mkdir()
+    for shard in shards:
+        shutil.copy(shard, out / "my_shards")
+    texts = pq.read_table(shards[-1], columns=["text"])["text"].to_pylist()
+    (out / "my_texts/texts.txt").write_text("\n".join(texts[:40]), encoding="utf-8")
+    shutil.copytree(shared / "golden/checkpoints/c1_master", out / "home/.cache/nanochat")
+    shutil.copy(shared / "data/words/words_alpha.txt", out / "base")  # its place on the web is no part of the hub
+
+
+def main(out: Path, shared: Path = ROOT.parent / "shared", pages: tuple[Path, ...] = PAGES) -> None:
+    """out: folder to make (must not exist); its log.txt has the full output. shared: folder with data/ and a base
+    directory of nanochat's in golden/checkpoints/c1_master. pages: what to run, in this order."""
+    out.mkdir(parents=True)
+    out = out.absolute()
+    prepare(out, shared)
+    hub = Hub(shared / "data")
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     environment = os.environ | {
         "HOME": str(out / "home"),
@@ -113,7 +148,7 @@ def main(out: Path, readme: Path = ROOT / "README.md") -> None:
     for name in ("NANOCHAT_DATA_DIR", "HF_HUB_OFFLINE", "HF_TOKEN"):
         environment.pop(name, None)
     failed = 0
-    for command in commands(readme.read_text(encoding="utf-8")):
+    for command in (command for page in pages for command in commands(page.read_text(encoding="utf-8"))):
         shown = " ".join(command.split())[:100]
         if reason := next((why for start, why in ELSEWHERE.items() if command.startswith(start)), None):
             print(f"not here  {shown}: {reason}", flush=True)
@@ -121,8 +156,15 @@ def main(out: Path, readme: Path = ROOT / "README.md") -> None:
         began = time.perf_counter()
         with open(out / "log.txt", "a", encoding="utf-8") as log:
             print(f"$ {sized(command)}", file=log, flush=True)
-            how = {"cwd": out, "env": environment, "stdout": log, "stderr": subprocess.STDOUT, "text": True}
-            done = subprocess.run(["bash", "-c", sized(command)], input="Hello!\nquit\n", **how)
+            done = subprocess.run(
+                ["bash", "-c", sized(command)],
+                input="Hello!\nquit\n",
+                cwd=out,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         failed += done.returncode != 0
         verdict = "ran" if done.returncode == 0 else f"failed with status {done.returncode}"
         print(f"{verdict:8}  {time.perf_counter() - began:5.1f} s  {shown}", flush=True)

@@ -1,0 +1,224 @@
+"""The pages of docs/, and README as one of them: links lead somewhere, and commands can be typed as they are.
+
+tools/check/readme_walk.py runs the commands. Run: python -m pytest tests/test_docs.py
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import base, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, sft
+from nanochat_jax.cli import settings
+from nanochat_jax.tasks.registry import TASKS
+from nanochat_jax.tasks.task import load_task
+from nanochat_jax.tokenizer.__main__ import Eval, Show, Train
+from tools.check import readme_walk as walk
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+SETTINGS = {
+    "base": base.BaseConfig,
+    "sft": sft.SFTConfig,
+    "rl": rl.RLConfig,
+    "eval": eval.EvalConfig,
+    "chat": chat.ChatConfig,
+    "report": report.ReportConfig,
+    "nanochat_export": nanochat_export.ExportConfig,
+    "nanochat_import": nanochat_import.ImportConfig,
+    "tokenizer train": Train,
+    "tokenizer show": Show,
+    "tokenizer eval": Eval,
+}
+STAGE = re.compile(r"\.venv/bin/python -m nanochat_jax\.(tokenizer \w+|\w+)(.*)", re.DOTALL)
+TOOL = re.compile(r"(?:\.venv/bin/python )?(tools/\S+)(.*)", re.DOTALL)
+FILES = [  # all that a page may name
+    path.relative_to(ROOT).as_posix()
+    for name in ("nanochat_jax", "tools", "tests", "configs", "docs")
+    for path in (ROOT / name).rglob("*")
+    if path.is_file()
+]
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+# ---- commands
+
+
+@every_page
+def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in walk.commands(PAGES[page]):
+        if command.startswith("cat > "):  # a Python block that is a file
+            ast.parse(command.partition("\n")[2].removesuffix("END"))
+        elif command.startswith(".venv/bin/python -c "):
+            ast.parse(shlex.split(command)[-1])
+        elif STAGE.match(command):
+            check_stage(command)
+        elif found := TOOL.match(command):
+            check_tool(found[1], shlex.split(found[2]))
+        elif command.startswith(".venv/bin/python -m pytest "):
+            assert all((ROOT / word).exists() for word in shlex.split(command)[3:])
+        else:
+            assert command.startswith(tuple(walk.ELSEWHERE)), command
+
+
+def check_stage(command):
+    """The stage's settings take the flags, as typed and as tools/check/readme_walk.py gives them."""
+    stage, flags = STAGE.match(command).groups()
+    for typed in (flags, walk.sized(command).partition(f"nanochat_jax.{stage}")[2]):
+        settings.parse(SETTINGS[stage], shlex.split(typed))
+
+
+def check_tool(tool, words):
+    """The tool has the flags. A shell script also has the words in its text, or they are files."""
+    path = ROOT / tool
+    assert path.is_file(), tool
+    if tool == "tools/tpu_vm.py":
+        check_launcher(words)
+    elif tool == "tools/quickstart.sh":
+        settings.parse(quickstart.QuickstartConfig, words)
+    elif path.suffix == ".sh":
+        assert all(word in path.read_text(encoding="utf-8") or (ROOT / word).is_file() for word in words), words
+    else:
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= flags_in(path.parent), f"{tool} {' '.join(words)}"
+
+
+def check_launcher(words):
+    """tools/tpu_vm.py VERB [FLAGS] [-- COMMAND]"""
+    module = load_launcher()
+    cut = words.index("--") if "--" in words else len(words)
+    verb, *flags = ["--follow" if word == "-f" else word for word in words[:cut]]
+    assert verb in module.VERBS
+    settings.parse(module.Settings, flags)
+    if command := shlex.join(words[cut + 1 :]):
+        check_stage(command)
+
+
+def load_launcher():
+    name = "tpu_vm_launcher"  # tpu_vm is the package beside it
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools/tpu_vm.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def flags_in(folder):
+    """Every flag that a Python file of the folder declares: a field, an argument of its main, a literal "--name"."""
+    names = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                names |= {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+            elif isinstance(node, ast.FunctionDef) and node.name == "main":
+                names |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--"):
+                names.add(node.value.removeprefix("--"))
+    return {f"--{name.replace('_', '-')}" for name in names}
+
+
+def test_every_command_of_the_package_is_shown_somewhere():
+    shown = {found[1] for page in PAGES.values() for command in walk.commands(page) if (found := STAGE.match(command))}
+    assert shown == {*SETTINGS}
+
+
+def test_the_walk_runs_every_page_that_has_commands():
+    with_commands = {page for page, text in PAGES.items() if walk.commands(text)}
+    assert with_commands <= {path.relative_to(ROOT).as_posix() for path in walk.PAGES}
+
+
+# ---- links and names
+
+
+def anchors(text):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = Path(os.path.normpath((ROOT / page).parent / path)) if path else ROOT / page
+        assert found.is_file(), target
+        assert not anchor or anchor in anchors(found.read_text(encoding="utf-8")), target
+
+
+@every_page
+def test_every_file_that_is_named_is_there(page):
+    named = set(re.findall(r"(?:tools|configs|tests|docs)/[\w./]+\.(?:sh|py|toml|sbatch|yaml|svg|md)", PAGES[page]))
+    named |= set(re.findall(r"`([\w/]+\.py)`", PAGES[page]))
+    assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in FILES)] == []
+
+
+@every_page
+def test_every_folder_that_is_named_is_there(page):
+    named = set(re.findall(r"`((?:tools|configs|tests|docs)/[\w/]*)/`", PAGES[page]))
+    assert [name for name in named if not (ROOT / name).is_dir()] == []
+
+
+@every_page
+def test_no_page_names_a_path_that_its_reader_does_not_have(page):
+    assert not re.search(r"\.\./(?!README\.md|tools/)|/work/|shared/", PAGES[page])
+
+
+@every_page
+def test_every_picture_has_a_text_in_its_place(page):
+    for text, _ in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", PAGES[page]):
+        assert len(text.split()) >= 10, text
+
+
+def test_every_picture_is_shown():
+    shown = {Path(target).name for page in PAGES.values() for target in re.findall(r"\]\(([^)\s]+\.svg)\)", page)}
+    assert shown == {path.name for path in (ROOT / "tools").rglob("*.svg")}
+
+
+# ---- what a page must have
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_a_page_begins_with_one_sentence_on_what_it_is_for(page):
+    title, paragraph, *_ = PAGES[page].split("\n\n")
+    assert re.fullmatch(r"# .+", title)
+    assert re.fullmatch(r"This page [^.]+(?:\.\w[^.]*)*\.", paragraph), paragraph
+
+
+def test_every_page_is_named_in_readme():
+    assert {page for page in PAGES if page != "README.md"} <= set(
+        re.findall(r"\]\((docs/[\w.]+)\)", PAGES["README.md"])
+    )
+
+
+def test_every_task_with_a_name_is_in_the_table_of_tasks():
+    table = {line.split("|")[1] for line in PAGES["docs/data.md"].splitlines() if line.startswith("| ")}
+    assert [task for task in TASKS if not any(task in cell for cell in table)] == []
+
+
+def test_every_variable_of_the_package_is_in_the_table_of_variables():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "nanochat_jax").rglob("*.py")]
+    read = {name for source in sources for name in re.findall(r"NANOCHAT_[A-Z_]+", source)}
+    assert [name for name in read if f"| `{name}" not in PAGES["docs/data.md"]] == []
+
+
+def test_the_task_of_your_own_can_be_trained_on_and_judged(tmp_path, monkeypatch):
+    (file,) = [command for command in walk.commands(PAGES["docs/data.md"]) if command.startswith("cat > ")]
+    (tmp_path / "my_module.py").write_text(file.partition("\n")[2].removesuffix("END"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    task = load_task("my_module:MyTask")
+    conversation = task[3]
+    answer = conversation["messages"][-1]["content"]
+    assert task.evaluate(conversation, answer) and not task.evaluate(conversation, "none")
+    assert task.reward(conversation, answer) == 1.0 and task.reward(conversation, "none") == 0.0
