@@ -6,7 +6,7 @@ import numpy as np
 from nanochat_jax.optim.muon import orthogonalize, reduce_variance
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one():
+def test_orthogonalized_matrices_have_singular_values_near_one():
     for shape in ((24, 60), (60, 24)):  # a square random matrix may have one near zero, which five iterations leave
         X = jax.jit(orthogonalize)(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
         values = np.linalg.svd(X, compute_uv=False)

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.model.attention import Shapes, attention, choose
+from nanochat_jax.model.attention import AttentionShapes, attention, choose_attention_backend
 
 
 def spec(mesh, shape, dtype=jnp.bfloat16, *axes):
@@ -32,7 +32,7 @@ def spec(mesh, shape, dtype=jnp.bfloat16, *axes):
 
 
 def chosen(topology: str, spec_of_mesh: str) -> dict:
-    """What `choose` makes of packed bfloat16 rows of 2048 tokens, and of others that no tile divides.
+    """What `choose_attention_backend` makes of packed bfloat16 rows of 2048 tokens, and of others that no tile divides.
 
     Few heads: the more there are, the longer the compiler takes."""
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
@@ -40,8 +40,8 @@ def chosen(topology: str, spec_of_mesh: str) -> dict:
     # A trial's arrays, which nobody looks at here: threefry's bits cut up over data and model take the compiler three
     # times as long as all of the attention. One device compiles them as users do.
     jax.config.update("jax_default_prng_impl", "threefry2x32" if mesh.size == 1 else "rbg")
-    name, why = choose("auto", mesh, "bfloat16", Shapes(4, 2, 128, (512, 2048), 2048))
-    small, _ = choose("auto", mesh, "bfloat16", Shapes(2, 2, 64, (-1,), 300))
+    name, why = choose_attention_backend("auto", mesh, "bfloat16", AttentionShapes(4, 2, 128, (512, 2048), 2048))
+    small, _ = choose_attention_backend("auto", mesh, "bfloat16", AttentionShapes(2, 2, 64, (-1,), 300))
     return {"topology": topology, "kind": devices[0].device_kind, "name": name, "why": why, "small": small}
 
 

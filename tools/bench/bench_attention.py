@@ -34,8 +34,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.model.attention import NAMES, Shapes, attention, choose
-from nanochat_jax.model.gpt import first_key
+from nanochat_jax.model.attention import (
+    NAMES,
+    AttentionShapes,
+    attention,
+    choose_attention_backend,
+    first_key,
+)
 
 PER_PAIR = {"forward": 4, "backward": 10, "both": 14}  # FLOPs, times the head size
 INPUTS = 1 if jax.default_backend() == "cpu" else 4  # sets of arrays that calls take in turn
@@ -180,8 +185,8 @@ def refusals(dtype: Any, windows: tuple[int, ...]) -> Callable[[Case], str | Non
         key = dataclasses.replace(case, window=0, T=0, B=0)
         if key not in known:
             try:
-                shapes = Shapes(case.N, case.K, case.H, windows, case.T)
-                choose(case.backend, mesh, dtype, shapes, packed=case.packed)
+                shapes = AttentionShapes(case.N, case.K, case.H, windows, case.T)
+                choose_attention_backend(case.backend, mesh, dtype, shapes, packed=case.packed)
                 known[key] = None
             except ValueError as e:
                 known[key] = str(e).partition("cannot be used: ")[2] or str(e)

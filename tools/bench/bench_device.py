@@ -19,7 +19,7 @@ import tyro
 from jax.sharding import Mesh
 
 from nanochat_jax.cli.device import cpu_name
-from nanochat_jax.model import attention
+from nanochat_jax.model.attention import AttentionShapes, choose_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, window_sizes
 from nanochat_jax.train.scaling_laws import config_of_depth
 
@@ -75,7 +75,7 @@ def compute_dtype(wanted: str) -> np.dtype:
 
 def choose_attention(wanted: str, model: GPTConfig, rows: int, mesh: Mesh, dtype: Any, *, packed: bool) -> str:
     """The backend for --attention in rows of so many tokens, as the stages choose; a warning goes to stderr."""
-    choice = attention.choose(wanted, mesh, dtype, attention.Shapes.of(model, rows), packed=packed)
+    choice = choose_attention_backend(wanted, mesh, dtype, AttentionShapes.of(model, rows), packed=packed)
     if choice.why:
         print(f"WARNING: {choice.why}", file=sys.stderr)
     return choice.name

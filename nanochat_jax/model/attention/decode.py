@@ -1,21 +1,23 @@
-"""Attention of one query a row over keys that lie in several places, as decoding has them."""
+"""Attention of one query a row, as decoding needs it, over keys and values that lie in several arrays."""
 
 import jax.numpy as jnp
 
 
 def decode_attention(q, parts, scale):
-    """q [R,N,H], parts: a list of (k, v, visible) -> softmax attention over the visible keys of all parts, [R,N,H].
+    """q [R,N,H], one query of each of R rows, over the visible keys of all parts together -> [R,N,H] in q's type.
 
-    k and v are [P,K,S,H] of one type with P dividing R: each is shared by R / P neighbouring rows, and is read once for
-    them. visible bool [R,S]. Query head n uses kv head n // (N // K). Scores are float32 and must stay within +-80, as
-    normalised queries and keys do: exp needs no shift by the maximum, so the parts' sums simply add up. A row that sees
-    no key gives NaN.
+    parts: a list of (k, v, visible), here the cache of the prompts, that of the rows' earlier tokens and the tokens of
+    the running call (inference/decode.py), which it would cost a copy to join. k and v are [P,K,S,H] of one type: where
+    P < R, R / P neighbouring rows share a prompt, whose keys are read once for all of them. visible is bool [R,S].
+    Query head n uses kv head n // (N // K). Scores are float32 and must stay within +-80, as those of normalized
+    queries and keys do: then exp needs no shift by the maximum, and the parts' sums simply add up. A row that sees no
+    key gives NaN.
     """
     R, N, H = q.shape
     total, y = 0.0, 0.0
     for k, v, visible in parts:
         P, K, S, _ = k.shape
-        M, G = R // P, N // K
+        M, G = R // P, N // K  # rows of a prompt, query heads of a kv head
         s = jnp.einsum(
             "PMKGH,PKSH->PKMGS", q.reshape(P, M, K, G, H).astype(k.dtype), k, preferred_element_type=jnp.float32
         )

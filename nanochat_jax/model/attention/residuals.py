@@ -1,3 +1,4 @@
-"""Names of attention's residuals, by which a rematerialisation policy keeps them."""
+"""Names of what attention keeps for its backward pass, by which a rematerialization policy keeps it too."""
 
-OUT, LSE = "attention_out", "attention_lse"
+OUT = "attention_out"  # [B,T,N,H]
+LSE = "attention_lse"  # float32, log-sum-exp of each query's scores

@@ -1,11 +1,16 @@
-"""Which backend runs: the one place that decides, by device, type and shape, and says why where it is not the fast one.
+"""Which attention backend runs: the table of backends, and the choice among them by device, type and shape.
+
+A new backend is a module of its own and a row in BACKENDS. Its module has a function of the backend's name,
+attend(q, k, v, k_start, scale, window) as `attention` describes it, and for a kernel also `<name>_refuses(q_shape,
+kv_heads, dtype)`: why it cannot take such arrays on one device, as a sentence, or None.
 
 A kernel is taken only after a trial on the mesh at hand: it is compiled, and where the devices are real, its values and
 gradients are compared with `reference`. What fails falls back to the next backend with a sentence, never to a crash.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,61 +18,76 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.distributed.mesh import row_axes, row_shards
-from nanochat_jax.model.attention.chunked import chunked
-from nanochat_jax.model.attention.reference import reference
+from nanochat_jax.model.attention.reference import first_key
 from nanochat_jax.model.attention.sharded import sharded
 
-NAMES = ("reference", "chunked", "mosaic_gpu", "splash", "cudnn")
-KERNELS = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("splash",)}  # by platform, the best first
-SLOWER = "attention runs in blocks of plain XLA (exact, but slower)"
 TRIAL_T = 2048  # the most tokens of a trial's row
 TRIAL_ERROR = 0.05  # of the largest entry: several times what bfloat16 rounds
 
 
-class Choice(NamedTuple):
+class Backend(NamedTuple):
+    """A row of the table: where a backend is, and what it needs."""
+
+    module: str  # in nanochat_jax.model.attention; imported when it is used, as kernels' libraries take a second
+    platform: str | None = None  # the one of JAX's platforms whose kernel it is; None: plain XLA, for any
+    compute_capability: str = ""  # the one that it needs of an NVIDIA GPU
+    gpu: str = ""  # the name of such GPUs
+    documents: bool = True  # takes packed rows, that is, looks at where k_start lets documents begin
+    repeats: bool = True  # gradients repeat bit for bit, as a resumed run must
+    needs_shard_map: bool = True  # not split by XLA's partitioner: see `sharded`
+
+
+BACKENDS = {  # the kernels of a platform: the fastest first
+    "reference": Backend("reference", needs_shard_map=False),
+    # XLA's partitioner could split it, but then all devices would visit the blocks that any of them needs.
+    "chunked": Backend("chunked"),
+    "mosaic_gpu": Backend("hopper.forward", "gpu", compute_capability="9.0", gpu="Hopper GPU (H100, H200)"),
+    "splash": Backend("splash", "tpu"),
+    "cudnn": Backend("cudnn", "gpu", documents=False, repeats=False, needs_shard_map=False),
+}
+NAMES = tuple(BACKENDS)
+
+
+class AttentionChoice(NamedTuple):
     """The backend, and why it is not the fast one, as a sentence; None where it is, or where it was asked for."""
 
     name: str
     why: str | None
 
 
-class Shapes(NamedTuple):
+class AttentionShapes(NamedTuple):
     """What a model asks of attention."""
 
     n_head: int
     n_kv_head: int
     head_dim: int
-    windows: tuple[int, ...]
+    windows: tuple[int, ...]  # the different ones of all layers
     T: int  # tokens of the rows that matter most
 
     @classmethod
-    def of(cls, config, T: int) -> "Shapes":
-        """Of a GPTConfig."""
+    def of(cls, config, T: int) -> "AttentionShapes":
+        """Those of a GPTConfig in rows of T tokens."""
         return cls(config.n_head, config.n_kv_head, config.head_dim, tuple(dict.fromkeys(config.windows)), T)
 
 
+def kernels_of(platform: str) -> tuple[str, ...]:
+    """Names of the platform's kernels, the fastest first."""
+    return tuple(name for name, row in BACKENDS.items() if row.platform == platform)
+
+
 def backend(name: str) -> Callable:
-    """attend(q, k, v, k_start, scale, window) of this name, for one device or under a mesh; ValueError: no such name.
-
-    Kernels are imported here, not earlier: their libraries take a second."""
-    if name == "reference":
-        return lambda q, k, v, k_start, scale, window: reference(q, k, v, k_start, scale)
-    if name == "cudnn":  # it has partitioning rules of its own
-        from nanochat_jax.model.attention.cudnn import cudnn
-
-        return cudnn
-    if name == "chunked":  # the partitioner could look into it, but would make all devices visit what one of them must
-        kernel = chunked
-    elif name == "splash":
-        from nanochat_jax.model.attention.splash import splash as kernel
-    elif name == "mosaic_gpu":
-        from nanochat_jax.model.attention.hopper.forward import mosaic_gpu as kernel
-    else:
+    """The function attend(q, k, v, k_start, scale, window) of this name, for one device and under a mesh."""
+    if name not in BACKENDS:
         raise ValueError(f"the attention backend must be one of {', '.join(NAMES)}, got {name!r}")
-    return sharded(kernel)
+    attend = _import(name, name)
+    return sharded(attend) if BACKENDS[name].needs_shard_map else attend
 
 
-def check(wanted: str, mesh: Mesh, *, packed: bool) -> None:
+def _import(name: str, function: str) -> Callable:
+    return getattr(import_module(f"nanochat_jax.model.attention.{BACKENDS[name].module}"), function)
+
+
+def check_attention_backend(wanted: str, mesh: Mesh, *, packed: bool) -> None:
     """ValueError where --attention=`wanted` cannot work on these devices, whatever the model.
 
     packed: rows may hold several documents."""
@@ -77,32 +97,31 @@ def check(wanted: str, mesh: Mesh, *, packed: bool) -> None:
         raise ValueError(f"--attention={wanted} cannot be used: {why}")
 
 
-def choose(wanted: str, mesh: Mesh, dtype, shapes: Shapes, *, packed: bool = True, training: bool = True) -> Choice:
+def choose_attention_backend(
+    wanted: str, mesh: Mesh, dtype: Any, shapes: AttentionShapes, *, packed: bool = True, training: bool = True
+) -> AttentionChoice:
     """The backend for --attention=`wanted` ("auto" or a name) on a mesh of real or compile-only devices.
 
     packed: rows may hold several documents. training: gradients are needed. ValueError: the backend asked for cannot
     do it."""
-    check(wanted, mesh, packed=packed)
-    device = mesh.devices.flat[0]
-    if wanted in ("reference", "chunked"):
-        return Choice(wanted, None)
+    check_attention_backend(wanted, mesh, packed=packed)
     if wanted != "auto":
-        if why := refuses(wanted, mesh, dtype, shapes, packed):
+        if BACKENDS[wanted].platform and (why := refuses(wanted, mesh, dtype, shapes, packed)):
             raise ValueError(f"--attention={wanted} cannot be used: {why}")
-        return Choice(wanted, None)
-    kernels = KERNELS.get(device.platform, ())
-    if packed or training:  # cuDNN's gradients do not repeat bit for bit, and a resumed run must
-        kernels = tuple(name for name in kernels if name != "cudnn")
-    reasons = []
-    for name in kernels:
+        return AttentionChoice(wanted, None)
+    platform, reasons = mesh.devices.flat[0].platform, []
+    for name in kernels_of(platform):
+        if (packed and not BACKENDS[name].documents) or (training and not BACKENDS[name].repeats):
+            continue
         why = refuses(name, mesh, dtype, shapes, packed)
         if why is None:
-            return Choice(name, f"{'; '.join(reasons)}: {name} is used" if reasons else None)
+            return AttentionChoice(name, f"{'; '.join(reasons)}: {name} is used" if reasons else None)
         reasons.append(why)
-    return Choice("chunked", f"{'; '.join(reasons) or f'no flash-attention kernel for {device.platform}'}: {SLOWER}")
+    said = "; ".join(reasons) or f"no flash-attention kernel for {platform}"
+    return AttentionChoice("chunked", f"{said}: attention runs in blocks of plain XLA (exact, but slower)")
 
 
-def refuses(name: str, mesh: Mesh, dtype, shapes: Shapes, packed: bool) -> str | None:
+def refuses(name: str, mesh: Mesh, dtype: Any, shapes: AttentionShapes, packed: bool) -> str | None:
     """Why this kernel cannot do it, as a sentence without a full stop; None where it can."""
     device = mesh.devices.flat[0]
     if why := device_refuses(name, device, packed):
@@ -114,40 +133,33 @@ def refuses(name: str, mesh: Mesh, dtype, shapes: Shapes, packed: bool) -> str |
         return f"{name} does not compile for this {device.device_kind} ({type(e).__name__}: {said:.200})"
 
 
-def device_refuses(name: str, device, packed: bool) -> str | None:
+def device_refuses(name: str, device: Any, packed: bool) -> str | None:
     """Why this backend cannot run on such a device, or on rows of several documents."""
-    wanted = next((platform for platform, names in KERNELS.items() if name in names), device.platform)
-    if device.platform != wanted:
-        return f"{name} needs a {wanted.upper()}, this is a {device.platform.upper()}"
-    capability = getattr(device, "compute_capability", "")
-    if name == "mosaic_gpu" and capability != "9.0":
-        return f"mosaic_gpu needs a Hopper GPU (H100, H200), this is {device.device_kind}"
-    if name == "cudnn" and packed:
-        return "cudnn takes one document a row, but rows hold several (training: --no-document-mask)"
+    needs = BACKENDS[name]
+    if needs.platform not in (None, device.platform):
+        return f"{name} needs a {needs.platform.upper()}, this is a {device.platform.upper()}"
+    if needs.compute_capability and getattr(device, "compute_capability", "") != needs.compute_capability:
+        return f"{name} needs a {needs.gpu}, this is {device.device_kind}"
+    if packed and not needs.documents:
+        return f"{name} takes one document a row, but rows hold several (training: --no-document-mask)"
     return None
 
 
-def shape_refuses(name: str, mesh: Mesh, dtype, shapes: Shapes) -> str | None:
-    """Why this kernel does not take a device's share of such arrays."""
+def shape_refuses(name: str, mesh: Mesh, dtype: Any, shapes: AttentionShapes) -> str | None:
+    """Why this kernel cannot take a device's share of such arrays."""
     split = mesh.shape["model"] if shapes.n_kv_head % mesh.shape["model"] == 0 else 1
-    q_shape, kv_heads = (1, shapes.T, shapes.n_head // split, shapes.head_dim), shapes.n_kv_head // split
-    if name == "splash":
-        from nanochat_jax.model.attention.splash import splash_refuses as refuse
-    elif name == "mosaic_gpu":
-        from nanochat_jax.model.attention.hopper.forward import mosaic_gpu_refuses as refuse
-    else:
-        from nanochat_jax.model.attention.cudnn import cudnn_refuses as refuse
-    return refuse(q_shape, kv_heads, jnp.dtype(dtype))
+    q_shape = (1, shapes.T, shapes.n_head // split, shapes.head_dim)
+    return _import(name, f"{name}_refuses")(q_shape, shapes.n_kv_head // split, jnp.dtype(dtype))
 
 
-def trial(name: str, mesh: Mesh, dtype, shapes: Shapes) -> str | None:
+def trial(name: str, mesh: Mesh, dtype: Any, shapes: AttentionShapes) -> str | None:
     """Compile the kernel, values and gradients, for every window on the mesh, a row a device; where the devices are
     real, compare with `reference`. A sentence where they differ; whatever a compiler raises is let through."""
     T, rows = min(shapes.T, TRIAL_T), row_shards(mesh)
-    real = mesh.devices.flat[0] in jax.devices()  # not of a topology to compile for
+    real = mesh.devices.flat[0] in jax.devices()  # else of a topology to compile for
 
-    def worst():
-        """The largest error of y, dq, dk, dv over all windows, in parts of the largest entry."""
+    def largest_error():
+        """Of y, dq, dk and dv over all windows, in parts of the largest entry."""
         heads = (shapes.n_head, shapes.n_kv_head, shapes.n_kv_head, shapes.n_head)
         keys = jax.random.split(jax.random.key(0), 4)
         arrays = [
@@ -157,9 +169,7 @@ def trial(name: str, mesh: Mesh, dtype, shapes: Shapes) -> str | None:
         return jnp.max(jnp.stack([error(window, *arrays) for window in shapes.windows]))
 
     def error(window, q, k, v, dy):
-        k_start = jnp.zeros((rows, T), jnp.int32)
-        if window >= 0:
-            k_start = jnp.maximum(k_start, jnp.arange(T, dtype=jnp.int32)[None] - window)
+        k_start = first_key(jnp.zeros((rows, T), jnp.int32), jnp.arange(T, dtype=jnp.int32)[None], window)
 
         def run(name):
             attend = backend(name)
@@ -174,7 +184,7 @@ def trial(name: str, mesh: Mesh, dtype, shapes: Shapes) -> str | None:
         return jnp.max(jnp.stack([size(a - b) / jnp.maximum(size(b), 1e-3) for a, b in zip(got, want)]))
 
     with jax.set_mesh(mesh):
-        compiled = jax.jit(worst, out_shardings=NamedSharding(mesh, P())).lower().compile()
+        compiled = jax.jit(largest_error, out_shardings=NamedSharding(mesh, P())).lower().compile()
         found = float(compiled()) if real else 0.0
     if found <= TRIAL_ERROR:
         return None

@@ -1,4 +1,4 @@
-"""Kernels under a mesh: the partitioner cannot look into one, so every device runs it on its own rows and heads."""
+"""Kernels under a mesh: XLA's partitioner cannot split one, so every device runs it on its own rows and heads."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,15 @@ from nanochat_jax.distributed.mesh import row_axes, row_shards
 
 
 def sharded(kernel: Callable) -> Callable:
-    """kernel(q, k, v, k_start, scale, window) of one device -> the same under the mesh in force (jax.set_mesh).
+    """kernel(q, k, v, k_start, scale, window) of one device -> the same function under the mesh in force.
 
-    Rows are split over `row_axes`, heads over model, a kv head with its query heads. What an axis does not divide
+    Rows are split over `row_axes` and heads over model, each kv head with its query heads. What an axis does not divide
     (the single prompt, fewer kv heads than devices) every device of that axis computes whole. Without a mesh, and in a
     shard_map that has entered an empty one, the kernel is called as it is.
     """
 
     def attend(q, k, v, k_start, scale, window):
         mesh = jax.sharding.get_abstract_mesh()
-
         if all(size == 1 for size in mesh.shape.values()):
             return kernel(q, k, v, k_start, scale, window)
         rows = None if q.shape[0] % row_shards() else row_axes()

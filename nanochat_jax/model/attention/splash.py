@@ -1,7 +1,7 @@
-"""JAX's splash attention (a Pallas kernel for TPU) behind this interface.
+"""JAX's splash attention (a Pallas kernel for TPU) behind the interface of our backends.
 
-It leaves out the blocks that causality and the window exclude. Documents are segments to it: they are masked, but their
-blocks are computed. Its library is imported here, so import this module only where it is used.
+It skips the blocks that causality and the window exclude. Documents are segments to it: other documents' keys are
+masked, but their blocks are computed. Its library loads with this module, so import it only where it is used.
 """
 
 import jax
@@ -10,20 +10,19 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from nanochat_jax.model.attention.residuals import OUT
 
-LANES = 128  # blocks are multiples of it
-# Most queries and keys of a block, for layers without and with a window. A step of the kernel's grid costs time of its
-# own, which weighs more on a faster chip; larger blocks leave out less. Chosen by that, and so that they compile for
-# the chip; not timed.
+LANES = 128  # of a TPU's vector registers: blocks are multiples of it
+# Most queries and keys of a block, for layers (without, with) a window. A step of the kernel's grid has a fixed cost,
+# which weighs more on a faster chip; larger blocks skip less. Chosen by that and compiled for these chips, not timed.
 BLOCKS = {"TPU v5": (1024, 512), "TPU v6 lite": (1024, 512), "TPU7x": (1024, 512)}
-OTHERS = (512, 512)
+OTHER_BLOCKS = (512, 512)  # on all other chips
 
 
 def splash(q, k, v, k_start, scale, window, *, interpret: bool = False):
     """Causal attention of q [B,T,N,H] over k, v [B,T,K,H] -> [B,T,N,H], softmax in float32.
 
-    The kernel knows no scale: it goes into q, in q's type. interpret: on any device, slowly, for tests."""
+    The kernel knows no scale: q is scaled, in its type. interpret: run it on any device, slowly, for tests."""
     T, N = q.shape[1:3]
-    block, padded = tiles(T, limit(window))
+    block, padded = block_and_padded_length(T, largest_block(window))
     pad = padded - T
 
     def heads_first(x):  # [B,T,n,H] -> [B,n,T + pad,H]
@@ -38,31 +37,31 @@ def splash(q, k, v, k_start, scale, window, *, interpret: bool = False):
         residual_checkpoint_name=OUT,  # of the output and of the log-sum-exp
         interpret=interpret,
     )
-    documents = segments(k_start, pad)
+    documents = document_numbers(k_start, pad)
     ids = splash_attention_kernel.SegmentIds(documents, documents)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     y = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(*map(heads_first, (q, k, v)), ids)
     return jnp.moveaxis(y, 2, 1)[:, :T].astype(q.dtype)
 
 
-def segments(k_start: jax.Array, pad: int) -> jax.Array:
-    """k_start int32 [B,T] -> the number of each token's document, int32 [B, T + pad]; padding is one more.
+def document_numbers(k_start: jax.Array, pad: int) -> jax.Array:
+    """k_start int32 [B,T] -> the number of each token's document, int32 [B, T + pad]; padding is one more document.
 
-    A document begins where a token sees itself alone; a window of 0 makes one of every token, with the same result."""
+    A document begins where a token sees itself alone. With a window of 0 that is every token, which sees no other."""
     T = k_start.shape[1]
     k_start = jnp.pad(k_start, [(0, 0), (0, pad)], constant_values=T)
     return jnp.cumsum(k_start == jnp.arange(T + pad)[None], 1, dtype=jnp.int32)
 
 
-def limit(window: int) -> int:
-    """The largest block on the chip that this is compiled for."""
+def largest_block(window: int) -> int:
+    """The most tokens of a block on the chip that is compiled for, in a layer with this window."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "tpu":
         device = jax.devices()[0]
-    return BLOCKS.get(device.device_kind if device else "", OTHERS)[window >= 0]
+    return BLOCKS.get(device.device_kind if device else "", OTHER_BLOCKS)[window >= 0]
 
 
-def tiles(T: int, most: int) -> tuple[int, int]:
+def block_and_padded_length(T: int, most: int) -> tuple[int, int]:
     """(block, T rounded up to whole blocks): blocks of at most `most`, as few and as small as hold T tokens."""
     count = -(-T // most)
     block = -(-T // (count * LANES)) * LANES
@@ -70,7 +69,7 @@ def tiles(T: int, most: int) -> tuple[int, int]:
 
 
 def block_sizes(block: int) -> splash_attention_kernel.BlockSizes:
-    """Of all three kernels; keys are multiplied at most 512 at a time."""
+    """The sizes for the forward and both backward kernels, which multiply at most 512 keys at a time."""
     compute = next(size for size in (512, 384, 256, 128) if block % size == 0)
     return splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -85,8 +84,7 @@ def block_sizes(block: int) -> splash_attention_kernel.BlockSizes:
 
 
 def splash_refuses(q_shape, kv_heads, dtype) -> str | None:
-    """Why splash does not take q of this shape [B,T,N,H] and type with so many kv heads; None where it does."""
-    del q_shape, kv_heads
+    """Why splash cannot take arrays of this type; None where it can. It takes every shape."""
     if dtype.name not in ("bfloat16", "float32"):
         return f"splash takes bfloat16 or float32, this is {dtype.name} (--dtype)"
     return None

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax.model.attention import attention, decode_attention
-from nanochat_jax.model.attention.cudnn import one_document
+from nanochat_jax.model.attention.cudnn import cudnn
 from nanochat_jax.model.attention.residuals import LSE, OUT
-from nanochat_jax.model.attention.splash import segments, splash, tiles
+from nanochat_jax.model.attention.splash import block_and_padded_length, document_numbers, splash
 
 
 def draw(B=2, T=40, N=4, K=2, H=8, seed=0, documents=True):
@@ -110,7 +110,7 @@ def test_splash_equals_the_definition_in_values_and_gradients(T, window, documen
 @pytest.mark.parametrize("window", [-1, 0, 3, 64])
 def test_splash_knows_the_documents_from_where_queries_begin_to_look(window):
     *_, k_start = draw(T=200)
-    number = np.asarray(segments(with_window(k_start, window), 56))
+    number = np.asarray(document_numbers(with_window(k_start, window), 56))
     assert number.shape == (2, 256)
     assert (number[:, 200:] == number[:, 199:200] + 1).all()  # the padding is a document of its own
     if window:
@@ -121,10 +121,10 @@ def test_splash_knows_the_documents_from_where_queries_begin_to_look(window):
 
 def test_blocks_of_splash_are_whole_lanes_and_waste_little():
     for T, most in itertools.product(range(1, 5000, 7), (512, 1024)):
-        block, padded = tiles(T, most)
+        block, padded = block_and_padded_length(T, most)
         assert block % 128 == 0 and block <= most and padded % block == 0 and padded >= T
         assert padded - T < 128 * (padded // block)
-    assert tiles(2048, 512) == (512, 2048) and tiles(2048, 1024) == (1024, 2048)
+    assert [block_and_padded_length(2048, most) for most in (512, 1024)] == [(512, 2048), (1024, 2048)]
 
 
 @pytest.mark.parametrize("window", [-1, 0, 5, 100])
@@ -132,7 +132,7 @@ def test_what_cudnn_is_asked_for_is_attention_within_one_document(window):
     """The same call with XLA's implementation in place of cuDNN's."""
 
     def attend(q, k, v, k_start, *, window):
-        return one_document(q, k, v, q.shape[-1] ** -0.5, window, "xla")
+        return cudnn(q, k, v, k_start, q.shape[-1] ** -0.5, window, implementation="xla")
 
     assert_equal_to_the_definition(attend, *draw(documents=False), window)
 

@@ -3,8 +3,6 @@
 Run: JAX_PLATFORMS=cuda NANOCHAT_TEST_OPTIMIZED=1 python -m pytest tests/model/attention/test_device.py
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +10,22 @@ import pytest
 
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.sharding import to_global
-from nanochat_jax.model.attention import NAMES, Shapes, attention, choose, select
-from nanochat_jax.model.gpt import GPTConfig, first_key
+from nanochat_jax.model.attention import (
+    NAMES,
+    AttentionShapes,
+    attention,
+    choose_attention_backend,
+    first_key,
+    select,
+)
+from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import default_groups, make_optimizer
 from nanochat_jax.train.step import abstract_state, make_train_step, random_state
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() == "cpu", reason="the default device is a CPU (tests choose it unless JAX_PLATFORMS is set)"
 )
-KERNELS = list(itertools.chain(*select.KERNELS.values()))
+KERNELS = [name for name in NAMES if select.BACKENDS[name].platform]
 CASES = {  # B, T, N, K, H, mean length of documents (0: one a row), window
     "dense": (2, 1024, 4, 4, 128, 0, -1),
     "dense, heads of 64": (2, 1024, 4, 4, 64, 0, -1),
@@ -41,7 +46,7 @@ def one_device():
 
 def skip_if_refused(name, N, K, H, T, dtype, packed, window):
     """Only what the device or the shape excludes: a kernel of ours that does not compile must fail the test."""
-    why, shapes = select.device_refuses(name, jax.devices()[0], packed), Shapes(N, K, H, (window,), T)
+    why, shapes = select.device_refuses(name, jax.devices()[0], packed), AttentionShapes(N, K, H, (window,), T)
     if not why and name == "cudnn":
         why = select.refuses(name, one_device(), dtype, shapes, packed)
     elif not why and name in KERNELS:
@@ -114,9 +119,11 @@ def test_the_hopper_kernels_do_not_look_at_excluded_blocks():
 
 
 def test_auto_takes_the_fast_kernel_where_the_device_has_it():
-    first = select.KERNELS.get(jax.devices()[0].platform, ("",))[0]
+    first = (*select.kernels_of(jax.devices()[0].platform), "")[0]
     skip_if_refused(first or "mosaic_gpu", 4, 4, 128, 2048, "bfloat16", True, 512)
-    assert choose("auto", one_device(), "bfloat16", Shapes(4, 4, 128, (512, 2048), 2048)) == (first, None)
+    assert choose_attention_backend(
+        "auto", one_device(), "bfloat16", AttentionShapes(4, 4, 128, (512, 2048), 2048)
+    ) == (first, None)
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
@@ -124,7 +131,7 @@ def test_training_with_the_chosen_backend_is_training_with_the_definition(remat)
     shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 256}
     config = GPTConfig(sequence_len=512, vocab_size=512, padded_vocab=512, windows=(128, 512), **shape)
     mesh = one_device()
-    name = choose("auto", mesh, "bfloat16", Shapes.of(config, 512)).name
+    name = choose_attention_backend("auto", mesh, "bfloat16", AttentionShapes.of(config, 512)).name
     tx = make_optimizer(default_groups(256, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02), jnp.bfloat16)
     rng = np.random.default_rng(0)
     shape = (1, 4, 512)

@@ -50,7 +50,7 @@ def interpreted(q, k, v, do, k_start, scale):
 
 def defined(q, k, v, do, k_start, scale):
     x = [x.astype(np.float32) for x in (q, k, v, do)]
-    return with_gradients(lambda q, k, v, s: reference(q, k, v, s, scale))(*x, k_start)
+    return with_gradients(lambda q, k, v, s: reference(q, k, v, s, scale, -1))(*x, k_start)
 
 
 RAGGED = (1, 70, 1, 1, 128, 27)

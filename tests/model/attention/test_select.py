@@ -19,13 +19,20 @@ from jax.sharding import PartitionSpec as P
 from nanochat_jax import eval as eval_stage
 from nanochat_jax.cli.device import choose_attention
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.model.attention import NAMES, Shapes, attention, check, choose, select
+from nanochat_jax.model.attention import (
+    NAMES,
+    AttentionShapes,
+    attention,
+    check_attention_backend,
+    choose_attention_backend,
+    select,
+)
 from nanochat_jax.model.attention.sharded import sharded
 from nanochat_jax.model.attention.splash import splash
 from nanochat_jax.model.gpt import abstract_gpt
 from tests.support import tiny
 
-SHAPES = Shapes.of(tiny.CONFIG, 64)
+SHAPES = AttentionShapes.of(tiny.CONFIG, 64)
 ONE = make_mesh("data=1")
 
 
@@ -43,20 +50,20 @@ A100 = machine("gpu", "NVIDIA A100-SXM4-40GB", "8.0")
 
 
 def test_a_cpu_takes_the_blocks_of_xla_and_says_that_there_is_no_kernel():
-    name, why = choose("auto", ONE, "float32", SHAPES)
+    name, why = choose_attention_backend("auto", ONE, "float32", SHAPES)
     assert name == "chunked"
     assert why == "no flash-attention kernel for cpu: attention runs in blocks of plain XLA (exact, but slower)"
 
 
 def test_a_gpu_before_hopper_takes_the_blocks_of_xla_and_says_what_would_be_needed():
-    name, why = choose("auto", A100, "bfloat16", SHAPES)
+    name, why = choose_attention_backend("auto", A100, "bfloat16", SHAPES)
     assert name == "chunked"
     assert why.startswith("mosaic_gpu needs a Hopper GPU (H100, H200), this is NVIDIA A100-SXM4-40GB: ")
 
 
 def test_what_is_asked_for_by_name_needs_no_reason():
     for name in ("reference", "chunked"):
-        assert choose(name, A100, "bfloat16", SHAPES) == (name, None)
+        assert choose_attention_backend(name, A100, "bfloat16", SHAPES) == (name, None)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +78,9 @@ def test_what_is_asked_for_by_name_needs_no_reason():
 )
 def test_what_cannot_be_is_refused_in_one_sentence(wanted, mesh, packed, said):
     with pytest.raises(ValueError, match=said):
-        check(wanted, mesh, packed=packed)
+        check_attention_backend(wanted, mesh, packed=packed)
     with pytest.raises(ValueError, match=said):
-        choose(wanted, mesh, "bfloat16", SHAPES, packed=packed)
+        choose_attention_backend(wanted, mesh, "bfloat16", SHAPES, packed=packed)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(wanted, mesh, packed, said):
     ],
 )
 def test_kernels_refuse_the_types_that_they_do_not_take(name, dtype, said):
-    assert said in select.shape_refuses(name, ONE, dtype, Shapes(4, 2, 64, (-1,), 128))
+    assert said in select.shape_refuses(name, ONE, dtype, AttentionShapes(4, 2, 64, (-1,), 128))
 
 
 def test_a_kernel_is_asked_about_a_devices_share_of_the_heads():
@@ -93,15 +100,18 @@ def test_a_kernel_is_asked_about_a_devices_share_of_the_heads():
     mesh = SimpleNamespace(shape={"data": 2, "model": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanochat_jax.model.attention.splash.splash_refuses", lambda *args: seen.append(args))
-        for shapes in (Shapes(8, 4, 64, (-1,), 128), Shapes(3, 1, 64, (-1,), 128)):
+        for shapes in (AttentionShapes(8, 4, 64, (-1,), 128), AttentionShapes(3, 1, 64, (-1,), 128)):
             select.shape_refuses("splash", mesh, "bfloat16", shapes)
     assert [(shape, kv_heads) for shape, kv_heads, _ in seen] == [((1, 128, 4, 64), 2), ((1, 128, 3, 64), 1)]
 
 
+def take_splash_for_a_kernel_of_cpus(monkeypatch):
+    monkeypatch.setitem(select.BACKENDS, "splash", select.BACKENDS["splash"]._replace(platform="cpu"))
+
+
 def test_a_kernel_that_does_not_compile_falls_back_with_a_warning(monkeypatch):
     """Splash on a CPU that is taken for a TPU: its compiler refuses."""
-    monkeypatch.setitem(select.KERNELS, "cpu", ("splash",))
-    monkeypatch.setitem(select.KERNELS, "tpu", ())
+    take_splash_for_a_kernel_of_cpus(monkeypatch)
     lines = []
     how = {"mesh": ONE, "dtype": jnp.float32, "log": lines.append}
     assert choose_attention("auto", tiny.CONFIG, 64, **how) == "chunked"
@@ -114,21 +124,19 @@ def test_a_kernel_that_does_not_compile_falls_back_with_a_warning(monkeypatch):
 
 
 def test_a_library_that_is_missing_falls_back_with_a_warning(monkeypatch):
-    monkeypatch.setitem(select.KERNELS, "cpu", ("splash",))
-    monkeypatch.setitem(select.KERNELS, "tpu", ())
+    take_splash_for_a_kernel_of_cpus(monkeypatch)
     monkeypatch.setitem(sys.modules, "nanochat_jax.model.attention.splash", None)
-    name, why = choose("auto", ONE, "float32", SHAPES)
+    name, why = choose_attention_backend("auto", ONE, "float32", SHAPES)
     assert name == "chunked" and "splash does not compile for this cpu (ModuleNotFoundError: " in why
 
 
 @pytest.mark.parametrize(("factor", "chosen"), [(1.0, "splash"), (1.1, "chunked"), (np.nan, "chunked")])
 def test_a_kernel_must_give_the_values_of_the_definition_where_it_can_be_run(monkeypatch, factor, chosen):
-    monkeypatch.setitem(select.KERNELS, "cpu", ("splash",))
-    monkeypatch.setitem(select.KERNELS, "tpu", ())
+    take_splash_for_a_kernel_of_cpus(monkeypatch)
     monkeypatch.setattr(
         "nanochat_jax.model.attention.splash.splash", lambda *args: factor * splash(*args, interpret=True)
     )
-    name, why = choose("auto", ONE, "float32", SHAPES)
+    name, why = choose_attention_backend("auto", ONE, "float32", SHAPES)
     assert name == chosen
     assert (why is None) == (chosen == "splash")
     assert why is None or "splash gives other values than plain XLA on this cpu (error " in why
@@ -137,9 +145,9 @@ def test_a_kernel_must_give_the_values_of_the_definition_where_it_can_be_run(mon
 def test_cudnn_is_only_taken_for_single_documents_and_without_training(monkeypatch):
     monkeypatch.setattr(select, "refuses", lambda name, *_: None if name == "cudnn" else f"no {name}")
     for packed, training in ((True, True), (False, True), (True, False)):
-        name, why = choose("auto", A100, "bfloat16", SHAPES, packed=packed, training=training)
+        name, why = choose_attention_backend("auto", A100, "bfloat16", SHAPES, packed=packed, training=training)
         assert name == "chunked" and why.startswith("no mosaic_gpu: attention runs in blocks")
-    assert choose("auto", A100, "bfloat16", SHAPES, packed=False, training=False) == (
+    assert choose_attention_backend("auto", A100, "bfloat16", SHAPES, packed=False, training=False) == (
         "cudnn",
         "no mosaic_gpu: cudnn is used",
     )
