@@ -6,12 +6,9 @@ python -m nanochat_jax.tokenizer show conversations.jsonl   # what is trained, a
 python -m nanochat_jax.tokenizer eval                       # how well it compresses
 """
 
-import contextlib
 import dataclasses
 import itertools
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +30,11 @@ from nanochat_jax.tokenizer.bpe import MAX_TOKENS, Tokenizer
 from nanochat_jax.tokenizer.compression import compression_table
 from nanochat_jax.tokenizer.conversation import BadConversation
 from nanochat_jax.tokenizer.corpus import conversation_of, find_files, json_lines, read_texts, training_shards
-from nanochat_jax.tokenizer.show import coloured, visible
+from nanochat_jax.tokenizer.install import FILES, install, refuse_to_replace, staging_folder
+from nanochat_jax.tokenizer.show import format_tokens, visible
 from nanochat_jax.tokenizer.training import check_vocab_size, train_tokenizer
 
 PROG = "python -m nanochat_jax.tokenizer"
-FILES = ("token_bytes.pt", "tokenizer.pkl", "tokenizer.json")  # moved into place in this order
 SAMPLE_CHARS = 1_000_000  # of the training text, on which the new tokenizer's compression is measured
 
 
@@ -54,59 +51,34 @@ class Train:
     download: int = 0  # fetch this many shards of climbmix-400b-shuffle first, and one for validation, as for base
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Show:
-    """Print conversations as tokens: those that are trained green and in [ ], the others grey, | between tokens."""
-
-    file: tyro.conf.Positional[Maybe[Path]] = None  # JSON lines, a conversation each
-    task: Maybe[str] = None  # module:Class of a task to show instead of a file
-    max_conversations: int = 10  # 0 = all
-    max_tokens: int = MAX_TOKENS  # tokens of each; SFT cuts at 2048, or at its longer rows; 0 = all
-    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Print how many bytes a token stands for, on samples of several kinds and on files of your own."""
-
-    input: tuple[Path, ...] = ()  # file or folder, as of train
-    max_chars: int = 10_000_000  # characters of each file to read
-    doc_cap: int = 10_000  # as of train
-    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
-
-
 def train(cfg: Train) -> int:
     check_vocab_size(cfg.vocab_size)
     require_at_least(1, cfg, "max_chars", "doc_cap")
+    require_at_least(0, cfg, "download")
+    require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
     kept = bucket.place(cfg.output) if cfg.output else kept_dir() / "tokenizer"
     folder = bucket.fetch(kept, exact=True)
     refuse_to_replace(folder, cfg.overwrite)
-    require_at_least(0, cfg, "download")
-    require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
     console = Console()
-    with building(folder) as made:
+    with staging_folder(folder) as staging:
         if cfg.download:
             fetch_shards(cfg.download, base_dir() / FOLDERS[0])
         files = find_files(cfg.input) if cfg.input else training_shards()
-        begin = time.monotonic()
-        tokenizer, sample, chars, documents = learn(cfg, files, console)
-        refuse_to_replace(folder, cfg.overwrite)  # what another process may have put there since
-        with writing(folder):
-            tokenizer.save(made)
-            tokenizer.save_for_nanochat(made)
-            for name in FILES:
-                os.replace(made / name, folder / name)
-        for name in FILES:
-            bucket.send(folder / name, kept / name)
-        seconds = time.monotonic() - begin
+        began = time.monotonic()
+        tokenizer, sample, chars, documents = train_with_progress(cfg, files, console)
+        refuse_to_replace(folder, cfg.overwrite)  # one that another process has put there since
+        install(tokenizer, staging, folder)
+    for name in FILES:
+        bucket.send(folder / name, kept / name)
+    seconds = time.monotonic() - began
     say(console, f"read {chars:,} characters in {documents:,} documents")
     say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {kept}")
     console.print(compression_table(tokenizer.encode, {"the text it learned from": sample}))
     return 0
 
 
-def learn(cfg: Train, files: list[Path], console: Console) -> tuple[Tokenizer, list[str], int, int]:
-    """-> (tokenizer, the first documents, number of characters, number of documents), with progress in a terminal."""
+def train_with_progress(cfg: Train, files: list[Path], console: Console) -> tuple[Tokenizer, list[str], int, int]:
+    """-> (tokenizer, the first SAMPLE_CHARS of its documents, characters read, documents read)."""
     sample, chars, documents = [], 0, 0
 
     def texts(progress, task):
@@ -126,51 +98,15 @@ def learn(cfg: Train, files: list[Path], console: Console) -> tuple[Tokenizer, l
     return tokenizer, sample, chars, documents
 
 
-@contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """An empty folder inside `folder`, for files that are moved out of it when all are written.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Show:
+    """Print conversations as tokens: those that are trained green and in [ ], the others grey, | between tokens."""
 
-    OSError at once, in one sentence: nothing can be written there. Folders that were made and stay empty are removed.
-    """
-    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    with contextlib.ExitStack() as undo:
-        for path in reversed(missing):
-            undo.callback(_remove_if_empty, path)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            made = Path(
-                undo.enter_context(
-                    tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-", ignore_cleanup_errors=True)
-                )
-            )
-            (made / "trial").write_bytes(b"\0")
-        yield made
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What the system refuses inside is an OSError of one sentence with what to do about `folder`."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(
-            f"{folder} cannot be written ({e.strerror or e}): free some space, or choose another --output"
-        ) from e
-
-
-def refuse_to_replace(folder: Path, overwrite: bool) -> None:
-    """FileExistsError where `folder` holds a tokenizer and the user does not want it replaced."""
-    held = [name for name in ("tokenizer.json", "tokenizer.pkl") if os.path.exists(folder / name)]
-    if held and not overwrite:
-        raise FileExistsError(
-            f"{folder / held[0]} exists, and models trained with that tokenizer need it: choose another --output, or "
-            "give --overwrite"
-        )
+    file: tyro.conf.Positional[Maybe[Path]] = None  # JSON lines, a conversation each
+    task: Maybe[str] = None  # module:Class of a task to show instead of a file
+    max_conversations: int = 10  # 0 = all
+    max_tokens: int = MAX_TOKENS  # tokens of each; SFT cuts at 2048, or at its longer rows; 0 = all
+    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
 
 
 def show(cfg: Show) -> int:
@@ -178,29 +114,39 @@ def show(cfg: Show) -> int:
     require_at_least(0, cfg, "max_conversations", "max_tokens")
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
     console, shown = Console(), 0
-    for where, conversation in itertools.islice(conversations(cfg), cfg.max_conversations or None):
+    for place, conversation in itertools.islice(conversations(cfg), cfg.max_conversations or None):
         try:
             ids, mask = tokenizer.render_conversation(conversation, max_tokens=None)
         except BadConversation as e:
-            raise ValueError(f"{where}: {e}") from e
+            raise ValueError(f"{place}: {e}") from e
         shown += 1
         cut = cfg.max_tokens or len(ids)
         rest = f"; the first {cut:,} follow, with {sum(mask[:cut]):,} trained" if cut < len(ids) else ""
-        say(console, f"{where}: {len(ids):,} tokens, {sum(mask):,} trained{rest}", "bold")
-        console.print(coloured(tokenizer, ids[:cut], mask[:cut]), soft_wrap=True, end="\n\n")
+        say(console, f"{place}: {len(ids):,} tokens, {sum(mask):,} trained{rest}", "bold")
+        console.print(format_tokens(tokenizer, ids[:cut], mask[:cut]), soft_wrap=True, end="\n\n")
     require(shown > 0, f"{cfg.file or cfg.task} holds no conversation")
     return 0
 
 
 def conversations(cfg: Show) -> Iterator[tuple[str, object]]:
-    """(where, conversation), one after the other."""
+    """(place, conversation) of each in the file or the task."""
     if cfg.file is not None:
-        for where, value in json_lines(cfg.file):
-            yield where, conversation_of(value)
+        for place, value in json_lines(cfg.file):
+            yield place, conversation_of(value)
     else:
         task = load_task(cfg.task)
         for i in range(len(task)):
             yield f"{task.name} {i}", task[i]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Print how many bytes a token stands for, on samples of several kinds and on files of your own."""
+
+    input: tuple[Path, ...] = ()  # file or folder, as of train
+    max_chars: int = 10_000_000  # characters of each file to read
+    doc_cap: int = 10_000  # as of train
+    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
 
 
 def evaluate(cfg: Eval) -> int:
@@ -220,7 +166,7 @@ def require_at_least(smallest: int, cfg: Train | Show | Eval, *names: str) -> No
 
 
 def say(console: Console, sentence: str, style: str = "") -> None:
-    """Print without markup or line breaks; what a path puts into the sentence is made visible."""
+    """Print without markup or line breaks, and with what a path may bring to a terminal made visible."""
     console.print(Text(visible(sentence, ""), style), soft_wrap=True)
 
 
@@ -233,12 +179,11 @@ Command = (
 
 
 def main(argv: list[str]) -> None:
-    name = argv[0] if argv else ""
+    name = argv[0] if argv else "--help"
     if name not in COMMANDS:
-        cli_settings.parse(Command, argv[:1] or ["--help"], PROG)  # prints the commands, or what is wrong, and exits
-    settings, run = COMMANDS[name]
-    cfg = cli_settings.parse(settings, argv[1:], f"{PROG} {name}")
-    cli_main.run_stage(run, cfg)
+        cli_settings.parse(Command, [name], PROG)  # prints the commands, or what is wrong, and exits
+    cls, run = COMMANDS[name]
+    cli_main.run_stage(run, cli_settings.parse(cls, argv[1:], f"{PROG} {name}"))
 
 
 if __name__ == "__main__":

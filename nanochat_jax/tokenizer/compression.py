@@ -1,4 +1,4 @@
-"""How well a tokenizer compresses: bytes of UTF-8 per token, on a few kinds of text and on the user's own."""
+"""How well a tokenizer compresses: bytes of UTF-8 per token, on samples of several kinds and on the user's texts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from unittest import mock
@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from tiktoken import load
 
-REFERENCES = ("gpt2", "cl100k_base")  # of tiktoken's own encodings, the ones that most people know
+REFERENCES = ("gpt2", "cl100k_base")  # the best known of tiktoken's own encodings
 
 SAMPLES = {
     "English prose": (
@@ -49,14 +49,13 @@ SAMPLES = {
 }
 
 
-def count(encode: Callable[[str], list[int]], texts: Iterable[str]) -> tuple[int, int]:
-    """-> (bytes of UTF-8, tokens) of all texts."""
+def count_bytes_and_tokens(encode: Callable[[str], list[int]], texts: Iterable[str]) -> tuple[int, int]:
     sizes = [(len(text.encode("utf-8", "replace")), len(encode(text))) for text in texts]
     return sum(size for size, _ in sizes), sum(tokens for _, tokens in sizes)
 
 
 def offline_encoding(name: str) -> tiktoken.Encoding | None:
-    """tiktoken's encoding of this name where its files lie in tiktoken's cache; None where it would download them."""
+    """tiktoken's encoding of this name if its files are in tiktoken's cache; None where it would download them."""
     with mock.patch.object(load, "read_file", side_effect=FileNotFoundError):
         try:
             return tiktoken.get_encoding(name)
@@ -64,8 +63,8 @@ def offline_encoding(name: str) -> tiktoken.Encoding | None:
             return None
 
 
-def compression_table(encode: Callable[[str], list[int]], more: Mapping[str, Sequence[str]]) -> Table:
-    """A row for each of SAMPLES and of `more` (name -> texts), a column for `encode` and for each of REFERENCES."""
+def compression_table(encode: Callable[[str], list[int]], own: Mapping[str, Sequence[str]]) -> Table:
+    """A row for each of SAMPLES and of `own` (name -> texts), a column for `encode` and for each of REFERENCES."""
     references = {name: offline_encoding(name) for name in REFERENCES}
     table = Table(title="bytes per token (more is better)")
     table.add_column("text", overflow="fold")  # so that two long paths are not cut to the same beginning
@@ -73,9 +72,9 @@ def compression_table(encode: Callable[[str], list[int]], more: Mapping[str, Seq
         table.add_column(column, justify="right")
     for name, encoding in references.items():
         table.add_column(name if encoding else f"{name} (not on this machine)", justify="right")
-    for kind, texts in ({kind: [text] for kind, text in SAMPLES.items()} | more).items():
-        size, tokens = count(encode, texts)
-        others = (_ratio(*count(e.encode_ordinary, texts)) if e else "-" for e in references.values())
+    for kind, texts in ({kind: [text] for kind, text in SAMPLES.items()} | own).items():
+        size, tokens = count_bytes_and_tokens(encode, texts)
+        others = (_ratio(*count_bytes_and_tokens(e.encode_ordinary, texts)) if e else "-" for e in references.values())
         table.add_row(Text(kind), f"{size:,}", f"{tokens:,}", _ratio(size, tokens), *others)
     return table
 

@@ -1,15 +1,14 @@
-"""Documents out of files: text, JSON lines, parquet shards."""
+"""The documents in files: parquet shards, JSON lines and plain text."""
 
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 from nanochat_jax.data.shards import Documents, find_shards
 from nanochat_jax.tokenizer.conversation import BadConversation, split_conversation
 
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # what is read of a folder; a file that is named may have any
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # files that are read in a folder; one that is named may have any
 MAX_LINE = 64 << 20  # bytes of a JSON line, so that a file without line ends does not fill the memory
 
 
@@ -18,10 +17,10 @@ def training_shards() -> list[Path]:
     return find_shards(advice="give --input FILE or FOLDER, or --download N")[:-1]
 
 
-def find_files(paths: list[Path] | tuple[Path, ...]) -> list[Path]:
-    """The paths, with a folder replaced by the files of known kinds in it, in order of name.
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """The paths, with a folder replaced by its files that end in SUFFIXES, in order of name.
 
-    FileNotFoundError, or ValueError: a path that does not exist, a folder without such files, a shard without text.
+    FileNotFoundError: a path does not exist, or a folder has no such files. ValueError: a shard holds no text.
     """
     files = []
     for path in paths:
@@ -36,16 +35,16 @@ def find_files(paths: list[Path] | tuple[Path, ...]) -> list[Path]:
             files.append(path)
     for path in files:
         if path.suffix == ".parquet":
-            Documents(path)  # it reads the footer
+            Documents(path)  # checks its footer
     return files
 
 
 def read_texts(files: Iterable[Path], doc_cap: int, max_chars: int) -> Iterator[str]:
-    """The documents of all files, none longer than `doc_cap` characters, up to the one that passes `max_chars`.
+    """The documents of all files, at most `doc_cap` characters of each, up to the one that passes `max_chars`.
 
-    .parquet: the column "text"; .jsonl: the key "text", or the contents of a conversation's messages. What a document
-    has beyond the cap is left out, as nanochat does. Any other file is plain text and loses nothing: it is cut into
-    documents at line ends, within a line only where the line is longer. ValueError names the place of what is no text.
+    A .parquet file's are in the column "text"; a .jsonl file's lines have a key "text", or are conversations, whose
+    contents are documents. Any other file is plain text, which is cut into documents at line ends, and within a line
+    only where that is longer than the cap, so nothing is lost. ValueError names the place of what is not text.
     """
     chars = 0
     for path in files:
@@ -63,52 +62,49 @@ def read_texts(files: Iterable[Path], doc_cap: int, max_chars: int) -> Iterator[
 
 
 @contextlib.contextmanager
-def opened(path: Path, mode: str = "r", **how) -> Iterator[IO]:
-    """open(path, mode, **how); what the system refuses then, and while it is read, is an OSError of one sentence."""
+def naming_read_errors(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is opened and read becomes an OSError of one sentence."""
     try:
-        with open(path, mode, **how) as file:
-            yield file
+        yield
     except OSError as e:
         raise type(e)(f"{path} cannot be read ({e.strerror or e})") from e
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, value) of each line that is not white space; `where` names it. ValueError: a line that is no JSON."""
-    with opened(path, "rb") as f:
-        number = 0
-        while line := f.readline(MAX_LINE + 1):
-            number += 1
-            where = f"{path}:{number}"
+    """(place, value) of each line that is not white space; the place is path:line. ValueError: a line is not JSON."""
+    with naming_read_errors(path), open(path, "rb") as f:
+        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
+            place = f"{path}:{number}"
             if len(line) > MAX_LINE:
-                raise ValueError(f"{where}: a line may have at most {MAX_LINE:,} bytes: is this a file of JSON lines?")
+                raise ValueError(f"{place}: a line may have at most {MAX_LINE:,} bytes: is this a file of JSON lines?")
             if not line.strip():
                 continue
             try:
-                yield where, json.loads(line.decode())
+                yield place, json.loads(line.decode())
             except UnicodeDecodeError as e:
-                raise ValueError(f"{where}: not UTF-8: byte 0x{line[e.start]:02x} at column {e.start + 1}") from e
+                raise ValueError(f"{place}: not UTF-8: byte 0x{line[e.start]:02x} at column {e.start + 1}") from e
             except json.JSONDecodeError as e:
-                raise ValueError(f"{where}: not JSON: {e.msg} at column {e.colno}") from e
+                raise ValueError(f"{place}: not JSON: {e.msg} at column {e.colno}") from e
             except (RecursionError, ValueError) as e:  # ValueError: a number of thousands of digits
-                raise ValueError(f"{where}: not JSON that can be read: {e}") from e
+                raise ValueError(f"{place}: not JSON that can be read: {e}") from e
 
 
 def conversation_of(value: object) -> object:
-    """A line's conversation: an object with "messages", or their bare list. Nothing is checked."""
+    """The conversation of a JSON line, which is an object with "messages" or their bare list. Nothing is checked."""
     return {"messages": value} if isinstance(value, list) else value
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
-    for where, value in json_lines(path):
+    for place, value in json_lines(path):
         if isinstance(value, dict) and "text" in value:
             if not isinstance(value["text"], str):
-                raise ValueError(f'{where}: "text" must be a string, got {type(value["text"]).__name__}')
+                raise ValueError(f'{place}: "text" must be a string, got {type(value["text"]).__name__}')
             yield value["text"]
         else:
             try:
                 segments = split_conversation(conversation_of(value))
             except BadConversation as e:
-                raise ValueError(f'{where}: neither an object with "text" nor a conversation: {e}') from e
+                raise ValueError(f'{place}: neither an object with "text" nor a conversation: {e}') from e
             yield from (segment.text for segment in segments if not segment.special)
 
 
@@ -123,7 +119,7 @@ def _parquet_texts(path: Path) -> Iterator[str]:
 
 def _plain_texts(path: Path, doc_cap: int) -> Iterator[str]:
     document, advice = "", "convert it to UTF-8, or leave it out"
-    with opened(path, encoding="utf-8-sig", newline="") as f:
+    with naming_read_errors(path), open(path, encoding="utf-8-sig", newline="") as f:
         try:
             while line := f.readline(doc_cap):
                 if "\0" in line:

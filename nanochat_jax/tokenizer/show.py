@@ -1,10 +1,10 @@
-"""A conversation's tokens as text for a terminal, or for a file, with what is trained told from what is not.
+"""A conversation's tokens as text for a terminal or a file, which shows what is trained and what is not.
 
 <|bos|>|<|user_start|>|Two| plus| two|?|<|user_end|>|<|assistant_start|>|[Four|.|<|assistant_end|>]
 
-Trained tokens stand in [ ] and are green, others are grey, special tokens are bold; a | is between two tokens. What a
-text has of these marks is written with a backslash, and everything that does not print as in a Python string, so a
-file can neither imitate a mark nor send an escape code to the terminal.
+Trained tokens stand in [ ] and are green, others are grey, special tokens are bold; a | is between two tokens. These
+marks get a backslash where they are part of the text, and unprintable characters are written as in a Python string, so
+a file can neither imitate a mark nor send an escape code to the terminal.
 """
 
 from collections.abc import Iterator
@@ -17,23 +17,25 @@ TRAINED, GIVEN, SPECIAL_STYLE = "green", "bright_black", "bold"
 MARKS = "[]|\\"
 
 
-def visible(text: str, control_tokens: str = MARKS) -> str:
-    """The text without anything that a terminal acts on: \\x1b, \\u202e, \\n ...; a new line also begins one."""
+def visible(text: str, marks: str = MARKS) -> str:
+    """The text with a backslash before `marks`, and with \\x1b, \\u202e ... for what does not print.
+
+    A line break is written as \\n, and made."""
     shown = []
     for c in text:
-        if c in control_tokens:
+        if c in marks:
             shown.append("\\" + c)
         elif c.isprintable():
             shown.append(c)
-        elif "\udc80" <= c <= "\udcff":  # a byte of no character, by surrogateescape
+        elif "\udc80" <= c <= "\udcff":  # a byte that is not UTF-8, decoded with surrogateescape
             shown.append(f"\\x{ord(c) - 0xDC00:02x}")
         else:
             shown.append(c.encode("unicode_escape").decode() + ("\n" if c == "\n" else ""))
     return "".join(shown)
 
 
-def coloured(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Text:
-    """The rendered conversation (ids, mask) as above. Tokens that are parts of one character are shown as one."""
+def format_tokens(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Text:
+    """A rendered conversation in the form above. Tokens that are parts of one character are shown as one."""
     text = Text()
     trained_before = 0
     for position, (piece, trained, is_special) in enumerate(_pieces(tokenizer, ids, mask)):
@@ -52,7 +54,7 @@ def coloured(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Text:
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tuple[str, int, bool]]:
-    """(what is shown, mask, special?) of each token, or of several where a character is spread over them."""
+    """(text to show, mask, whether it is special) of each token, or of several that together are one character."""
     special = {i: token for token, i in tokenizer.special_tokens.items()}
     held = b""
     for i, trained, following in zip(ids, mask, [*ids[1:], tokenizer.bos], strict=True):

@@ -21,7 +21,7 @@ from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from nanochat_jax.tokenizer.__main__ import main
 from nanochat_jax.tokenizer.compression import SAMPLES, compression_table, offline_encoding
 from nanochat_jax.tokenizer.corpus import MAX_LINE, read_texts
-from nanochat_jax.tokenizer.show import coloured, visible
+from nanochat_jax.tokenizer.show import format_tokens, visible
 
 CORPUS = Path(__file__).parents[3] / "shared" / "data" / "corpus"
 BYTES = Tokenizer(
@@ -60,7 +60,7 @@ def write_shards(folder, n=3):
 
 def plain(conversation, tokenizer=BYTES, cut=None):
     ids, mask = tokenizer.render_conversation(conversation, cut)
-    return coloured(tokenizer, ids, mask)
+    return format_tokens(tokenizer, ids, mask)
 
 
 def chat(user, assistant):
