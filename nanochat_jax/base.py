@@ -5,30 +5,54 @@ python -m nanochat_jax.base --data-dir shards --depth 4 --num-iterations 300 --t
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from nanochat_jax.checkpoints import integrity, store
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
-from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.cli.settings import Maybe, StageConfig
-from nanochat_jax.data import documents
-from nanochat_jax.data import shards as data_shards
-from nanochat_jax.distributed import mesh as sharding
+from nanochat_jax.cli.device import describe_device, start_device
+from nanochat_jax.cli.settings import (
+    FINITE,
+    LARGEST,
+    RATE,
+    RATIO,
+    Maybe,
+    StageConfig,
+    at_least,
+    between,
+    check_bounds,
+    require,
+    setting,
+)
+from nanochat_jax.data import shards
+from nanochat_jax.data.documents import DocumentRows, describe_documents
 from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_shards
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.optim import groups as optim_groups
-from nanochat_jax.optim import schedules
+from nanochat_jax.optim.groups import Groups, default_groups
+from nanochat_jax.optim.schedules import base_decay_multiplier, base_lr_multiplier, base_muon_momentum
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight, scaling_laws
-from nanochat_jax.train.loop import Measurement, train_on, validation
-from nanochat_jax.train.run import Run, check_agreement, check_settings, open_folder, plan_batches
+from nanochat_jax.train.loop import Measurement, exit_code, open_run
+from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
+from nanochat_jax.train.row_stages import (
+    device_batches,
+    row_batch_shape,
+    row_record,
+    rows_before,
+    throughput,
+    throughput_line,
+    validation,
+)
+from nanochat_jax.train.start import Start, check_agreement, find_run, initial_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,47 +60,72 @@ class BaseConfig(StageConfig):
     """Pretrain a model on documents. Everything follows from --depth; the other defaults are nanochat's."""
 
     # which model and run
-    model_tag: Maybe[str] = None  # folder under base_checkpoints; default: d<depth>
-    seed: int = 42  # first weights, and the order of the documents from the second epoch on
+    model_tag: Maybe[str] = setting(None, "folder under base_checkpoints; default: d<depth>", on_resume="free")
+    seed: int = setting(
+        42,
+        "first weights, and the order of the documents from the second epoch on",
+        between(0, 2**32 - 1, "from 0 to 4294967295"),
+    )
     # model
-    depth: int = 20  # layers: the dial that decides everything else
-    aspect_ratio: int = 64  # width = depth x this, rounded up to whole heads
-    head_dim: int = 128  # width of an attention head
-    window_pattern: str = "SSSL"  # attention of the layers in turn: L = whole row, S = a quarter; the last is L
-    max_seq_len: int = 2048  # tokens in a row
+    depth: int = setting(20, "layers: the dial that decides everything else")
+    aspect_ratio: int = setting(64, "width = depth x this, rounded up to whole heads")
+    head_dim: int = setting(128, "width of an attention head")
+    window_pattern: str = setting(
+        "SSSL", "attention of the layers in turn: L = whole row, S = a quarter; the last is L"
+    )
+    max_seq_len: int = setting(2048, "tokens in a row")
     # length: the first of these three that is above 0
-    num_iterations: int = -1  # optimizer steps
-    target_flops: float = -1.0  # floating-point operations of the whole training
-    target_param_data_ratio: float = 12.0  # tokens per parameter of matrices and lm_head
+    num_iterations: int = setting(-1, "optimizer steps", between(-1, LARGEST, "from 1 to 2147483647, or -1"))
+    target_flops: float = setting(-1.0, "floating-point operations of the whole training", FINITE)
+    target_param_data_ratio: float = setting(12.0, "tokens per parameter of matrices and lm_head", FINITE)
     # batch
-    device_batch_size: Maybe[int] = None  # rows per device in one pass; default: 32, or fewer that divide the batch
-    total_batch_size: int = -1  # tokens per optimizer step, all devices together (-1 = the best for the model's size)
-    document_mask: bool = True  # documents in one row do not see each other; off = nanochat's behaviour
+    device_batch_size: Maybe[int] = setting(
+        None, "rows per device in one pass; default: 32, or fewer that divide the batch", on_resume="free"
+    )
+    total_batch_size: int = setting(
+        -1,
+        "tokens per optimizer step, all devices together (-1 = the best for the model's size)",
+        at_least(1, "at least 1, or -1", also=-1),
+    )
+    document_mask: bool = setting(True, "documents in one row do not see each other; off = nanochat's behaviour")
     # optimizer: rates for batches of 524,288 tokens, scaled to the batch in force
-    embedding_lr: float = 0.3  # AdamW: token and value embeddings, scaled by width too
-    unembedding_lr: float = 0.008  # AdamW: lm_head, scaled by width too
-    matrix_lr: float = 0.02  # Muon: matrices inside blocks
-    scalar_lr: float = 0.5  # AdamW: residual scalars
-    weight_decay: float = 0.28  # Muon, at depth 12; scaled to the model and to the batch, and falling to 0
-    warmup_steps: int = 40  # steps over which rates rise
-    warmdown_ratio: float = 0.65  # part of the run over which rates fall
-    final_lr_frac: float = 0.05  # rates end at this fraction
+    embedding_lr: float = setting(0.3, "AdamW: token and value embeddings, scaled by width too", RATE)
+    unembedding_lr: float = setting(0.008, "AdamW: lm_head, scaled by width too", RATE)
+    matrix_lr: float = setting(0.02, "Muon: matrices inside blocks", RATE)
+    scalar_lr: float = setting(0.5, "AdamW: residual scalars", RATE)
+    weight_decay: float = setting(
+        0.28, "Muon, at depth 12; scaled to the model and to the batch, and falling to 0", RATE
+    )
+    warmup_steps: int = setting(40, "steps over which rates rise", at_least(0))
+    warmdown_ratio: float = setting(0.65, "part of the run over which rates fall", RATIO)
+    final_lr_frac: float = setting(0.05, "rates end at this fraction", RATIO)
     # evaluation and checkpoints
-    eval_every: int = 250  # steps between measurements of validation bits per byte (-1 = never)
-    eval_tokens: int = 80 * 524288  # tokens to measure it on, at most one pass over the validation shard
-    sample_every: int = 2000  # steps between samples from the model (-1 = never)
-    save_every: int = 250  # steps between checkpoints (-1 = only at the end)
-    keep_checkpoints: int = 2  # how many of them stay on disk
+    eval_every: int = setting(
+        250, "steps between measurements of validation bits per byte (-1 = never)", on_resume="free"
+    )
+    eval_tokens: int = setting(
+        80 * 524288,
+        "tokens to measure it on, at most one pass over the validation shard",
+        at_least(1, "at least 1 (--eval-every -1 measures nothing)"),
+        on_resume="free",
+    )
+    sample_every: int = setting(2000, "steps between samples from the model (-1 = never)", on_resume="free")
+    save_every: int = setting(250, "steps between checkpoints (-1 = only at the end)", on_resume="free")
+    keep_checkpoints: int = setting(2, "how many of them stay on disk", at_least(1), on_resume="free")
     # data
-    data_dir: Maybe[Path] = None  # parquet files with a column text; default: base_data_climbmix of the base dir
-    download: int = 0  # fetch this many shards of climbmix-400b-shuffle first, and one for validation
+    data_dir: Maybe[Path] = setting(
+        None,
+        "parquet files with a column text; default: base_data_climbmix of the base dir",
+        on_resume="free",
+    )
+    download: int = setting(
+        0,
+        "fetch this many shards of climbmix-400b-shuffle first, and one for validation",
+        at_least(0),
+        on_resume="free",
+    )
 
 
-HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
-    *("run", "resume", "overwrite", "config", "model_tag", "data_dir", "download", "eval_every", "eval_tokens"),
-    *("sample_every", "save_every", "keep_checkpoints", "device_type", "mesh", "replicate", "device_batch_size"),
-    "remat",
-}
 PROMPTS = (  # what is sampled from as training goes on: facts, a rule, arithmetic, a story
     "The largest ocean on Earth is",
     "Water is made of hydrogen and",
@@ -88,90 +137,136 @@ PROMPTS = (  # what is sampled from as training goes on: facts, a rule, arithmet
 SAMPLE_TOKENS = 16
 
 
-def check(cfg: BaseConfig) -> None:
-    """ValueError for a setting that cannot work whatever the data are."""
-    rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
-    rules = (
-        ("num_iterations", -1 <= cfg.num_iterations < 2**31, "from 1 to 2147483647, or -1"),
-        ("target_flops", math.isfinite(cfg.target_flops), "a finite number"),
-        ("target_param_data_ratio", math.isfinite(cfg.target_param_data_ratio), "a finite number"),
-        ("total_batch_size", cfg.total_batch_size == -1 or cfg.total_batch_size >= 1, "at least 1, or -1"),
-        ("warmup_steps", cfg.warmup_steps >= 0, "at least 0"),
-        ("download", cfg.download >= 0, "at least 0"),
-        ("seed", cfg.seed < 2**32, "below 4294967296"),
-    )
-    check_settings(cfg, rules, ("warmdown_ratio", "final_lr_frac"), rates)
-
-
 def main(cfg: BaseConfig) -> int:
-    """Train -> the exit code: 0, or 128 + n after signal n."""
-    check(cfg)
+    """Train -> the exit code: 0, or 128 + n after signal n; of --preflight 0 where it fits, else 1."""
+    check_bounds(cfg)
     if cfg.preflight is not None:
-        return fits(cfg)
+        return preflight_of(cfg)
     start_device(cfg.device_type, cfg)
-    mesh = sharding.make_mesh(cfg.mesh or "")
-    peak = describe_device(mesh, print0)
+    mesh = make_mesh(cfg.mesh or "")
+    peak_flops = describe_device(mesh, print0)
 
     # The run: a new one, or one to go on with
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    run = check_agreement(open_folder(cfg, "base", tag_of(cfg), tokenizer, HARMLESS, print0))
-    cfg = run.cfg
-    check(cfg)  # also what a checkpoint recorded
-    check_attention(cfg.attention, mesh, packed=cfg.document_mask)
-    dtype = compute_dtype(cfg.dtype)
+    start = check_agreement(find_run(cfg, "base", tag_of(cfg), tokenizer, print0))
+    check_bounds(start.cfg)  # also what a checkpoint recorded
+    check_attention(start.cfg.attention, mesh, packed=start.cfg.document_mask)
 
     # Model, batch and length from the depth
-    run.model_config, recipe_for = model_and_recipe(cfg, tokenizer.vocab_size)
-    mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
-    if run.resumed:  # the best batch is rounded to what the devices of the run's start could split
-        cfg = dataclasses.replace(cfg, total_batch_size=run.record["total_batch_size"])
-    cfg = sized(cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, sharding.row_shards(mesh))
-    batch = plan_batches(cfg, mesh, print0)
-    recipe = recipe_for(total_batch_size=cfg.total_batch_size)
+    model = model_of(start.cfg, tokenizer.vocab_size)
+    mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
+    cfg = sized(settings_of(start), model, mesh)
+    recipe = recipe_of(cfg, model)
+    plan = plan_of(cfg, model, mesh, recipe)
+    print_model(model, plan.groups, recipe)
     total = recipe.iterations
-    run.groups = groups_of(cfg, run.model_config.n_embd, recipe)
-    tell(run, recipe)
+    schedule = schedule_of(cfg, total)
 
     # Data: documents once through the tokenizer, a shard at a time, packed into full rows by plan
     with processes.process_zero_first("the data"):
-        *shards, held_out = shards_of(cfg)
-        rows = documents.DocumentRows(shards, tokenizer, cfg.max_seq_len, seed=cfg.seed)
-        held_out_rows = documents.DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
-    run.check_data(rows.fingerprint(run.record.get("shards_reached")))
+        *training, held_out = shards_of(cfg)
+        rows = DocumentRows(training, tokenizer, cfg.max_seq_len, seed=cfg.seed)
+        held_out_rows = DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
+    start.check_data(rows.fingerprint(start.record.get("shards_reached")))
     with processes.process_zero_first("the first shard"):
-        print0("\n".join(documents.describe(rows, total * batch.rows_per_step)))
+        print0("\n".join(describe_documents(rows, total * plan.batch.rows_per_step)))
 
-    # Schedule and loop
-    shape = {"warmdown_ratio": cfg.warmdown_ratio}
-    warm = {"warmup_steps": cfg.warmup_steps, "final_lr_frac": cfg.final_lr_frac}
-    schedule = {
-        "lr_multiplier": lambda step: schedules.base_lr_multiplier(step, total, **shape, **warm),
-        "muon_momentum": lambda step: schedules.base_muon_momentum(step, total, **shape),
-        "decay_multiplier": lambda step: schedules.base_decay_multiplier(step, total),
-    }
-    where, packed = {"mesh": mesh, "dtype": dtype}, cfg.document_mask
-    where["attention"] = choose_attention(cfg.attention, run.model_config, rows.T, packed=packed, **where)
-    how = where | {"batch": batch}
-    measurements = [validation(held_out_rows, run, tokenizer, **how), samples(run, tokenizer, **where)]
+    # Train
+    initial = initial_state(start, plan, print0)
+    plan = initial.plan
+    measurements = [
+        validation(
+            held_out_rows,
+            plan,
+            tokenizer.token_bytes(),
+            every=cfg.eval_every,
+            tokens=cfg.eval_tokens,
+            document_mask=cfg.document_mask,
+        ),
+        samples(cfg.sample_every, plan, tokenizer),
+    ]
 
-    def meta(step):
-        """What fine-tuning inherits: the sizes in force, and the last step's decay, as in nanochat's files."""
-        groups = {name: dataclasses.asdict(group) for name, group in run.groups.items()}
-        groups["matrix"]["weight_decay"] *= schedules.base_decay_multiplier(step - 1, total)
-        per_device = batch.rows_per_pass // sharding.row_shards(mesh)
-        sizes = {"device_batch_size": per_device, "total_batch_size": batch.tokens_per_step}
-        return {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
+    def record(step: int) -> dict:
+        """The place in the data, and what fine-tuning inherits: the sizes in force, and the decay of the last step, as
+        in nanochat's files."""
+        groups = {name: dataclasses.asdict(group) for name, group in plan.groups.items()}
+        groups["matrix"]["weight_decay"] *= base_decay_multiplier(step - 1, total)
+        sizes = {"device_batch_size": plan.rows_per_device, "total_batch_size": plan.batch.tokens_per_step}
+        inherited = {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
+        return row_record(start, plan, rows, step) | inherited
 
-    return train_on(rows, run, schedule, **how, total=total, peak_flops=peak, measurements=measurements, meta=meta)
+    train_step = plan.make_train_step()
+    with (
+        device_batches(rows, start, plan, document_mask=cfg.document_mask) as batches,
+        open_run(
+            start,
+            initial,
+            total=total,
+            record=record,
+            console=throughput_line,
+            measurements=measurements,
+            throughput=throughput(plan, peak_flops),
+        ) as run,
+    ):
+        for step, state in run.steps():
+            scalars = schedule(step)
+            state, metrics = train_step(state, next(batches), scalars)
+            epoch, _ = rows.epoch_and_progress(rows_before(start, plan, step + 1) - 1)
+            run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
+    return exit_code(run)
+
+
+def schedule_of(cfg: BaseConfig, total: int) -> Callable[[int], dict[str, float]]:
+    """step, counted from 0 -> the scalars that the optimizer takes at it; total: steps of the run."""
+
+    def schedule(step: int) -> dict[str, float]:
+        return {
+            "lr_multiplier": base_lr_multiplier(
+                step,
+                total,
+                warmup_steps=cfg.warmup_steps,
+                warmdown_ratio=cfg.warmdown_ratio,
+                final_lr_frac=cfg.final_lr_frac,
+            ),
+            "muon_momentum": base_muon_momentum(step, total, warmdown_ratio=cfg.warmdown_ratio),
+            "decay_multiplier": base_decay_multiplier(step, total),
+        }
+
+    return schedule
+
+
+def plan_of(cfg: BaseConfig, model: GPTConfig, mesh: Mesh, recipe: scaling_laws.Recipe) -> Plan:
+    """What is compiled for these settings. ValueError: sizes that do not fit together."""
+    return make_plan(
+        cfg,
+        model,
+        mesh,
+        batch=row_batch_shape(cfg, mesh),
+        loss=TokenLoss(),
+        scalars=tuple(schedule_of(cfg, 1)(0)),
+        groups=groups_of(cfg, model.n_embd, recipe),
+        packed=cfg.document_mask,
+    )
+
+
+def preflight_of(cfg: BaseConfig) -> int:
+    """--preflight -> the exit code: 0 where it fits, else 1."""
+    devices, vocab_size = preflight.start(cfg), preflight.vocabulary()
+    if cfg.resume:
+        cfg = settings_of(find_run(cfg, "base", tag_of(cfg), Tokenizer.load(base_dir() / "tokenizer"), print0))
+    model = model_of(cfg, vocab_size)
+    mesh = make_mesh(cfg.mesh or "", devices, model.n_embd)
+    cfg = sized(cfg, model, mesh)
+    plan = plan_of(cfg, model, mesh, recipe_of(cfg, model))
+    return preflight.report(plan, [preflight.update_phase(plan)])
 
 
 def tag_of(cfg: BaseConfig) -> str:
     """The run's folder. Of --resume without a word on which run, the only one; ValueError: there are several."""
-    given = {"depth", "model_tag", "config"} & getattr(cfg, "given", frozenset())
-    if cfg.resume and not given and cfg.model_tag is None and cfg.depth == BaseConfig.depth:
+    if cfg.resume and not {"depth", "model_tag", "config"} & cfg.given and cfg.depth == BaseConfig.depth:
         folders = sorted((kept_dir() / store.SOURCES["base"]).glob("*"))
         tags = [folder.name for folder in folders if integrity.steps(folder)]
-        settings.require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
+        require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
         if tags:
             return tags[0]
     return cfg.model_tag or f"d{cfg.depth}"
@@ -180,91 +275,97 @@ def tag_of(cfg: BaseConfig) -> str:
 def shards_of(cfg: BaseConfig) -> list[Path]:
     """The parquet files of the run, the last for validation: those that --download names, else all of the folder."""
     if not cfg.download:
-        return data_shards.find_shards(cfg.data_dir)
-    from nanochat_jax.data.shards import fetch_shards
-
-    folder = cfg.data_dir.expanduser() if cfg.data_dir else base_dir() / data_shards.FOLDERS[0]
-    return fetch_shards(cfg.download, folder, print0)
+        return shards.find_shards(cfg.data_dir)
+    folder = cfg.data_dir.expanduser() if cfg.data_dir else base_dir() / shards.FOLDERS[0]
+    return shards.fetch_shards(cfg.download, folder, print0)
 
 
-def model_and_recipe(cfg: BaseConfig, vocab_size: int) -> tuple[GPTConfig, Callable[..., scaling_laws.Recipe]]:
-    """(the network, total_batch_size=... -> what follows from its size)"""
-    dials = {name: getattr(cfg, name) for name in ("aspect_ratio", "head_dim", "window_pattern", "max_seq_len")}
-    model, reference = (
-        scaling_laws.config_of_depth(depth, **dials, vocab_size=vocab_size)
-        for depth in (cfg.depth, scaling_laws.REFERENCE_DEPTH)
+def model_of(cfg: BaseConfig, vocab_size: int, depth: int | None = None) -> GPTConfig:
+    """The network of a depth, default --depth, with the other dials of the settings."""
+    return scaling_laws.config_of_depth(
+        cfg.depth if depth is None else depth,
+        aspect_ratio=cfg.aspect_ratio,
+        head_dim=cfg.head_dim,
+        window_pattern=cfg.window_pattern,
+        max_seq_len=cfg.max_seq_len,
+        vocab_size=vocab_size,
     )
-    lengths = {name: getattr(cfg, name) for name in ("num_iterations", "target_flops", "target_param_data_ratio")}
-    return model, functools.partial(scaling_laws.recipe, model, reference, **lengths)
 
 
-def fits(cfg: BaseConfig) -> int:
-    """--preflight -> the exit code: 0 where it fits, else 1."""
-    place, vocab_size = preflight.start(cfg), preflight.vocabulary()
-    if cfg.resume:
-        run = open_folder(cfg, "base", tag_of(cfg), Tokenizer.load(base_dir() / "tokenizer"), HARMLESS, print0)
-        cfg = dataclasses.replace(run.cfg, total_batch_size=run.record.get("total_batch_size", cfg.total_batch_size))
-    model, recipe_for = model_and_recipe(cfg, vocab_size)
-    cfg = sized(
-        cfg, recipe_for(total_batch_size=cfg.total_batch_size).total_batch_size, sharding.row_shards(place.mesh)
+def recipe_of(cfg: BaseConfig, model: GPTConfig) -> scaling_laws.Recipe:
+    """What follows from the model's size, for the batch that the settings name."""
+    return scaling_laws.recipe(
+        model,
+        model_of(cfg, model.vocab_size, scaling_laws.REFERENCE_DEPTH),
+        total_batch_size=cfg.total_batch_size,
+        num_iterations=cfg.num_iterations,
+        target_flops=cfg.target_flops,
+        target_param_data_ratio=cfg.target_param_data_ratio,
     )
-    return preflight.rows_fit(cfg, place, model, plan_batches(cfg, place.mesh, print0), scalars=3)
 
 
-def sized(cfg: BaseConfig, total_batch_size: int, row_shards: int) -> BaseConfig:
+def settings_of(start: Start) -> BaseConfig:
+    """The run's settings. One that goes on has the batch of its start, which was rounded to the devices of then."""
+    total_batch_size = start.record.get("total_batch_size", start.cfg.total_batch_size)
+    return dataclasses.replace(start.cfg, total_batch_size=total_batch_size)
+
+
+def sized(cfg: BaseConfig, model: GPTConfig, mesh: Mesh) -> BaseConfig:
     """The settings with the batch in force; a device gets 32 rows at a time, or as many as divide it.
 
     A batch that the user has not chosen is rounded to whole passes."""
+    total_batch_size, shards = recipe_of(cfg, model).total_batch_size, row_shards(mesh)
     rows = cfg.device_batch_size
     if rows is None:
-        wanted = total_batch_size // (cfg.max_seq_len * row_shards)
+        wanted = total_batch_size // (cfg.max_seq_len * shards)
         rows = next(n for n in range(max(1, min(32, wanted)), 0, -1) if n == 1 or wanted % n == 0)
-    per_pass = rows * cfg.max_seq_len * row_shards
+    per_pass = rows * cfg.max_seq_len * shards
     if cfg.total_batch_size == -1 and per_pass > 0:
         total_batch_size = max(1, round(total_batch_size / per_pass)) * per_pass
     return dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total_batch_size)
 
 
-def groups_of(cfg: BaseConfig, n_embd: int, recipe: scaling_laws.Recipe) -> optim_groups.Groups:
-    """The optimizer's groups with the rates scaled to the batch, but for the fixed one of the smear."""
-    rates = {name: getattr(cfg, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    rates = {name: rate * recipe.rate_factor for name, rate in rates.items()}
-    return optim_groups.default_groups(n_embd, **rates, weight_decay=cfg.weight_decay * recipe.decay_factor)
+def groups_of(cfg: BaseConfig, n_embd: int, recipe: scaling_laws.Recipe) -> Groups:
+    """The optimizer's groups with the rates scaled to the batch, except for the fixed one of the smear."""
+    return default_groups(
+        n_embd,
+        embedding_lr=cfg.embedding_lr * recipe.rate_factor,
+        unembedding_lr=cfg.unembedding_lr * recipe.rate_factor,
+        matrix_lr=cfg.matrix_lr * recipe.rate_factor,
+        scalar_lr=cfg.scalar_lr * recipe.rate_factor,
+        weight_decay=cfg.weight_decay * recipe.decay_factor,
+    )
 
 
-def tell(run: Run, recipe: scaling_laws.Recipe) -> None:
-    """The model and what follows from its size."""
-    model = run.model_config
-    ratio = recipe.iterations * recipe.total_batch_size / scaling_laws.scaling_params(model)
+def print_model(model: GPTConfig, groups: Groups, recipe: scaling_laws.Recipe) -> None:
+    """Print the model and what follows from its size."""
+    tokens = recipe.iterations * recipe.total_batch_size
     print0(
         f"Model: depth {model.n_layer}, width {model.n_embd}, {model.n_head} heads of {model.head_dim}, windows "
         f"{', '.join(map(str, dict.fromkeys(model.windows)))}, vocabulary {model.vocab_size:,}"
     )
     print0(
-        f"{recipe.iterations:,} steps of {recipe.total_batch_size:,} tokens from {recipe.why}: "
-        f"{recipe.iterations * recipe.total_batch_size:,} tokens, {ratio:.2f} for each scaling parameter"
+        f"{recipe.iterations:,} steps of {recipe.total_batch_size:,} tokens from {recipe.why}: {tokens:,} tokens, "
+        f"{tokens / scaling_laws.scaling_params(model):.2f} for each scaling parameter"
     )
-    decay = run.groups["matrix"].weight_decay
+    decay = groups["matrix"].weight_decay
     print0(f"Learning rates x {recipe.rate_factor:.4f} for this batch, Muon's weight decay {decay:.6f}")
 
 
-def samples(run: Run, tokenizer: Tokenizer, mesh, **how) -> Measurement:
+def samples(every: int, plan: Plan, tokenizer: Tokenizer) -> Measurement:
     """The most likely continuations of PROMPTS, as far as they fit into a row."""
     prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in PROMPTS]
-    prompts = [ids for ids in prompts if len(ids) + SAMPLE_TOKENS <= run.model_config.sequence_len]
+    prompts = [ids for ids in prompts if len(ids) + SAMPLE_TOKENS <= plan.model.sequence_len]
 
-    def measure(params):
-        if not prompts:
-            return {}
-        from nanochat_jax.inference.engine import Engine
-        from nanochat_jax.inference.samples import SamplingParams
-
-        engine = Engine(run.model_config, tokenizer, sharding.own_devices(mesh), tools=False, **how)
-        with engine.holding(params, mesh):
-            answers = engine.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS))
+    def measure(params, progress) -> dict[str, list[str]]:
+        own = own_devices(plan.mesh)
+        engine = Engine(plan.model, tokenizer, own, tools=False, dtype=plan.dtype, attention=plan.attention)
+        with engine.holding(params, plan.mesh):
+            sampling = SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)
+            answers = engine.generate(prompts, sampling, progress=progress)
         return {"samples": [printable(tokenizer.decode([*p[1:], *a[0].tokens])) for p, a in zip(prompts, answers)]}
 
-    return Measurement(run.cfg.sample_every, measure)
+    return Measurement("samples", every if prompts else -1, measure)
 
 
 def printable(text: str) -> str:

@@ -36,7 +36,7 @@ from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible
-from nanochat_jax.train.run import check_tokenizer
+from nanochat_jax.train.start import check_tokenizer
 
 CALL_STYLE, NOTE_STYLE = "cyan", "dim"
 JOINERS = "\u200c\u200d"  # invisible, but Persian, the scripts of India and emoji are spelled with them

@@ -39,7 +39,7 @@ from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.tasks.registry import TASKS, make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.loop import explaining_memory
-from nanochat_jax.train.run import check_tokenizer
+from nanochat_jax.train.start import check_tokenizer
 
 
 def short(*names: str):

@@ -6,43 +6,56 @@ python -m nanochat_jax.rl --task my_module:MyTask --num-steps 200 --run my-run
 
 import contextlib
 import dataclasses
-import difflib
 import functools
-import hashlib
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from nanochat_jax.checkpoints import find, store
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
-from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.cli.settings import Maybe, StageConfig, require
-from nanochat_jax.distributed import mesh as sharding
+from nanochat_jax.cli.device import describe_device, start_device
+from nanochat_jax.cli.settings import (
+    LARGEST,
+    RATE,
+    Bounds,
+    Maybe,
+    StageConfig,
+    at_least,
+    between,
+    check_bounds,
+    one_of,
+    require,
+    setting,
+)
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed import sharding as distributed_sharding
+from nanochat_jax.distributed.device_memory import bytes_on_device
+from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.distributed.signals import Interrupted, Signals
-from nanochat_jax.evals.eval_set import EvalSet, judge, make_eval_set
-from nanochat_jax.evals.intervals import pass_at_k
+from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import SamplingParams, answer_text
+from nanochat_jax.inference.samples import SamplingParams
 from nanochat_jax.model.attention import check as check_attention
-from nanochat_jax.optim import schedules as optim
-from nanochat_jax.rollouts.batch_shape import plan_shape
+from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
+from nanochat_jax.optim.schedules import rl_lr_multiplier
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
+from nanochat_jax.rollouts.pass_at_k import make_pass_at_k, shown
 from nanochat_jax.rollouts.prompts import PromptStream
-from nanochat_jax.tasks import GSM8K, Arithmetic, SpellingBee, Task, load_task
+from nanochat_jax.rollouts.reference import load_reference
+from nanochat_jax.rollouts.update import make_update, rl_batch_shape, rows_of, token_loss_of
+from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
-from nanochat_jax.train.loop import Loop, Measurement, explaining_memory, session
-from nanochat_jax.train.metrics import SmoothedLoss
-from nanochat_jax.train.run import Run, check_settings, open_run
-from nanochat_jax.train.step import make_train_step, place
+from nanochat_jax.train.loop import Measurement, exit_code, open_run
+from nanochat_jax.train.plan import Plan, make_plan
+from nanochat_jax.train.start import Start, find_start, fine_tuning_groups, initial_state
+
+COUNT = between(1, 65536, "from 1 to 65536")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,89 +63,276 @@ class RLConfig(StageConfig):
     """Train a chat model on what its own answers to a task's problems are worth. Defaults are nanochat's."""
 
     # which model and run
-    source: str = "sft"  # stage of the model to start from: sft, rl or base
-    model_tag: Maybe[str] = None  # its tag; default: the largest d<number>
-    model_step: Maybe[int] = None  # its step; default: the last
-    output_tag: Maybe[str] = None  # folder under chatrl_checkpoints; default: the run's name, else d<depth>
-    load_optimizer: int = 0  # 1 = start from that model's optimizer state, 0 = from an empty one
-    seed: int = 42  # of the sampling, and of the order of the problems from the second epoch on
+    source: str = setting("sft", "stage of the model to start from: sft, rl or base", one_of("sft", "rl", "base"))
+    model_tag: Maybe[str] = setting(None, "its tag; default: the largest d<number>")
+    model_step: Maybe[int] = setting(None, "its step; default: the last")
+    output_tag: Maybe[str] = setting(
+        None, "folder under chatrl_checkpoints; default: the run's name, else d<depth>", on_resume="own"
+    )
+    load_optimizer: int = setting(0, "1 = start from that model's optimizer state, 0 = from an empty one", one_of(0, 1))
+    seed: int = setting(
+        42,
+        "of the sampling, and of the order of the problems from the second epoch on",
+        between(0, LARGEST, "from 0 to 2147483647"),
+    )
     # problems and length
-    task: str = "gsm8k"  # gsm8k, arithmetic, spelling, or a class of your own with a reward, as module:Class
-    eval_task: Maybe[str] = None  # the same for the held-out problems; default: the test split of --task
-    data_dir: Maybe[Path] = None  # local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data
-    num_epochs: int = 1  # times that every problem is met
-    num_steps: int = -1  # optimizer steps (-1 = as --num-epochs says)
+    task: str = setting("gsm8k", "gsm8k, arithmetic, spelling, or a class of your own with a reward, as module:Class")
+    eval_task: Maybe[str] = setting(
+        None, "the same for the held-out problems; default: the test split of --task", on_resume="free"
+    )
+    data_dir: Maybe[Path] = setting(
+        None,
+        "local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data",
+        on_resume="free",
+    )
+    num_epochs: int = setting(1, "times that every problem is met", COUNT)
+    num_steps: int = setting(
+        -1,
+        "optimizer steps (-1 = as --num-epochs says)",
+        at_least(1, "at least 1, or -1 for --num-epochs", also=-1),
+    )
     # rollouts
-    examples_per_step: int = 16  # problems in a step, all devices together
-    num_samples: int = 16  # answers to each of them
-    max_new_tokens: int = 256  # tokens of an answer, the calculator's included
-    temperature: float = 1.0  # of the sampling
-    top_k: int = 50  # sample among so many tokens; 0 = all
-    resample: bool = False  # draw more problems in place of those whose answers are all worth the same
-    slots: int = 256  # answers that are generated together, all devices together
+    examples_per_step: int = setting(16, "problems in a step, all devices together", COUNT)
+    num_samples: int = setting(
+        16, "answers to each of them", between(2, 65536, "from 2 to 65536, as answers are compared with each other")
+    )
+    max_new_tokens: int = setting(256, "tokens of an answer, the calculator's included")
+    temperature: float = setting(
+        1.0, "of the sampling", Bounds(lambda t: t > 0, "above 0: else all answers to a problem are the same")
+    )
+    top_k: int = setting(50, "sample among so many tokens; 0 = all")
+    resample: bool = setting(False, "draw more problems in place of those whose answers are all worth the same")
+    slots: int = setting(256, "answers that are generated together, all devices together", COUNT, on_resume="free")
     # objective
-    objective: str = "global"  # global = a step's tokens weigh alike; nanochat = its passes, end of turn not trained
-    advantage: str = "mean"  # an answer's reward against its problem's others: mean, grpo or rloo
-    clip_low: Maybe[float] = None  # a token's probability counts down to 1 - this times that of the sampling; e.g. 0.2
-    clip_high: Maybe[float] = None  # and up to 1 + this times
-    updates_per_batch: int = 1  # updates on the same answers; more than 1 needs a --clip
-    kl_coef: float = 0.0  # penalty for leaving the model that the run started from
-    is_cap: Maybe[float] = None  # weigh by policy / sampling distribution, at most this: corrects for top-k; e.g. 2
-    device_batch_size: int = 8  # rows per device in one forward and backward pass
-    max_seq_len: Maybe[int] = None  # tokens in a row of packed answers; default: the model's, or what the longest needs
+    objective: str = setting(
+        "global",
+        "global = a step's tokens weigh alike; nanochat = its passes, end of turn not trained",
+        one_of("global", "nanochat"),
+    )
+    advantage: str = setting(
+        "mean",
+        "an answer's reward against its problem's others: mean, grpo or rloo",
+        one_of(*ADVANTAGES, words=f"one of {', '.join(ADVANTAGES)}"),
+    )
+    clip_low: Maybe[float] = setting(
+        None, "a token's probability counts down to 1 - this times that of the sampling; e.g. 0.2"
+    )
+    clip_high: Maybe[float] = setting(None, "and up to 1 + this times")
+    updates_per_batch: int = setting(1, "updates on the same answers; more than 1 needs a --clip", COUNT)
+    kl_coef: float = setting(0.0, "penalty for leaving the model that the run started from")
+    is_cap: Maybe[float] = setting(
+        None, "weigh by policy / sampling distribution, at most this: corrects for top-k; e.g. 2"
+    )
+    device_batch_size: int = setting(8, "rows per device in one forward and backward pass", COUNT, on_resume="free")
+    max_seq_len: Maybe[int] = setting(
+        None, "tokens in a row of packed answers; default: the model's, or what the longest needs", at_least(1)
+    )
     # optimizer
-    embedding_lr: float = 0.2  # AdamW: token and value embeddings, scaled by width
-    unembedding_lr: float = 0.004  # AdamW: lm_head, scaled by width
-    matrix_lr: float = 0.02  # Muon: matrices inside blocks
-    scalar_lr: float = 0.5  # AdamW: residual scalars
-    weight_decay: float = 0.0  # Muon
-    init_lr_frac: float = 0.05  # all rates start at this fraction, and fall to 0
+    embedding_lr: float = setting(0.2, "AdamW: token and value embeddings, scaled by width", RATE)
+    unembedding_lr: float = setting(0.004, "AdamW: lm_head, scaled by width", RATE)
+    matrix_lr: float = setting(0.02, "Muon: matrices inside blocks", RATE)
+    scalar_lr: float = setting(0.5, "AdamW: residual scalars", RATE)
+    weight_decay: float = setting(0.0, "Muon", RATE)
+    init_lr_frac: float = setting(0.05, "all rates start at this fraction, and fall to 0", RATE)
     # evaluation, checkpoints, records
-    eval_every: int = 60  # steps between measurements of pass@k on held-out problems (-1 = never)
-    eval_examples: int = 400  # held-out problems
-    eval_samples: int = 8  # answers to each, for pass@1 to pass@8
-    save_every: int = 60  # steps between checkpoints (-1 = only at the end)
-    keep_checkpoints: int = 2  # how many of them stay on disk
-    log_rollouts: int = 2  # problems of each step whose answers rollouts.jsonl keeps
+    eval_every: int = setting(
+        60, "steps between measurements of pass@k on held-out problems (-1 = never)", on_resume="free"
+    )
+    eval_examples: int = setting(400, "held-out problems", COUNT, on_resume="free")
+    eval_samples: int = setting(8, "answers to each, for pass@1 to pass@8", COUNT, on_resume="free")
+    save_every: int = setting(60, "steps between checkpoints (-1 = only at the end)", on_resume="free")
+    keep_checkpoints: int = setting(2, "how many of them stay on disk", at_least(1), on_resume="free")
+    log_rollouts: int = setting(
+        2, "problems of each step whose answers rollouts.jsonl keeps", at_least(0), on_resume="free"
+    )
 
 
-HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
-    *("run", "resume", "overwrite", "config", "output_tag", "data_dir", "eval_every", "eval_examples", "eval_samples"),
-    *("eval_task", "save_every", "keep_checkpoints", "log_rollouts", "device_type", "mesh", "replicate"),
-    *("device_batch_size", "slots", "remat"),
-}
-MADE_UP = 100_000  # training problems of a task that makes them up
-TASKS = {  # name -> (split, problems if made up, data_dir) -> task
-    "gsm8k": lambda split, size, data_dir: GSM8K(split, data_dir=data_dir),
-    "arithmetic": lambda split, size, data_dir: Arithmetic(split, size, seed=int(split == "train")),  # not SFT's
-    "spelling": lambda split, size, data_dir: SpellingBee(split, size, data_dir=data_dir),
-}
+TRAINING_PROBLEMS = 100_000  # of a task that makes them up
 MUON_MOMENTUM = 0.95  # nanochat has no schedule for it in RL
-EVAL_STEP = -1  # in place of the step in the sampling's seeds: every evaluation draws alike, and as no step does
-ADVICE = "Lower --slots and --device-batch-size first, which change no result, then --max-new-tokens"
+FIRST_STEPS, LITTLE_SIGNAL = 3, 0.2  # below this share of groups with a signal in the first steps, a warning
+MEMORY_ADVICE = "Lower --slots and --device-batch-size first, which change no result, then --max-new-tokens"
+
+
+def main(cfg: RLConfig) -> int:
+    """Train -> the exit code: 0, or 128 + n after signal n; of --preflight 0 where it fits, else 1."""
+    check(cfg)
+    if cfg.preflight is not None:
+        return preflight_of(cfg)
+    start_device(cfg.device_type, cfg)
+    mesh = make_mesh(cfg.mesh or "")
+    describe_device(mesh, print0)
+
+    # The run: a new one from a chat model, or one to go on with
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    start = find_rl_start(cfg, tokenizer)
+    cfg = start.cfg
+    sampling = check(cfg)  # also what a checkpoint recorded
+    check_attention(cfg.attention, mesh, packed=True)
+
+    # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
+    with processes.process_zero_first("the problems"):
+        task = make_task(cfg.task, "train", TRAINING_PROBLEMS, cfg.data_dir, flag="--task")
+    start.check_data(task.fingerprint())
+    total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
+    require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
+    draws = total * cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
+    prompts = PromptStream(task, tokenizer, cfg.seed, draws)
+    with processes.process_zero_first("the held-out problems"):
+        eval_set = held_out(cfg, tokenizer)
+    model = start.model_config()
+    longest = max(map(len, [*prompts.prompts, *(eval_set.prompts if eval_set else [])]))
+    check_context(longest, cfg.max_new_tokens, model.sequence_len)
+    plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", n_embd=model.n_embd), longest)
+    print0(
+        f"{task.name}: {len(task):,} problems, {cfg.examples_per_step} a step with {cfg.num_samples} answers each; the "
+        f"longest prompt has {longest:,} tokens; answers are packed into at most {plan.batch.micro_batches} x "
+        f"{plan.batch.rows} rows of {plan.batch.T:,} tokens"
+    )
+
+    # Model, engine, and what is done with its answers
+    initial = initial_state(start, plan, print0)
+    plan = initial.plan
+    objective = objective_of(cfg)
+    reference, score = None, None
+    if cfg.kl_coef:
+        with plan.scope():
+            params, reference = load_reference(
+                cfg.source, cfg.model_tag, cfg.model_step, start.record.get("reference"), plan.abstract_state.params
+            )
+        score = functools.partial(
+            make_score(plan.model, params, plan.mesh, dtype=plan.dtype, attention=plan.attention), params
+        )
+    engine = Engine(
+        plan.model,
+        tokenizer,
+        own_devices(plan.mesh),
+        dtype=plan.dtype,
+        attention=plan.attention,
+        slots=max(1, cfg.slots // processes.count()),
+        prompt_tokens=longest,
+    )
+    collector = RolloutCollector(
+        prompts=prompts,
+        engine=engine,
+        mesh=plan.mesh,
+        sampling=sampling,
+        examples_per_step=cfg.examples_per_step,
+        num_samples=cfg.num_samples,
+        advantage=cfg.advantage,
+        seed=cfg.seed,
+        resample=cfg.resample,
+    )
+    update = make_update(plan, objective, updates_per_batch=cfg.updates_per_batch, score=score)
+    pass_at_k = Measurement("held-out answers", -1, lambda params, progress: {})
+    if eval_set:
+        measure = make_pass_at_k(
+            eval_set, engine, plan.mesh, sampling, tokenizer, samples=cfg.eval_samples, seed=cfg.seed
+        )
+        pass_at_k = Measurement(
+            "held-out answers", cfg.eval_every, measure, at_start=True, shown=shown(cfg.eval_samples)
+        )
+
+    # Train. Beside the state, a step depends on the position of its first problem; a checkpoint keeps it.
+    position = start.record.get("problems_consumed", 0)
+    without_signal = start.record.get("steps_without_signal", 0)
+    first_steps: list[tuple[float, float]] = []
+    log = RolloutLog(start.folder, start.record.get("rollouts_bytes", 0))
+
+    def record(step: int) -> dict:
+        return {
+            "data": task.fingerprint(),
+            "reference": reference,
+            "problems_consumed": position,
+            "steps_without_signal": without_signal,
+            "rollouts_bytes": log.saved(),
+        }
+
+    with (
+        contextlib.closing(log),
+        open_run(
+            start,
+            initial,
+            total=total,
+            record=record,
+            console=console_line,
+            measurements=[pass_at_k],
+            smoothed="reward",
+            log_late=False,  # the next step's answers wait for this one anyway
+            in_force={name: getattr(cfg, name) for name in ("slots", "device_batch_size", "max_new_tokens")},
+            advice=MEMORY_ADVICE,
+        ) as run,
+    ):
+        for step, state in run.steps():
+            rollouts = collector.collect(state.params, position, step, run.progress("answers"))
+            for group in rollouts.groups[: cfg.log_rollouts]:
+                log.write(step + 1, group, tokenizer.decode)
+            began = time.perf_counter()
+            groups = rollouts.to_train_on(cfg.examples_per_step)
+            rows = rows_of(groups, plan, objective, cfg.objective, tokenizer)
+            scalars = schedule(step, total)
+            state, metrics, statistics = update(state, rows, scalars)
+            seconds = time.perf_counter() - began
+            position = rollouts.position
+            without_signal += rows is None
+            found = rollouts.statistics() | statistics
+            run.record(
+                state,
+                metrics,
+                lr_multiplier=scalars["lr_multiplier"],
+                epoch=1 + (position - 1) // prompts.size,
+                update_seconds=seconds,
+                update_tokens_per_second=float(metrics.tokens) / seconds,
+                steps_without_signal=without_signal,
+                compiles=engine.compiles,
+                **found,
+            )
+            first_steps.append((1 - found["no_signal"], found["pass_rate"]))
+            if step + 1 == FIRST_STEPS:
+                run.say(little_signal(first_steps))
+    return exit_code(run)
+
+
+def schedule(step: int, total: int) -> dict[str, float]:
+    """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
+    return {"lr_multiplier": rl_lr_multiplier(step, total), "muon_momentum": MUON_MOMENTUM}
+
+
+def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int) -> Plan:
+    """What is compiled for these settings; longest: tokens of the longest prompt. ValueError: sizes do not fit."""
+    return make_plan(
+        cfg,
+        model,
+        mesh,
+        batch=rl_batch_shape(cfg, mesh, longest + cfg.max_new_tokens, model.sequence_len),
+        loss=token_loss_of(objective_of(cfg), cfg.objective),
+        scalars=tuple(schedule(0, 1)),
+        groups=fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
+        packed=True,
+        logprobs=True,
+    )
+
+
+def preflight_of(cfg: RLConfig) -> int:
+    """--preflight -> the exit code: 0 where it fits, else 1."""
+    devices = preflight.start(cfg)
+    model, cfg = preflight.model_for(
+        cfg, cfg.source, lambda: find_rl_start(cfg, Tokenizer.load(base_dir() / "tokenizer"))
+    )
+    print0(f"NOTE: without data, prompts of up to {preflight.PROMPT_TOKENS} tokens are assumed")
+    plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd), preflight.PROMPT_TOKENS)
+    rollouts = preflight.Rollouts(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)
+    extra = {"reference model": bytes_on_device(plan.abstract_state.params)} if cfg.kl_coef else {}
+    updated = cfg.updates_per_batch > 1  # the later updates need most
+    last = dataclasses.replace(plan, loss=token_loss_of(objective_of(cfg), cfg.objective, updated))
+    phases = [preflight.rollout_phase(plan, rollouts, extra), preflight.update_phase(last, extra)]
+    return preflight.report(plan, phases)
 
 
 def check(cfg: RLConfig) -> SamplingParams:
     """How to sample. ValueError for a setting that cannot work whatever the model and the problems are."""
-    rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac")
-    counts = ("num_epochs", "examples_per_step", "eval_examples", "eval_samples", "slots", "device_batch_size")
-    rules = (
-        ("source", cfg.source in store.SOURCES, "sft, rl or base"),
-        ("load_optimizer", cfg.load_optimizer in (0, 1), "0 or 1"),
-        ("num_steps", cfg.num_steps == -1 or 1 <= cfg.num_steps < 2**31, "at least 1, or -1 for --num-epochs"),
-        *((name, 1 <= getattr(cfg, name) <= 65536, "from 1 to 65536") for name in (*counts, "updates_per_batch")),
-        ("num_samples", 2 <= cfg.num_samples <= 65536, "from 2 to 65536, as answers are compared with each other"),
-        ("temperature", cfg.temperature > 0, "above 0: else all answers to a problem are the same"),
-        ("log_rollouts", cfg.log_rollouts >= 0, "at least 0"),
-        ("seed", cfg.seed < 2**31, "below 2147483648"),
-        ("max_seq_len", cfg.max_seq_len is None or 1 <= cfg.max_seq_len < 2**31, "at least 1"),
-        ("objective", cfg.objective in ("global", "nanochat"), "global or nanochat"),
-        ("advantage", cfg.advantage in ADVANTAGES, f"one of {', '.join(ADVANTAGES)}"),
-    )
-    check_settings(cfg, rules, (), rates)
-    clips = objective_of(cfg).clips
+    check_bounds(cfg)
     require(
-        clips or cfg.updates_per_batch == 1,
+        objective_of(cfg).clips or cfg.updates_per_batch == 1,
         f"--updates-per-batch={cfg.updates_per_batch} goes on with answers of an older policy: bound how far with "
         "--clip-low 0.2 --clip-high 0.2",
     )
@@ -140,151 +340,25 @@ def check(cfg: RLConfig) -> SamplingParams:
 
 
 def objective_of(cfg: RLConfig) -> Objective:
-    return Objective(**{name: getattr(cfg, name) for name in ("clip_low", "clip_high", "kl_coef", "is_cap")})
+    return Objective(clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, is_cap=cfg.is_cap)
 
 
-def main(cfg: RLConfig) -> int:
-    """Train -> the exit code: 0, or 128 + n after signal n."""
-    check(cfg)
-    if cfg.preflight is not None:
-        return fits(cfg)
-    start_device(cfg.device_type, cfg)
-    mesh = sharding.make_mesh(cfg.mesh or "")
-    describe_device(mesh, print0)
-
-    # The run: a new one from a chat model, or one to go on with
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    run = open_rl_run(cfg, tokenizer)
-    cfg = run.cfg
-    sampling = check(cfg)  # also what a checkpoint recorded
-    check_attention(cfg.attention, mesh, packed=True)
-    dtype = compute_dtype(cfg.dtype)
-
-    # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
-    with processes.process_zero_first("the problems"):
-        task = make_task("--task", cfg.task, "train", MADE_UP, cfg.data_dir)
-    run.check_data(task.fingerprint())
-    total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
-    require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
-    draws = total * cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
-    exercises = PromptStream(task, tokenizer, cfg.seed, draws)
-    with processes.process_zero_first("the held-out problems"):
-        paper = held_out(cfg, tokenizer)
-    run.load(print0)
-    mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
-    longest = max([exercises.longest, *(len(prompt) for prompt in paper.prompts)] if paper else [exercises.longest])
-    check_context(longest, cfg.max_new_tokens, run.model_config.sequence_len)
-    shape = plan_shape(cfg, mesh, longest + cfg.max_new_tokens, run.model_config.sequence_len)
-    print0(
-        f"{task.name}: {len(task):,} problems, {cfg.examples_per_step} a step with {cfg.num_samples} answers each; the "
-        f"longest prompt has {longest:,} tokens; answers are packed into at most {shape.micro_batches} x {shape.rows} "
-        f"rows of {shape.T:,} tokens"
-    )
-
-    # Model, engine and loop
-    where = {"dtype": dtype}
-    where["attention"] = choose_attention(cfg.attention, run.model_config, shape.T, mesh=mesh, **where)
-    sizes = {name: getattr(cfg, name) for name in ("slots", "device_batch_size", "max_new_tokens")}
-    with explaining_memory(sizes, ADVICE), session(run, mesh, dtype, total, shape.T, shape.rows_per_device(mesh)) as on:
-        objective = objective_of(cfg)
-        how = where | {"remat": on.remat, "logprobs": True, "per_micro_batch": cfg.objective == "nanochat"}
-        reference, score = None, None
-        if cfg.kl_coef:
-            params, reference = starting_model(cfg, run.record, on.abstract.params)
-            score = functools.partial(make_score(run.model_config, params, mesh, **where), params)
-        signals = Signals()
-        own, slots = sharding.own_devices(mesh), max(1, cfg.slots // processes.count())
-        practice = RolloutCollector(
-            cfg=cfg,
-            exercises=exercises,
-            tokenizer=tokenizer,
-            engine=Engine(run.model_config, tokenizer, own, **where, slots=slots, prompt_tokens=longest),
-            sampling=sampling,
-            objective=objective,
-            shape=shape,
-            mesh=mesh,
-            update=make_train_step(run.model_config, on.tx, on.abstract, mesh, token_loss=objective.token_loss, **how),
-            score=score,
-            log=RolloutLog(run.folder, run.record.get("rollouts_bytes", 0)),
-            reporter=on.reporter,
-            signals=signals,
-            total=total,
-            position=run.record.get("problems_consumed", 0),
-            without_signal=run.record.get("steps_without_signal", 0),
-            smoothed=SmoothedLoss(0.9, *run.record.get("smoothed_reward", ())),
-        )
-        place = {"data": task.fingerprint(), "reference": reference}
-        with contextlib.closing(practice.log):
-            received = Loop(
-                train_step=practice.train_step,
-                next_batch=practice.next_batch,
-                total=total,
-                schedule=lambda step: (optim.rl_lr_multiplier(step, total), MUON_MOMENTUM),
-                measurements=[examination(cfg, paper, practice)],
-                saver=on.saver,
-                save_every=cfg.save_every,
-                meta=lambda step: run.meta(total) | place | practice.saved(),
-                log=on.log,
-                reporter=on.reporter,
-                report=practice.report,
-                report_late=False,
-                skipped=run.record.get("skipped", 0),
-                signals=signals,
-            ).run(on.state)
-    return 128 + received if received else 0
-
-
-def fits(cfg: RLConfig) -> int:
-    """--preflight -> the exit code: 0 where it fits, else 1."""
-    place = preflight.start(cfg)
-
-    def go_on():
-        return open_rl_run(cfg, Tokenizer.load(base_dir() / "tokenizer"))
-
-    model, cfg = preflight.model_for(cfg, cfg.source, {}, go_on)
-    longest = preflight.PROMPT_TOKENS + cfg.max_new_tokens
-    print0(f"NOTE: without data, prompts of up to {preflight.PROMPT_TOKENS} tokens are assumed")
-    shape = plan_shape(cfg, place.mesh, longest, model.sequence_len)
-    needed = {"logprobs": cfg.is_cap is not None, "reference_logprobs": cfg.kl_coef > 0}
-    needed |= {"advantages": True, "old_logprobs": cfg.updates_per_batch > 1}
-    fields = tuple(name for name, needs in needed.items() if needs)
-    batch = preflight.Batch(shape.micro_batches, shape.rows, shape.T, fields)
-    compiler = preflight.Compiler(cfg, place, model, batch, packed=True)
-    how = {"token_loss": objective_of(cfg).token_loss, "per_micro_batch": cfg.objective == "nanochat"}
-    rollouts = preflight.Rollouts(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)
-    extra = {"reference model": compiler.parameter_bytes} if cfg.kl_coef else {}
-    phases = (
-        preflight.rollout_phase(compiler, rollouts, extra),
-        preflight.update_phase(compiler, extra, logprobs=True, **how),
-    )
-    return preflight.report(compiler.place, model, phases)
-
-
-def open_rl_run(cfg: RLConfig, tokenizer: Tokenizer) -> Run:
+def find_rl_start(cfg: RLConfig, tokenizer: Tokenizer) -> Start:
     """The run, with the model that it started from in its settings; ValueError where that would be overwritten."""
-    run = open_run(cfg, "rl", tokenizer, HARMLESS, {}, print0, source=cfg.source)
-    if run.resumed:
-        recorded = run.record["user_config"]["device_batch_size"]
+    start = find_start(cfg, "rl", tokenizer, print0, source=cfg.source)
+    if start.resumed:
+        recorded = start.record["user_config"]["device_batch_size"]
         require(
-            run.cfg.objective != "nanochat" or run.cfg.device_batch_size == recorded,
+            start.cfg.objective != "nanochat" or start.cfg.device_batch_size == recorded,
             f"--resume: with --objective nanochat the training depends on --device-batch-size, which was {recorded}",
         )
-        return run
+        return start
     require(
-        run.base.folder.resolve() != run.folder.resolve(),
-        f"{run.base} is the model to start from: choose another folder for this run with --output-tag",
+        start.base.folder.resolve() != start.folder.resolve(),
+        f"{start.base} is the model to start from: choose another folder for this run with --output-tag",
     )
-    started = {"model_tag": run.base.tag, "model_step": run.base.step}
-    return dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, **started))
-
-
-def make_task(flag: str, name: str, split: str, size: int, data_dir: Path | None) -> Task:
-    """The task that the flag names; ValueError: there is none."""
-    if ":" in name:
-        return load_task(name, flag)
-    near = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name.lower(), TASKS, 1))
-    require(name in TASKS, f"{flag} must be one of {', '.join(TASKS)}, or module:Class, got {name!r:.60}{near}")
-    return TASKS[name](split, size, data_dir)
+    cfg = dataclasses.replace(start.cfg, model_tag=start.base.tag, model_step=start.base.step)
+    return dataclasses.replace(start, cfg=cfg)
 
 
 def held_out(cfg: RLConfig, tokenizer: Tokenizer) -> EvalSet | None:
@@ -294,10 +368,10 @@ def held_out(cfg: RLConfig, tokenizer: Tokenizer) -> EvalSet | None:
     if ":" in cfg.task and cfg.eval_task is None:
         print0("NOTE: no held-out problems, pass@k is not measured (give --eval-task)")
         return None
-    task = make_task("--eval-task", cfg.eval_task or cfg.task, "test", cfg.eval_examples, cfg.data_dir)
-    paper = make_eval_set(task.name, task, tokenizer, cfg.eval_examples)
-    require(paper.letters is None, f"--eval-task {task.name} is multiple choice, pass@k is of generated answers")
-    return paper
+    task = make_task(cfg.eval_task or cfg.task, "test", cfg.eval_examples, cfg.data_dir, flag="--eval-task")
+    eval_set = make_eval_set(task.name, task, tokenizer, cfg.eval_examples)
+    require(eval_set.letters is None, f"--eval-task {task.name} is multiple choice, pass@k is of generated answers")
+    return eval_set
 
 
 def check_context(longest: int, max_new_tokens: int, sequence_len: int) -> None:
@@ -315,66 +389,29 @@ def check_context(longest: int, max_new_tokens: int, sequence_len: int) -> None:
         )
 
 
-def starting_model(cfg: RLConfig, record: dict, like: Any) -> tuple[Any, str]:
-    """(parameters on the shardings of `like`, their sha256) of the model that the run started from.
-
-    ValueError: a run that goes on does not find it again as it was."""
-    try:
-        _, params, _ = find.load_params(find.find_model(cfg.source, cfg.model_tag, cfg.model_step))
-    except FileNotFoundError as e:
-        raise ValueError(f"--kl-coef needs the model that the run started from: {e}") from e
-    digest = hashlib.sha256()
-    for name, leaf in sorted(distributed_sharding.flatten_by_path(params).items()):
-        digest.update(name.encode() + np.asarray(leaf).tobytes())
-    require(
-        record.get("reference") in (None, digest.hexdigest()),
-        f"--kl-coef needs the model that the run started from, but {cfg.source} {cfg.model_tag}, step "
-        f"{cfg.model_step}, is another one now",
+def console_line(record: Mapping[str, float]) -> str:
+    """The console's line of a step."""
+    updated = "delta_logp_mean" in record
+    return (
+        f"reward {record['smoothed_reward']:.3f} | pass {record['pass_rate']:.1%} | signal "
+        f"{1 - record['no_signal']:.0%} | length {record['length_mean']:.0f} | "
+        f"{f'dlogp {record["delta_logp_mean"]:.0e}' if updated else 'no signal, no update'} | "
+        f"lrm {record['lr_multiplier']:.3f} | rollout {record['rollout_tokens_per_second']:,.0f} tok/s "
+        f"{record['rollout_seconds']:.1f} s, update {record['update_seconds']:.1f} s | {record['percent']:.1f}%"
     )
-    return place(params, like), digest.hexdigest()
 
 
-def examination(cfg: RLConfig, paper: EvalSet | None, practice: RolloutCollector) -> Measurement:
-    """pass@k on the held-out problems, k = 1..--eval-samples, with 95 % intervals as pass@k_low and pass@k_high."""
-    if paper is None:
-        return Measurement(-1, lambda params: {})
-
-    def progress(done, total):
-        practice.signals.check()
-        practice.reporter.doing(f"held-out answers {done:,}/{total:,}")
-
-    def measure(params):
-        how = {"samples": cfg.eval_samples, "seed": cfg.seed, "step": EVAL_STEP, "progress": progress}
-        numbers = processes.mine(range(len(paper.prompts)))
-        try:
-            with practice.engine.holding(params, practice.mesh):
-                prompts = [paper.prompts[i] for i in numbers]
-                groups = practice.engine.generate(prompts, practice.sampling, examples=numbers, **how)
-            passed = [
-                [judge(paper, i, answer_text(practice.tokenizer, sample)) for sample in group]
-                for i, group in zip(numbers, groups)
-            ]
-        except Interrupted:
-            passed = None
-        parts = processes.exchange("held-out answers", passed)
-        if None in parts:
-            raise Interrupted
-        passed = [None] * len(paper.prompts)
-        for i, part in enumerate(parts):
-            passed[i :: len(parts)] = part
-        shares = pass_at_k(passed)
-        found = {f"pass@{k}": share.value for k, share in shares.items()}
-        return found | {
-            f"pass@{k}_{end}": getattr(share, end) for k, share in shares.items() for end in ("low", "high")
-        }
-
-    def shown(found):
-        return " | ".join(
-            f"pass@{k} {found[f'pass@{k}']:.1%} ({found[f'pass@{k}_low']:.1%} to {found[f'pass@{k}_high']:.1%})"
-            for k in sorted({1, cfg.eval_samples})
-        )
-
-    return Measurement(cfg.eval_every, measure, at_start=True, shown=shown)
+def little_signal(first_steps: list[tuple[float, float]]) -> str:
+    """The warning that a run has little to learn from, empty where it has enough; first_steps: for each the share
+    of groups with a signal, and the pass rate."""
+    share, passed = np.mean(first_steps, 0)
+    if share >= LITTLE_SIGNAL:
+        return ""
+    return (
+        f"WARNING: of the first {FIRST_STEPS} steps' groups of answers {share:.0%} differ in reward (pass rate "
+        f"{passed:.1%}), too little to learn from: train SFT longer, or choose "
+        f"{'harder' if passed > 0.5 else 'easier'} problems"
+    )
 
 
 if __name__ == "__main__":

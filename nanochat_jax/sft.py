@@ -5,21 +5,38 @@ python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run m
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
-from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.cli.settings import Maybe, StageConfig, require
-from nanochat_jax.data import conversations as data
+from nanochat_jax.cli.device import describe_device, start_device
+from nanochat_jax.cli.settings import (
+    LARGEST,
+    RATE,
+    RATIO,
+    Maybe,
+    StageConfig,
+    at_least,
+    between,
+    check_bounds,
+    flag,
+    one_of,
+    require,
+    setting,
+)
+from nanochat_jax.data.conversations import ConversationRows, ConversationStore, describe_conversations
 from nanochat_jax.data.token_cache import open_caches
-from nanochat_jax.distributed import mesh as sharding
 from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.chatcore import make_chatcore
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.model.attention import check as check_attention
-from nanochat_jax.optim import schedules
+from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
+from nanochat_jax.optim.schedules import sft_lr_multiplier, sft_muon_momentum
 from nanochat_jax.tasks import (
     GSM8K,
     MMLU,
@@ -33,8 +50,23 @@ from nanochat_jax.tasks import (
 )
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
-from nanochat_jax.train.loop import Measurement, train_on, validation
-from nanochat_jax.train.run import check_settings, open_run, plan_batches
+from nanochat_jax.train.loop import Measurement, exit_code, open_run
+from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
+from nanochat_jax.train.row_stages import (
+    device_batches,
+    row_batch_shape,
+    row_record,
+    rows_before,
+    throughput,
+    throughput_line,
+    validation,
+)
+from nanochat_jax.train.start import find_start, fine_tuning_groups, initial_state
+
+STEPS = between(1, LARGEST, "from 1 to 2147483647, or -1 for one epoch", also=-1)
+TIMES = between(0, 1000, "from 0 to 1000 (see --num-iterations)")
+ROWS = between(0, 10_000_000, "from 0 to 10000000")
+PROBLEMS = at_least(1, "at least 1, or -1 for all", also=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,62 +75,185 @@ class SFTConfig(StageConfig):
     run's own one with --resume."""
 
     # which model and run
-    model_tag: Maybe[str] = None  # tag of the base model; default: the largest d<number>
-    model_step: Maybe[int] = None  # step of the base model; default: its last
-    output_tag: Maybe[str] = None  # folder under chatsft_checkpoints; default: the run's name, else d<depth>
-    load_optimizer: int = 1  # 1 = start from the base model's optimizer state, 0 = from an empty one
-    seed: int = 42  # order of the conversations; 42 is nanochat's
+    model_tag: Maybe[str] = setting(None, "tag of the base model; default: the largest d<number>")
+    model_step: Maybe[int] = setting(None, "step of the base model; default: its last")
+    output_tag: Maybe[str] = setting(
+        None, "folder under chatsft_checkpoints; default: the run's name, else d<depth>", on_resume="own"
+    )
+    load_optimizer: int = setting(
+        1, "1 = start from the base model's optimizer state, 0 = from an empty one", one_of(0, 1)
+    )
+    seed: int = setting(42, "order of the conversations; 42 is nanochat's", at_least(0))
     # length and batch
-    num_iterations: int = -1  # optimizer steps (-1 = one epoch)
-    max_seq_len: Maybe[int] = None  # tokens in a row; default: inherited
-    device_batch_size: Maybe[int] = None  # rows per device in one forward and backward pass; default: inherited
-    total_batch_size: Maybe[int] = None  # tokens per optimizer step, all devices together; default: inherited
-    document_mask: bool = True  # conversations in one row do not see each other; off = nanochat's behaviour
+    num_iterations: int = setting(
+        -1,
+        "optimizer steps (-1 = one epoch)",
+        STEPS,
+    )
+    max_seq_len: Maybe[int] = setting(None, "tokens in a row; default: inherited", inherited=2048)
+    device_batch_size: Maybe[int] = setting(
+        None,
+        "rows per device in one forward and backward pass; default: inherited",
+        inherited=32,
+        on_resume="free",
+    )
+    total_batch_size: Maybe[int] = setting(
+        None, "tokens per optimizer step, all devices together; default: inherited", inherited=524288
+    )
+    document_mask: bool = setting(True, "conversations in one row do not see each other; off = nanochat's behaviour")
     # optimizer
-    embedding_lr: Maybe[float] = None  # AdamW: token and value embeddings, scaled by width; default: inherited
-    unembedding_lr: Maybe[float] = None  # AdamW: lm_head, scaled by width; default: inherited
-    matrix_lr: Maybe[float] = None  # Muon: matrices inside blocks; default: inherited
-    scalar_lr: float = 0.5  # AdamW: residual scalars
-    weight_decay: Maybe[float] = None  # Muon; default: that of the loaded optimizer, else 0
-    init_lr_frac: float = 0.8  # all rates start at this fraction
-    warmup_ratio: float = 0.0  # part of the run over which rates rise
-    warmdown_ratio: float = 0.5  # part of the run over which rates fall
-    final_lr_frac: float = 0.0  # rates end at this fraction
+    embedding_lr: Maybe[float] = setting(
+        None, "AdamW: token and value embeddings, scaled by width; default: inherited", RATE, inherited=0.3
+    )
+    unembedding_lr: Maybe[float] = setting(
+        None, "AdamW: lm_head, scaled by width; default: inherited", RATE, inherited=0.004
+    )
+    matrix_lr: Maybe[float] = setting(None, "Muon: matrices inside blocks; default: inherited", RATE, inherited=0.02)
+    scalar_lr: float = setting(0.5, "AdamW: residual scalars", RATE)
+    weight_decay: Maybe[float] = setting(None, "Muon; default: that of the loaded optimizer, else 0", RATE)
+    init_lr_frac: float = setting(0.8, "all rates start at this fraction", RATE)
+    warmup_ratio: float = setting(0.0, "part of the run over which rates rise", RATIO)
+    warmdown_ratio: float = setting(0.5, "part of the run over which rates fall", RATIO)
+    final_lr_frac: float = setting(0.0, "rates end at this fraction", RATIO)
     # evaluation and checkpoints
-    eval_every: int = 200  # steps between measurements of validation bits per byte (-1 = never)
-    eval_tokens: int = 40 * 524288  # tokens to measure it on, at most one pass over the validation data
-    chatcore_every: int = 200  # steps between ChatCORE evaluations (-1 = never)
-    chatcore_max_cat: int = -1  # problems per multiple-choice task (-1 = all)
-    chatcore_max_sample: int = 24  # problems per generative task
-    save_every: int = 200  # steps between checkpoints (-1 = only at the end)
-    keep_checkpoints: int = 2  # how many of them stay on disk
+    eval_every: int = setting(
+        200, "steps between measurements of validation bits per byte (-1 = never)", on_resume="free"
+    )
+    eval_tokens: int = setting(
+        40 * 524288,
+        "tokens to measure it on, at most one pass over the validation data",
+        at_least(1, "at least 1 (--eval-every -1 measures nothing)"),
+        on_resume="free",
+    )
+    chatcore_every: int = setting(200, "steps between ChatCORE evaluations (-1 = never)", on_resume="free")
+    chatcore_max_cat: int = setting(-1, "problems per multiple-choice task (-1 = all)", PROBLEMS, on_resume="free")
+    chatcore_max_sample: int = setting(24, "problems per generative task", PROBLEMS, on_resume="free")
+    save_every: int = setting(200, "steps between checkpoints (-1 = only at the end)", on_resume="free")
+    keep_checkpoints: int = setting(2, "how many of them stay on disk", at_least(1), on_resume="free")
     # data
-    data_dir: Maybe[Path] = None  # local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data
-    smoltalk_epochs: int = 1  # times SmolTalk is in the mixture (0 = left out)
-    mmlu_epochs: int = 3  # times MMLU's auxiliary_train is in it
-    gsm8k_epochs: int = 4  # times GSM8K's train split is in it
-    simple_spelling_rows: int = 200_000  # words to spell (0 = left out)
-    spelling_bee_rows: int = 80_000  # words to count a letter of
-    arithmetic_rows: int = 0  # generated word problems
-    custom_json: tuple[Path, ...] = ()  # file with a conversation a line
-    custom_epochs: int = 1  # times the custom files are in the mixture
-    val_json: tuple[Path, ...] = ()  # such a file to validate on, beside the tasks' own test splits
-    task: tuple[str, ...] = ()  # a task of your own, as module:Class
+    data_dir: Maybe[Path] = setting(
+        None,
+        "local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data",
+        on_resume="free",
+    )
+    smoltalk_epochs: int = setting(1, "times SmolTalk is in the mixture (0 = left out)", TIMES)
+    mmlu_epochs: int = setting(3, "times MMLU's auxiliary_train is in it", TIMES)
+    gsm8k_epochs: int = setting(4, "times GSM8K's train split is in it", TIMES)
+    simple_spelling_rows: int = setting(200_000, "words to spell (0 = left out)", ROWS)
+    spelling_bee_rows: int = setting(80_000, "words to count a letter of", ROWS)
+    arithmetic_rows: int = setting(0, "generated word problems", ROWS)
+    custom_json: tuple[Path, ...] = setting((), "file with a conversation a line")
+    custom_epochs: int = setting(1, "times the custom files are in the mixture", TIMES)
+    val_json: tuple[Path, ...] = setting(
+        (), "such a file to validate on, beside the tasks' own test splits", on_resume="free"
+    )
+    task: tuple[str, ...] = setting((), "a task of your own, as module:Class")
 
 
-INHERITED = {
-    "max_seq_len": 2048,
-    "device_batch_size": 32,
-    "total_batch_size": 524288,
-    "embedding_lr": 0.3,
-    "unembedding_lr": 0.004,
-    "matrix_lr": 0.02,
-}
-HARMLESS = {  # what may change when a run is resumed: it alters what is watched and kept, not what is computed
-    *("run", "resume", "overwrite", "config", "output_tag", "data_dir", "eval_every", "eval_tokens", "save_every"),
-    *("keep_checkpoints", "chatcore_every", "chatcore_max_cat", "chatcore_max_sample", "device_type", "mesh"),
-    *("replicate", "val_json", "device_batch_size", "remat"),
-}
+def main(cfg: SFTConfig) -> int:
+    """Train -> the exit code: 0, or 128 + n after signal n; of --preflight 0 where it fits, else 1."""
+    check_bounds(cfg)
+    if cfg.preflight is not None:
+        return preflight_of(cfg)
+    start_device(cfg.device_type, cfg)
+    mesh = make_mesh(cfg.mesh or "")
+    peak_flops = describe_device(mesh, print0)
+
+    # The run: a new one from the base model, or one to go on with
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    start = find_start(cfg, "sft", tokenizer, print0)
+    cfg = start.cfg
+    check_bounds(cfg)  # also what was inherited
+    check_attention(cfg.attention, mesh, packed=cfg.document_mask)
+    model = start.model_config()
+    plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", n_embd=model.n_embd))
+
+    # Data: conversations once through the tokenizer, packed into rows by plan
+    with processes.process_zero_first("the data"):
+        tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
+        rows = packed_rows(TaskMixture(tasks, seed=cfg.seed), cfg, tokenizer)
+    start.check_data(rows.fingerprint())
+    print0("\n".join(describe_conversations(rows)))
+    with processes.process_zero_first("the validation data"):
+        held_out_rows = validation_rows(held_out, cfg, tokenizer)
+    epoch_steps = -(-rows.rows_in_epoch(0) // plan.batch.rows_per_step)
+    total = cfg.num_iterations if cfg.num_iterations > 0 else epoch_steps
+    schedule = schedule_of(cfg, total)
+
+    # Train
+    initial = initial_state(start, plan, print0)
+    plan = initial.plan
+    measurements = [
+        validation(
+            held_out_rows,
+            plan,
+            tokenizer.token_bytes(),
+            every=cfg.eval_every,
+            tokens=cfg.eval_tokens,
+            document_mask=cfg.document_mask,
+        ),
+        chatcore_measurement(cfg, plan, tokenizer),
+    ]
+    train_step = plan.make_train_step()
+    with (
+        device_batches(rows, start, plan, document_mask=cfg.document_mask) as batches,
+        open_run(
+            start,
+            initial,
+            total=total,
+            record=lambda step: row_record(start, plan, rows, step),
+            console=throughput_line,
+            measurements=measurements,
+            throughput=throughput(plan, peak_flops),
+        ) as run,
+    ):
+        for step, state in run.steps():
+            scalars = schedule(step)
+            state, metrics = train_step(state, next(batches), scalars)
+            epoch, _ = rows.epoch_and_progress(rows_before(start, plan, step + 1) - 1)
+            run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
+    return exit_code(run)
+
+
+def schedule_of(cfg: SFTConfig, total: int) -> Callable[[int], dict[str, float]]:
+    """step, counted from 0 -> the scalars that the optimizer takes at it; total: steps of the run."""
+
+    def schedule(step: int) -> dict[str, float]:
+        return {
+            "lr_multiplier": sft_lr_multiplier(
+                step / total,
+                warmup_ratio=cfg.warmup_ratio,
+                warmdown_ratio=cfg.warmdown_ratio,
+                final_lr_frac=cfg.final_lr_frac,
+            ),
+            "muon_momentum": sft_muon_momentum(step),
+        }
+
+    return schedule
+
+
+def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh) -> Plan:
+    """What is compiled for these settings. ValueError: sizes that do not fit together."""
+    return make_plan(
+        cfg,
+        model,
+        mesh,
+        batch=row_batch_shape(cfg, mesh),
+        loss=TokenLoss(),
+        scalars=tuple(schedule_of(cfg, 1)(0)),
+        groups=fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
+        packed=cfg.document_mask,
+    )
+
+
+def preflight_of(cfg: SFTConfig) -> int:
+    """--preflight -> the exit code: 0 where it fits, else 1."""
+    devices = preflight.start(cfg)
+    model, cfg = preflight.model_for(
+        cfg, "base", lambda: find_start(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), print0)
+    )
+    plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd))
+    return preflight.report(plan, [preflight.update_phase(plan)])
 
 
 def training_tasks(cfg: SFTConfig) -> list:
@@ -129,102 +284,43 @@ def validation_tasks(cfg: SFTConfig) -> list:
 def own_file(name: str, path: Path) -> CustomJSON:
     """The task of a file that the flag `name` gives; ValueError where it holds nothing."""
     task = CustomJSON(path)
-    require(len(task) > 0, f"--{name.replace('_', '-')} {path} must hold at least one conversation, it has none")
+    require(len(task) > 0, f"{flag(name)} {path} must hold at least one conversation, it has none")
     return task
 
 
-def check(cfg: SFTConfig) -> None:
-    """ValueError for a setting that cannot work whatever the model and the data are."""
-    ratios = ("warmup_ratio", "warmdown_ratio", "final_lr_frac")
-    rates = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "init_lr_frac")
-    epochs = ("smoltalk_epochs", "mmlu_epochs", "gsm8k_epochs", "custom_epochs")
-    rows = ("simple_spelling_rows", "spelling_bee_rows", "arithmetic_rows")
-    steps = cfg.num_iterations
-    limits = ("chatcore_max_cat", "chatcore_max_sample")
-    rules = (
-        ("num_iterations", steps == -1 or 1 <= steps < 2**31, "from 1 to 2147483647, or -1 for one epoch"),
-        ("load_optimizer", cfg.load_optimizer in (0, 1), "0 or 1"),
-        *((name, 0 <= getattr(cfg, name) <= 1000, "from 0 to 1000 (see --num-iterations)") for name in epochs),
-        *((name, 0 <= getattr(cfg, name) <= 10_000_000, "from 0 to 10000000") for name in rows),
-        *((name, getattr(cfg, name) == -1 or getattr(cfg, name) >= 1, "at least 1, or -1 for all") for name in limits),
-    )
-    check_settings(cfg, rules, ratios, rates)
-
-
-def main(cfg: SFTConfig) -> int:
-    """Train -> the exit code: 0, or 128 + n after signal n."""
-    check(cfg)
-    if cfg.preflight is not None:
-        return fits(cfg)
-    start_device(cfg.device_type, cfg)
-    mesh = sharding.make_mesh(cfg.mesh or "")
-    peak = describe_device(mesh, print0)
-
-    # The run: a new one from the base model, or one to go on with
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    run = open_run(cfg, "sft", tokenizer, HARMLESS, INHERITED, print0)
-    cfg = run.cfg
-    check(cfg)  # also what was inherited
-    check_attention(cfg.attention, mesh, packed=cfg.document_mask)
-    dtype = compute_dtype(cfg.dtype)
-    batch = plan_batches(cfg, mesh, print0)
-
-    # Data: conversations once through the tokenizer, packed into rows by plan
-    with processes.process_zero_first("the data"):
-        tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
-        rows = row_source(TaskMixture(tasks, seed=cfg.seed), cfg, tokenizer)
-    run.check_data(rows.fingerprint())
-    print0("\n".join(data.describe(rows)))
-    with processes.process_zero_first("the validation data"):
-        held_out_rows = validation_rows(held_out, cfg, tokenizer)
-    total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.rows_in_epoch(0) // batch.rows_per_step)
-
-    # Model, schedule and loop
-    run.load(print0)
-    mesh = sharding.make_mesh(cfg.mesh or "", n_embd=run.model_config.n_embd)
-    ratios = {name: getattr(cfg, name) for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac")}
-    schedule = {
-        "lr_multiplier": lambda step: schedules.sft_lr_multiplier(step / total, **ratios),
-        "muon_momentum": schedules.sft_muon_momentum,
-    }
-    where, packed = {"mesh": mesh, "dtype": dtype}, cfg.document_mask
-    where["attention"] = choose_attention(cfg.attention, run.model_config, rows.T, packed=packed, **where)
-    how = where | {"batch": batch}
-    limits = {"max_cat": cfg.chatcore_max_cat, "max_sample": cfg.chatcore_max_sample}
-    limits["data_dir"] = cfg.data_dir
-    chatcore = make_chatcore(run.model_config, tokenizer, **where, **limits) if cfg.chatcore_every > 0 else None
-    chat = Measurement(cfg.chatcore_every if chatcore else -1, chatcore)
-    measurements = [validation(held_out_rows, run, tokenizer, **how), chat]
-    return train_on(rows, run, schedule, **how, total=total, peak_flops=peak, measurements=measurements)
-
-
-def fits(cfg: SFTConfig) -> int:
-    """--preflight -> the exit code: 0 where it fits, else 1."""
-    place = preflight.start(cfg)
-
-    def go_on():
-        return open_run(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), HARMLESS, INHERITED, print0)
-
-    model, cfg = preflight.model_for(cfg, "base", INHERITED, go_on)
-    return preflight.rows_fit(cfg, place, model, plan_batches(cfg, place.mesh, print0))
-
-
-def row_source(mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer) -> data.RowSource:
+def packed_rows(mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer) -> ConversationRows:
     """The rows that a mixture is packed into; its conversations are tokenized now, if no run did before."""
     caches = open_caches(mixture.tasks, tokenizer, base_dir() / "token_cache", print0)
-    return data.RowSource(data.ConversationStore(caches, mixture.pairs), cfg.max_seq_len, seed=cfg.seed)
+    return ConversationRows(ConversationStore(caches, mixture.pairs), cfg.max_seq_len, seed=cfg.seed)
 
 
-def validation_rows(tasks: list, cfg: SFTConfig, tokenizer: Tokenizer) -> data.RowSource | None:
+def validation_rows(tasks: list, cfg: SFTConfig, tokenizer: Tokenizer) -> ConversationRows | None:
     """The rows of the validation mixture; None where there is nothing to measure."""
     if not tasks:
         if cfg.eval_every > 0:
             print0("NOTE: no validation data, bits per byte are not measured (give --val-json FILE)")
         return None
     try:
-        return row_source(TaskMixture(tasks), cfg, tokenizer)
+        return packed_rows(TaskMixture(tasks), cfg, tokenizer)
     except ValueError as e:
         raise ValueError(f"validation data: {e}") from e
+
+
+def chatcore_measurement(cfg: SFTConfig, plan: Plan, tokenizer: Tokenizer) -> Measurement:
+    """ChatCORE every --chatcore-every steps, on as many problems as the flags say."""
+    measure = None
+    if cfg.chatcore_every > 0:
+        measure = make_chatcore(
+            plan.model,
+            tokenizer,
+            mesh=plan.mesh,
+            dtype=plan.dtype,
+            attention=plan.attention,
+            data_dir=cfg.data_dir,
+            max_cat=cfg.chatcore_max_cat,
+            max_sample=cfg.chatcore_max_sample,
+        )
+    return Measurement("ChatCORE", cfg.chatcore_every if measure else -1, lambda params, progress: measure(params))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A checkpoint is a folder <tag>/<step> that holds everything the next step depend
 versions), and the manifest of `integrity`, without which it does not count. Folders may lie in a bucket.
 """
 
+import json
 import logging
 import shutil
 import threading
@@ -21,7 +22,9 @@ from orbax.checkpoint import v1 as ocp
 from nanochat_jax.checkpoints import integrity
 from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
+from nanochat_jax.files.paths import write_atomically
 
+MEASURED = "measured.json"  # in a checkpoint's folder, beside what the manifest lists
 SOURCES = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
@@ -37,6 +40,7 @@ class Saver:
         self._owner = bucket.Ownership(folder) if bucket.in_bucket(folder) and not processes.index() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._measured: dict[int, dict[str, float]] = {}  # by step: not written yet
 
     def save(self, step: int, items: Mapping[str, Mapping[str, Any]], meta: dict) -> None:
         """Start saving; returns when the arrays have been copied, so that the next step may overwrite them.
@@ -56,11 +60,25 @@ class Saver:
         self._thread = threading.Thread(target=self._finish, args=(response, target), name="checkpoint")
         self._thread.start()
 
+    def add_to_meta(self, step: int, numbers: Mapping[str, float]) -> None:
+        """What was measured of a checkpoint after its save began; `read_meta` gives it with the rest. Written when
+        the save is done, at the latest by `wait`."""
+        self._measured[step] = dict(numbers)
+        if not (self._thread and self._thread.is_alive()):
+            self._write_measured()
+
+    def _write_measured(self) -> None:
+        for step in sorted(self._measured):
+            folder, numbers = self.folder / str(step), self._measured.pop(step)
+            if not processes.index() and (folder / integrity.MANIFEST).exists():
+                write_atomically(folder / MEASURED, json.dumps(numbers).encode())
+
     def wait(self) -> None:
         """Until the last save is on disk, sealed; OSError tells what went wrong in the background."""
         if self._thread:
             self._thread.join()
             self._thread = None
+        self._write_measured()
         if self._error:
             error, self._error = self._error, None
             raise OSError(f"the checkpoint could not be written to {self.folder}: {error}") from error
@@ -107,9 +125,14 @@ def _orbax() -> ocp.Context:
 
 
 def read_meta(folder: Path) -> dict:
-    """The `meta` of a checkpoint folder <tag>/<step>."""
+    """The `meta` of a checkpoint folder <tag>/<step>, with what was measured of it afterwards."""
     with _orbax():
-        return ocp.load_checkpointables(folder, {"meta": None})["meta"]
+        meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+    try:
+        measured = json.loads((folder / MEASURED).read_bytes())
+    except (OSError, ValueError):  # nothing was measured, or the file is damaged: no step depends on it
+        return meta
+    return meta | measured if isinstance(measured, dict) else meta
 
 
 def converted_from(folder: Path) -> str | None:

@@ -23,7 +23,7 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
         try:
             sys.exit(main(cfg))
         except BrokenPipeError:
-            _write_nowhere()
+            write_nowhere()
             said = "whoever read the output has closed it, so the run has stopped"
             sys.exit(f"error: {said}; write to a file instead of a pipe")
         except OSError as e:
@@ -49,6 +49,6 @@ def _sentence(e: OSError) -> str:
     return said + (advice if e.errno in NO_PLACE else "")
 
 
-def _write_nowhere() -> None:
+def write_nowhere() -> None:
     """After a closed pipe: else Python complains again when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""A stage's settings: one frozen dataclass whose fields are its flags; TOML presets; inheritance from a checkpoint.
+"""A command's settings: one frozen dataclass whose fields are its flags, with everything that is known of each.
 
 Precedence: flag > --config FILE.toml > what the checkpoint recorded > default. A field that is None is inherited.
 """
@@ -6,21 +6,22 @@ Precedence: flag > --config FILE.toml > what the checkpoint recorded > default. 
 import argparse
 import dataclasses
 import difflib
+import math
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from nanochat_jax.cli.main import _write_nowhere
+from nanochat_jax.cli.main import write_nowhere
 
 T = TypeVar("T")
-# The type of a setting that is None where the user does not give it; its comment says what holds then.
+# The type of a setting that is None where the user does not give it; its help says what holds then.
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
-CONSTRUCTORS = ConstructorRegistry()
 HERE = "here"
 # The type of --preflight, whose value may be left out: then it is HERE. None where the flag is not given.
 Preflight = Annotated[
@@ -34,11 +35,143 @@ Preflight = Annotated[
     ),
     tyro.conf.arg(help_behavior_hint=""),
 ]
+CONSTRUCTORS = ConstructorRegistry()
+LARGEST = 2**31 - 1  # of an integer setting: JAX counts in int32
+
+# What --resume does with a setting. "same": the checkpoint's value goes on, and another one is refused, since it would
+# change the training. "free": the user may give another value, which changes what is watched and kept, or how the work
+# is split, but not what is computed. "own": each start has its own value, and the checkpoint's does not matter.
+OnResume = Literal["same", "free", "own"]
 
 
+class Bounds(NamedTuple):
+    """What a setting's value must be."""
+
+    holds: Callable[[Any], bool]
+    words: str  # for the error: "--flag must be <words>, got <value>"
+
+
+def between(low: float, high: float, words: str | None = None, *, also: float | None = None) -> Bounds:
+    """A number from `low` to `high`, or the single value `also`. words: default "between <low> and <high>"."""
+
+    def holds(value: float) -> bool:
+        return low <= value <= high or value == also
+
+    return Bounds(holds, words or f"between {low} and {high}")
+
+
+def at_least(low: float, words: str | None = None, *, also: float | None = None) -> Bounds:
+    """An integer of at least `low`, or the single value `also`."""
+    return between(low, LARGEST, words or f"at least {low}", also=also)
+
+
+def one_of(*choices: Any, words: str | None = None) -> Bounds:
+    """One of some values."""
+    return Bounds(choices.__contains__, words or f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}")
+
+
+FINITE = Bounds(math.isfinite, "a finite number")
+RATE = between(0, 1000)  # of a learning rate, a weight decay, or a factor on rates
+RATIO = between(0, 1)
+
+
+def setting(
+    default: Any,
+    help: str,
+    bounds: Bounds | None = None,
+    *,
+    inherited: Any = None,
+    on_resume: OnResume = "same",
+) -> Any:
+    """A field of a settings dataclass.
+
+    help: the flag's line in --help. bounds: what `check_bounds` demands of a value that is not None. inherited: the
+    value of a field that is None, neither given nor recorded by the model that a run starts from; without it the field
+    is not inherited (see `inherit`). on_resume: see OnResume.
+    """
+    properties = {"help": help, "bounds": bounds, "inherited": inherited, "on_resume": on_resume}
+    return dataclasses.field(default=default, metadata=properties)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The settings that base, sft and rl have in common."""
+
+    # where and how
+    run: str = setting("dummy", 'name of the run; "dummy" = no wandb', on_resume="free")
+    device_type: str = setting("auto", "auto, cuda, tpu or cpu", on_resume="own")
+    dtype: str = setting("auto", "compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU")
+    attention: str = setting(
+        "auto", "reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here", on_resume="own"
+    )
+    remat: str = setting(
+        "auto",
+        "computed again instead of kept: none, elementwise or block; auto = the least that fits",
+        one_of("auto", "none", "elementwise", "block"),
+        on_resume="free",
+    )
+    preflight: Preflight = setting(
+        None, "compile only and say whether it fits: here, or on a TPU slice such as v5e-8", on_resume="own"
+    )
+    mesh: Maybe[str] = setting(
+        None,
+        "devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number",
+        on_resume="own",
+    )
+    replicate: bool = setting(
+        False, "whole parameters on every device, instead of shards over data (for small models)", on_resume="free"
+    )
+    verbose: bool = setting(False, "print how every parameter is split over the devices", on_resume="own")
+    coordinator: Maybe[str] = setting(
+        None,
+        "of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)",
+        on_resume="own",
+    )
+    num_processes: Maybe[int] = setting(None, "how many there are", on_resume="own")
+    process_id: Maybe[int] = setting(None, "which one this is, from 0", on_resume="own")
+    resume: bool = setting(
+        False, "go on from the newest intact checkpoint of this run, if there is one", on_resume="own"
+    )
+    overwrite: bool = setting(False, "delete the checkpoints that an earlier run left in the folder", on_resume="own")
+    config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", on_resume="own")
+    # names of the settings that the user gave, here or in the file
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
+
+
+def flag(name: str) -> str:
+    """What a user types for the setting with this name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def values_of(cfg: Any) -> dict[str, Any]:
+    """The settings by name, without which of them the user has given."""
+    return {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "given"}
+
+
+def holds_paths(kind: Any) -> bool:
+    """Whether a field of this type is a path, perhaps None, or several."""
+    return kind is Path or any(map(holds_paths, get_args(kind)))
+
+
+def check_bounds(cfg: Any) -> None:
+    """Validate the settings one by one; the ValueError names the first flag that breaks its bounds."""
+    for field in dataclasses.fields(cfg):
+        bounds, value = field.metadata.get("bounds"), getattr(cfg, field.name)
+        if bounds and value is not None and not bounds.holds(value):
+            raise ValueError(f"{flag(field.name)} must be {bounds.words}, got {value}")
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with the message where what a user typed cannot work."""
+    if not condition:
+        raise ValueError(message)
+
+
+# ------------------------------------------------------------------------------------------ from the command line
 @CONSTRUCTORS.primitive_rule
 def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """As tyro has it, but that an empty path, of a variable that is not set, is not the working directory."""
+    """Paths as tyro reads them, except that an empty one, of a variable that is not set, is an error: it would be the
+    working directory."""
     if info.type is not Path:
         return None
 
@@ -50,54 +183,31 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     return PrimitiveConstructorSpec(1, "PATH", read, lambda value: isinstance(value, Path), lambda path: [str(path)])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """The settings that base, sft and rl have in common."""
+def parse[T](cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
+    """Settings from the command line and its --config file.
 
-    # where and how
-    run: str = "dummy"  # name of the run; "dummy" = no wandb
-    device_type: str = "auto"  # auto, cuda, tpu or cpu
-    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
-    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
-    remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
-    preflight: Preflight = None  # compile only and say whether it fits: here, or on a TPU slice such as v5e-8
-    mesh: Maybe[str] = None  # devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number
-    replicate: bool = False  # whole parameters on every device, instead of shards over data (for small models)
-    verbose: bool = False  # print how every parameter is split over the devices
-    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
-    num_processes: Maybe[int] = None  # how many there are
-    process_id: Maybe[int] = None  # which one this is, from 0
-    resume: bool = False  # go on from the newest intact checkpoint of this run, if there is one
-    overwrite: bool = False  # delete the checkpoints that an earlier run left in the folder
-    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
-
-
-def holds_paths(kind: Any) -> bool:
-    """Whether a field of this type is a path, perhaps None, or several."""
-    return kind is Path or any(map(holds_paths, get_args(kind)))
-
-
-def parse(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
-    """Settings of a stage from the command line and its --config file; a field's comment is its flag's help.
-
-    The result also has `given`, beside its fields: the names that the user set, here or there.
-    """
+    Where the class has a field `given` it holds the names that the user set, on the command line or in the file."""
     argv = sys.argv[1:] if argv is None else argv
     finder = argparse.ArgumentParser(prog=prog, usage=f"{prog} [-h] [OPTIONS]", add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     file = finder.parse_known_args(argv)[0].config
-    given = {arg.split("=")[0].removeprefix("--").removeprefix("no-") for arg in argv if arg.startswith("--")}
-    given = {name.replace("_", "-") for name in given}
+    given = {_kebab_name(arg) for arg in argv if arg.startswith("--")}
     from_file = file_flags(cls, Path(file), given) if file else []
     style = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
     try:
         cfg = tyro.cli(cls, args=[*from_file, *argv], prog=prog, config=style, registry=CONSTRUCTORS)
     except BrokenPipeError:  # --help | head
-        _write_nowhere()
+        write_nowhere()
         sys.exit(0)
-    given |= {flag.split("=")[0].removeprefix("--").removeprefix("no-") for flag in from_file}
-    object.__setattr__(cfg, "given", frozenset(name.replace("-", "_") for name in given))
-    return cfg
+    if not any(field.name == "given" for field in dataclasses.fields(cls)):
+        return cfg
+    given |= {_kebab_name(arg) for arg in from_file}
+    return dataclasses.replace(cfg, given=frozenset(name.replace("-", "_") for name in given))
+
+
+def _kebab_name(arg: str) -> str:
+    """--no-some_flag=value -> some-flag"""
+    return arg.split("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
 
 
 def file_flags(cls: type, file: Path, given: set[str]) -> list[str]:
@@ -115,7 +225,7 @@ def file_flags(cls: type, file: Path, given: set[str]) -> list[str]:
     flags = []
     for key, value in settings.items():
         name = key.replace("_", "-")
-        if name not in fields or name == "config":
+        if name not in fields or name in ("config", "given"):
             near = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, fields, 1))
             raise SystemExit(f"{file}: {key} is not a flag of this stage{near}")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
@@ -134,12 +244,16 @@ def file_flags(cls: type, file: Path, given: set[str]) -> list[str]:
     return flags
 
 
-def inherit(cfg: Any, recorded: Mapping[str, Any], fallbacks: Mapping[str, Any], log: Callable = print) -> Any:
-    """Fill the fields named in `fallbacks` that are None: from the checkpoint's record, else from the fallback.
+# --------------------------------------------------------------------------------------------- from a checkpoint
+def inherit[T](cfg: T, recorded: Mapping[str, Any], log: Callable = print) -> T:
+    """Fill the settings that are inherited and None: from the checkpoint's record, else with their own fallback.
 
     Every resolution is announced through `log`, also where a flag overrides what the base model was trained with.
     """
-    for name, fallback in fallbacks.items():
+    for field in dataclasses.fields(cfg):
+        name, fallback = field.name, field.metadata.get("inherited")
+        if fallback is None:
+            continue
         ours, theirs = getattr(cfg, name), recorded.get(name)
         if isinstance(theirs, bool) or not isinstance(theirs, int | type(fallback)):  # absent, or no number to use
             theirs = None
@@ -150,13 +264,53 @@ def inherit(cfg: Any, recorded: Mapping[str, Any], fallbacks: Mapping[str, Any],
             cfg = dataclasses.replace(cfg, **{name: fallback})
             log(f"Using {name}={fallback} (not recorded in pretrained checkpoint)")
         elif theirs is not None and ours != theirs:
-            log(f"NOTE: --{name.replace('_', '-')}={ours} overrides pretrained value of {theirs}")
+            log(f"NOTE: {flag(name)}={ours} overrides pretrained value of {theirs}")
         else:
             log(f"Using {name}={ours}")
     return cfg
 
 
-def require(condition: bool, message: str) -> None:
-    """ValueError with the message where what a user typed cannot work."""
-    if not condition:
-        raise ValueError(message)
+def resumed_settings[T](cfg: T, recorded: Mapping[str, Any], another: str, log: Callable) -> T:
+    """The settings of a run that goes on: those of its checkpoint, with what the user may give anew (see OnResume).
+
+    recorded: what `recorded_settings` wrote. another: the flag that names another run. ValueError: the user gives a
+    value that would change the training.
+    """
+    changed, restored = [], {}
+    for field in dataclasses.fields(cfg):
+        name, ours = field.name, getattr(cfg, field.name)
+        on_resume = field.metadata.get("on_resume", "own")
+        if on_resume == "own" or name not in recorded:
+            continue
+        theirs = _from_json(recorded[name], field.type)
+        if _to_json(ours, Path.resolve) == _to_json(theirs, Path.resolve):
+            continue
+        if name not in cfg.given and ours == field.default:
+            restored[name] = theirs
+            log(f"Inherited {name}={recorded[name]} from the checkpoint")
+        elif on_resume == "free":
+            log(f"NOTE: {flag(name)}={_to_json(ours)} overrides the checkpoint's value of {recorded[name]}")
+        else:
+            changed.append(f"{flag(name)} was {recorded[name]} and is {_to_json(ours)}")
+    if changed:
+        raise ValueError(f"--resume goes on with the same run, but {'; '.join(changed)}; use another {another}")
+    return dataclasses.replace(cfg, **restored)
+
+
+def recorded_settings(cfg: Any) -> dict[str, Any]:
+    """The settings as a checkpoint keeps them: JSON values, paths made absolute."""
+    return {name: _to_json(value) for name, value in values_of(cfg).items()}
+
+
+def _to_json(value: Any, whole: Callable[[Path], Path] = Path.absolute) -> Any:
+    """whole: how a path becomes one that holds in any working directory."""
+    if isinstance(value, tuple):
+        return [_to_json(v, whole) for v in value]
+    return str(whole(Path(os.path.expanduser(value)))) if isinstance(value, Path) else value
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """The setting of a field of this type that `_to_json` has recorded."""
+    if isinstance(value, list):
+        return tuple(_from_json(v, kind) for v in value)
+    return Path(value) if isinstance(value, str) and holds_paths(kind) else value

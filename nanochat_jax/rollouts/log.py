@@ -1,16 +1,17 @@
 """rollouts.jsonl: every answer that a run of RL keeps, with what it was worth."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
+from nanochat_jax.rollouts.collector import Group
 
 
 class RolloutLog:
@@ -21,42 +22,38 @@ class RolloutLog:
     """
 
     def __init__(self, folder: Path, size: int = 0):
-        self.file = None
-        if processes.index():  # process 0 writes for all
-            return
-        self.kept = folder / "rollouts.jsonl"
-        path = bucket.fetch(self.kept, exact=True)
-        self.file = path.open("a+b")
-        if self.file.tell() > size:
-            self.file.truncate(size)
-        elif self.file.tell() < size:  # of a folder that was copied or restored in part
-            print0(f"NOTE: {path} has lost answers of earlier steps: {self.file.tell():,} of {size:,} bytes are there")
-            self.file.seek(max(0, self.file.tell() - 1))
-            if self.file.read() not in (b"", b"\n"):
-                self.file.write(b"\n")  # what is written next is a line of its own
+        """size: what a checkpoint has recorded, 0 for a new run. The file is opened when it is first needed, which is
+        when the run's folder is this run's alone. Process 0 writes for all."""
+        self.path, self.size = folder / "rollouts.jsonl", size
 
-    def write(
-        self,
-        step: int,
-        example: int,
-        prompt: Sequence[int],
-        samples: Sequence[Any],
-        rewards: np.ndarray,
-        advantages: np.ndarray,
-        decode: Callable[[Sequence[int]], str],
-    ) -> None:
-        """The samples of one prompt, with their rewards and advantages [G]; floats as short as float32 can be told."""
-        if not self.file:
+    @functools.cached_property
+    def _file(self):
+        local = bucket.fetch(self.path, exact=True)
+        file = local.open("a+b")
+        if file.tell() > self.size:
+            file.truncate(self.size)
+        elif file.tell() < self.size:  # of a folder that was copied or restored in part
+            print0(f"NOTE: {local} has lost answers of earlier steps: {file.tell():,} of {self.size:,} bytes are there")
+            file.seek(max(0, file.tell() - 1))
+            if file.read() not in (b"", b"\n"):
+                file.write(b"\n")  # what is written next is a line of its own
+        return file
+
+    def write(self, step: int, group: Group, decode: Callable[[Sequence[int]], str]) -> None:
+        """The samples of one prompt, with their rewards and advantages; floats as short as float32 can be told."""
+        if processes.index():
             return
-        for number, (sample, reward, advantage) in enumerate(zip(samples, rewards, advantages, strict=True)):
+        for number, (sample, reward, advantage) in enumerate(
+            zip(group.samples, group.rewards, group.advantages, strict=True)
+        ):
             record = {
                 "step": step,
-                "example": example,
+                "example": group.example,
                 "sample": number,
                 "reward": float(reward),
                 "advantage": _short(advantage),
                 "ended": bool(sample.ended),
-                "prompt": decode(prompt),
+                "prompt": decode(group.prompt),
                 "text": decode(sample.tokens),
                 "tools": [{"expression": call.expression, "result": call.result} for call in sample.tool_calls],
                 "tokens": sample.tokens.tolist(),
@@ -64,21 +61,21 @@ class RolloutLog:
                 "logprobs": [_short(value) for value in sample.logprobs],
                 "policy_logprobs": [_short(value) for value in sample.policy_logprobs],
             }
-            self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self.file.flush()  # whoever follows the file sees whole steps
+            self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._file.flush()  # whoever follows the file sees whole steps
 
     def saved(self) -> int:
         """Bytes so far, all of them on disk, or in the bucket."""
-        if not self.file:
+        if processes.index():
             return 0
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        bucket.send(Path(self.file.name), self.kept)
-        return self.file.tell()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        bucket.send(Path(self._file.name), self.path)
+        return self._file.tell()
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
+        if "_file" in vars(self):
+            self._file.close()
 
 
 def _short(value: np.float32) -> float:

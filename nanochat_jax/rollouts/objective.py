@@ -84,6 +84,15 @@ class Objective:
         return self.clip_low is not None or self.clip_high is not None
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Leaves of the batch that `token_loss` needs beside weights; from the second update on old_logprobs too."""
+        return (
+            "advantages",
+            *(["logprobs"] if self.is_cap is not None else []),
+            *(["reference_logprobs"] if self.kl_coef else []),
+        )
+
+    @property
     def _bounds(self) -> tuple[float, float]:
         """Of the ratio."""
         low = -math.inf if self.clip_low is None else 1 - self.clip_low

@@ -17,20 +17,25 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
 
 
-class SmoothedLoss:
-    """Exponential moving average, de-biased so that the first value is the first loss."""
+class SmoothedAverage:
+    """Exponential moving average of one of a step's numbers, de-biased so that the first average is the first value.
 
-    def __init__(self, decay: float = 0.9, total: float = 0.0, weight: float = 0.0):
-        self.decay, self.total, self.weight = decay, total, weight
+    nanochat's base training shows the loss so, with this decay."""
 
-    def update(self, loss: float) -> float:
-        """The average with this loss in it; a loss that is not finite is left out."""
-        if math.isfinite(loss):
-            self.total = self.decay * self.total + (1 - self.decay) * loss
-            self.weight = self.decay * self.weight + (1 - self.decay)
+    DECAY = 0.9
+
+    def __init__(self, name: str = "loss", total: float = 0.0, weight: float = 0.0):
+        self.name, self.total, self.weight = name, total, weight
+
+    def update(self, value: float) -> float:
+        """The average with this value in it; one that is not finite is left out."""
+        if math.isfinite(value):
+            self.total = self.DECAY * self.total + (1 - self.DECAY) * value
+            self.weight = self.DECAY * self.weight + (1 - self.DECAY)
         return self.total / self.weight if self.weight else float("nan")
 
     def state(self) -> list[float]:
+        """[total, weight], which with the name make the average again."""
         return [self.total, self.weight]
 
 
@@ -44,12 +49,14 @@ class MetricsLog:
 
     def __init__(self, folder: Path, run: str, config: dict, *, project: str, resumed_at: int | None):
         self.file = self.wandb = None
+        self._before: list[dict] = []
         if processes.index():  # process 0 writes for all
             return
         bucket.local(folder).mkdir(parents=True, exist_ok=True)
         self.kept = folder / "metrics.jsonl"
         path = bucket.fetch(self.kept, exact=True)
         cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._before = read_metrics(path) if path.exists() and resumed_at is not None else []
         self.file = path.open("a", encoding="utf-8")
         if cut_off:  # the process before this one was killed while it wrote
             self.file.write("\n")
@@ -72,6 +79,10 @@ class MetricsLog:
             self._write({"step": step, **values})
         if self.wandb:
             self.wandb.log({"step": step, **{k: v for k, v in values.items() if isinstance(v, int | float)}})
+
+    def measured_at(self, step: int) -> frozenset[str]:
+        """Names of the measurements that this run, before it was resumed, has recorded of a step."""
+        return frozenset(r["measured"] for r in self._before if r["step"] == step and "measured" in r)
 
     def sync(self) -> None:
         """Force what was logged to disk; called with every checkpoint."""

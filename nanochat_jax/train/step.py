@@ -36,6 +36,17 @@ class TrainState(NamedTuple):
     bad_steps: Any  # int32: updates skipped in a row, because loss or gradient was not finite
 
 
+class StepMetrics(NamedTuple):
+    """What a train step tells of itself, float32."""
+
+    loss: Any  # scalar
+    micro_losses: Any  # [A]
+    grad_norm: Any  # scalar, of the gradient before the optimizer
+    tokens: Any  # scalar: trained ones in the batch
+    ok: Any  # scalar: 0 where the update was skipped because something in it was not finite
+    logprobs: Any = None  # [A,B,T]: log p(target) before the update, 0 in micro-batches without weight; None: not asked
+
+
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before step 1, with an empty optimizer."""
     return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0))
@@ -115,6 +126,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     token_loss: Callable = weighted_nll,
+    loss_inputs: Sequence[str] | None = None,
     dtype=jnp.float32,
     per_micro_batch: bool = False,
     logprobs: bool = False,
@@ -128,12 +140,12 @@ def make_train_step(
     state: a TrainState, real or abstract, for its shardings, which are pinned on the way in and out (else the
     partitioner may move a weight after step 1, and a resumed run is no longer the same program).
     batch: leaves [A,B,T]: inputs, targets, document_start int32; weights float32 >= 0 (1 where the target is trained);
-    and whatever else token_loss(log p(target), aux) reads from aux, which holds all but the first three. The weights it
-    sees are divided by their sum over all micro-batches and devices, so that the loss, a plain sum, depends on neither
-    (a batch with no trained token gives loss 0). per_micro_batch: nanochat's mean of the micro-batches' means instead.
+    and whatever else token_loss(log p(target), aux) reads from aux, which holds all but the first three. loss_inputs:
+    their names, where a batch that holds others is to be refused with a ValueError. The weights that the loss sees are
+    divided by their sum over all micro-batches and devices, so that the loss, a plain sum, depends on neither (a batch
+    with no trained token gives loss 0). per_micro_batch: nanochat's mean of the micro-batches' means instead.
     Micro-batches without weight at the end cost nothing: a batch may be filled up with padding to keep its shape.
-    metrics, float32: loss, micro_losses [A], grad_norm, tokens (trained ones in the batch), ok (0 if it was skipped);
-    with `logprobs` also log p(target) [A,B,T] before the update, 0 in those micro-batches.
+    metrics: StepMetrics, its logprobs only where `logprobs` is set.
     """
     graphdef, _ = abstract_gpt(config, dtype, attention)
 
@@ -152,6 +164,9 @@ def make_train_step(
     def train_step(state: TrainState, batch, *scalars):
         if row_shards() != row_shards(mesh):
             raise ValueError("the train step must be called under jax.set_mesh with the mesh it was made for")
+        needed = {"inputs", "targets", "document_start", "weights", *(loss_inputs or ())}
+        if loss_inputs is not None and set(batch) != needed:
+            raise ValueError(f"a batch must hold {sorted(needed)}, as its plan says, got {sorted(batch)}")
         A = batch["inputs"].shape[0]
         size = jnp.sum(batch["weights"], (1, 2))  # [A]
         total = A * size if per_micro_batch else jnp.broadcast_to(jnp.sum(size), A)
@@ -180,13 +195,14 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        metrics = {
-            "loss": loss,
-            "micro_losses": losses * A if per_micro_batch else losses,
-            "grad_norm": grad_norm,
-            "tokens": jnp.sum(weights > 0, dtype=jnp.float32),
-            "ok": ok.astype(jnp.float32),
-        } | ({"logprobs": logp} if logprobs else {})
+        metrics = StepMetrics(
+            loss=loss,
+            micro_losses=losses * A if per_micro_batch else losses,
+            grad_norm=grad_norm,
+            tokens=jnp.sum(weights > 0, dtype=jnp.float32),
+            ok=ok.astype(jnp.float32),
+            logprobs=logp if logprobs else None,
+        )
         return TrainState(state.step + 1, params, opt_state, jnp.where(ok, 0, state.bad_steps + 1)), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -66,7 +66,7 @@ def write_base(base: Path, tag: str = "d2", step: int = 7, config: GPTConfig = C
     made.save(base / "tokenizer")
     state, groups = random_state(config, seed)
     saver = store.Saver(base / "base_checkpoints" / tag, keep=9)
-    saver.save(step, state, meta(groups, config, step=step, tokenizer=made.digest()))
+    saver.save(step, train.state_items(state), meta(groups, config, step=step, tokenizer=made.digest()))
     saver.wait()
     return saver.folder / str(step)
 

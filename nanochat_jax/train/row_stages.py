@@ -1,0 +1,117 @@
+"""What pretraining and fine-tuning share: both train on packed rows, and validate by bits per byte on others."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nanochat_jax.cli.settings import flag, require
+from nanochat_jax.data.batches import train_batches, validation_batches, without_documents
+from nanochat_jax.data.rows import PackedRows
+from nanochat_jax.distributed.mesh import row_part, row_shards
+from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.sharding import to_global
+from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
+from nanochat_jax.model.cost import flops_per_token
+from nanochat_jax.train.loop import Measurement, Throughput
+from nanochat_jax.train.plan import BatchShape, Plan
+from nanochat_jax.train.start import Start
+
+
+def row_batch_shape(cfg: Any, mesh: Mesh, log: Callable = print0) -> BatchShape:
+    """The shape of a step's batch: as much gradient accumulation as --max-seq-len, --device-batch-size and
+    --total-batch-size need; ValueError where these do not fit together."""
+    for name in ("max_seq_len", "device_batch_size", "total_batch_size"):
+        size = getattr(cfg, name)
+        require(0 < size < 2**31, f"{flag(name)} must be from 1 to 2147483647, got {size}")
+    rows, T, total = cfg.device_batch_size * row_shards(mesh), cfg.max_seq_len, cfg.total_batch_size
+    per_pass = rows * T
+    if total % per_pass:
+        nearest = max(1, round(total / per_pass)) * per_pass
+        raise ValueError(
+            f"--total-batch-size={total} must be a multiple of {per_pass:,} tokens (--device-batch-size="
+            f"{cfg.device_batch_size} x --max-seq-len={T} x {row_shards(mesh)} devices that rows are split over); "
+            f"nearest: {nearest}"
+        )
+    log(f"Tokens per micro-batch: {rows} x {T} = {per_pass:,}")
+    log(f"Total batch size {total:,} => gradient accumulation steps: {total // per_pass}")
+    return BatchShape(total // per_pass, rows, T)
+
+
+def rows_before(start: Start, plan: Plan, step: int) -> int:
+    """Rows that the run has consumed when `step` steps are done: its place in the data."""
+    return start.record.get("rows_consumed", 0) + (step - start.first_step) * plan.batch.rows_per_step
+
+
+def row_record(start: Start, plan: Plan, rows: PackedRows, step: int) -> dict[str, Any]:
+    """What the checkpoint of a step records of the data."""
+    consumed = rows_before(start, plan, step)
+    return {"rows_consumed": consumed, **rows.record(consumed)}
+
+
+@contextlib.contextmanager
+def device_batches(
+    rows: PackedRows, start: Start, plan: Plan, *, document_mask: bool
+) -> Iterator[Iterator[dict[str, jax.Array]]]:
+    """While it is entered, an endless iterator of the run's batches from its first step on: leaves [A,B,T] on the
+    devices. Without `document_mask` a row is one document, as in nanochat."""
+    process_index, process_count = row_part(plan.mesh)
+    batches = train_batches(
+        rows,
+        start_row=rows_before(start, plan, start.first_step),
+        rows_per_step=plan.batch.rows_per_step,
+        micro_batches=plan.batch.micro_batches,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    with contextlib.closing(batches):
+        yield (to_global(b if document_mask else without_documents(b), plan.mesh) for b in batches)
+
+
+def validation(
+    rows: PackedRows | None, plan: Plan, token_bytes: np.ndarray, *, every: int, tokens: int, document_mask: bool
+) -> Measurement:
+    """Bits per byte (val_bpb) on the first `tokens` of `rows`, in whole passes, the same at each call. rows: None
+    measures nothing. token_bytes int32 [V]: bytes of each token, 0 for specials."""
+    if rows is None:
+        return Measurement("validation", -1, lambda params, progress: {})
+    B = plan.batch.rows
+    n_batches = max(1, tokens // (B * rows.T))
+    bits_per_byte = make_bits_per_byte(plan.model, token_bytes, dtype=plan.dtype, attention=plan.attention)
+    process_index, process_count = row_part(plan.mesh)
+
+    def measure(params, progress: Callable[[int, int], None]) -> dict[str, float]:
+        batches = validation_batches(
+            rows,
+            n_rows=n_batches * B,
+            rows_per_batch=B,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        numbers = iter(range(n_batches))
+
+        def on_devices(batch):
+            progress(next(numbers), n_batches)
+            return to_global(batch if document_mask else without_documents(batch), plan.mesh)
+
+        return {"val_bpb": bits_per_byte(params, map(on_devices, batches))}
+
+    return Measurement("validation", every, measure, at_start=True, in_step=True)
+
+
+def throughput(plan: Plan, peak_flops: float | None) -> Throughput:
+    """peak_flops: of all devices together; None: unknown."""
+    return Throughput(plan.batch.tokens_per_step, flops_per_token(plan.model, plan.batch.T), peak_flops)
+
+
+def throughput_line(record: Mapping[str, float]) -> str:
+    """The console's line of a step."""
+    mfu = record["mfu"]
+    shown = "   -  " if np.isnan(mfu) else f"{100 * mfu:5.1f}%"
+    return (
+        f"loss {record['smoothed_loss']:.4f} | lrm {record['lr_multiplier']:.3f} | "
+        f"{record['tokens_per_second']:,.0f} tok/s | mfu {shown} | {record['percent']:.1f}% | epoch {record['epoch']}"
+    )
