@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -45,9 +46,8 @@ class TokenCache:
         self.folder = folder
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            self.name, self.key, self.bos = str(meta["name"]), str(meta["key"]), int(meta["bos"])
-            self.tokenizer = str(meta["tokenizer"])
-            self.n_tokens, self.n_trained = int(meta["tokens"]), int(meta["trained_tokens"])
+            self.name, self.tokenizer = str(meta["name"]), str(meta["tokenizer"])
+            self.bos, self.n_tokens = int(meta["bos"]), int(meta["tokens"])
             for file in FILES:
                 size, checksum = meta["files"][file]["size"], meta["files"][file]["checksum"]
                 if (found := (folder / file).stat().st_size) != size:
@@ -96,6 +96,7 @@ class TokenCache:
         with contextlib.suppress(DamagedCache):
             return cls(final)
         final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned_builds(final.parent)
         lock = _lock(final)
         try:
             lock.acquire(timeout=1)
@@ -111,7 +112,6 @@ class TokenCache:
             return cls(final)
         finally:
             lock.release()
-            _remove_abandoned_builds(final.parent)
 
 
 def cache_key(task, tokenizer) -> str:
@@ -121,14 +121,10 @@ def cache_key(task, tokenizer) -> str:
 
 def open_caches(tasks, tokenizer, folder: Path, log: Callable = print0) -> list[TokenCache]:
     """One cache for each task, in order; tasks of equal name and content share one object."""
-    opened: dict[tuple[str, str], TokenCache] = {}
-    caches = []
-    for task in tasks:
-        known = (task.name, cache_key(task, tokenizer))
-        if known not in opened:
-            opened[known] = TokenCache.open_or_build(task, tokenizer, folder, log)
-        caches.append(opened[known])
-    return caches
+    keys = [(task.name, cache_key(task, tokenizer)) for task in tasks]
+    different = dict(zip(keys, tasks))
+    opened = {key: TokenCache.open_or_build(task, tokenizer, folder, log) for key, task in different.items()}
+    return [opened[key] for key in keys]
 
 
 def _build(task, tokenizer, final: Path, key: str, log: Callable, render: RenderMany | None) -> None:
@@ -165,7 +161,7 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMa
         _npy_writer(folder / "trained.npy", np.int32) as append_trained,
     ):
         append_offsets([0])
-        for rendered in _render(task, tokenizer, render):
+        for rendered in _render(task, render or partial(tokenizer.render_many, max_tokens=None)):
             ends = np.cumsum([len(ids) for ids, _ in rendered])
             mask = np.concatenate([mask for _, mask in rendered]).astype(np.uint8)
             sums = np.add.reduceat(mask, [0, *ends[:-1]], dtype=np.int32)
@@ -184,25 +180,19 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMa
     return {"conversations": entries, "tokens": tokens, "trained_tokens": trained}
 
 
-def _render(task, tokenizer, render: RenderMany | None) -> Iterator[list[Rendering]]:
+def _render(task, render_many: RenderMany) -> Iterator[list[Rendering]]:
     """Batches of uncut entries. ValueError: the first row that cannot be read or rendered, with the reason."""
-    render_many = render or partial(tokenizer.render_many, max_tokens=None)
-    for start in range(0, len(task), RENDER_BATCH):
-        rows = range(start, min(start + RENDER_BATCH, len(task)))
+    for rows in itertools.batched(range(len(task)), RENDER_BATCH):
         try:
-            rendered = render_many([task[i] for i in rows])
-        except Exception:  # find the row to blame; if each alone is fine, the batch's own error is raised
-            for i in rows:
+            yield render_many([task[i] for i in rows])
+        except Exception:
+            for i in rows:  # find the row to blame; if each alone is fine, the batch's own error is raised
                 try:
-                    render([task[i]]) if render else tokenizer.render_conversation(task[i], max_tokens=None)
+                    render_many([task[i]])
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
                     raise ValueError(f"{task.name}, row {i} cannot be rendered: {reason}") from error
             raise
-        for i, (ids, mask) in zip(rows, rendered, strict=True):
-            if not len(ids) or len(ids) != len(mask):
-                raise ValueError(f"{task.name}, row {i} was rendered to {len(ids)} tokens and {len(mask)} mask values")
-        yield rendered
 
 
 @contextlib.contextmanager
@@ -230,15 +220,15 @@ def _npy_writer(path: Path, dtype: type[np.generic]) -> Iterator[Callable[[np.nd
 
 def _checksum(path: Path) -> str:
     """SHA-256 of the file, or of CHECKED_BLOCKS evenly spread blocks of a large one."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
+    size, digest = path.stat().st_size, hashlib.sha256()
+    starts, length = [0], size
+    if size > CHECKED_BLOCKS * BLOCK:
+        starts = [block * (size - BLOCK) // (CHECKED_BLOCKS - 1) for block in range(CHECKED_BLOCKS)]
+        length = BLOCK
     with open(path, "rb") as file:
-        if size <= CHECKED_BLOCKS * BLOCK:
-            digest.update(file.read())
-        else:
-            for block in range(CHECKED_BLOCKS):
-                file.seek(block * (size - BLOCK) // (CHECKED_BLOCKS - 1))
-                digest.update(file.read(BLOCK))
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(length))
     return digest.hexdigest()
 
 

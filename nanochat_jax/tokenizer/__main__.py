@@ -22,14 +22,14 @@ from rich.text import Text
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.cli.settings import Maybe, require
-from nanochat_jax.data.shards import FOLDERS, fetch_shards
+from nanochat_jax.data.shards import FOLDERS, fetch_shards, find_shards
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.tasks import load_task
 from nanochat_jax.tokenizer.bpe import MAX_TOKENS, Tokenizer
 from nanochat_jax.tokenizer.compression import compression_table
 from nanochat_jax.tokenizer.conversation import BadConversation
-from nanochat_jax.tokenizer.corpus import conversation_of, find_files, json_lines, read_texts, training_shards
+from nanochat_jax.tokenizer.corpus import conversation_of, find_files, json_lines, read_texts
 from nanochat_jax.tokenizer.install import FILES, install, refuse_to_replace, staging_folder
 from nanochat_jax.tokenizer.show import format_tokens, visible
 from nanochat_jax.tokenizer.training import check_vocab_size, train_tokenizer
@@ -63,7 +63,10 @@ def train(cfg: Train) -> int:
     with staging_folder(folder) as staging:
         if cfg.download:
             fetch_shards(cfg.download, base_dir() / FOLDERS[0])
-        files = find_files(cfg.input) if cfg.input else training_shards()
+        if cfg.input:
+            files = find_files(cfg.input)
+        else:  # the last shard is for validation
+            files = find_shards(advice="give --input FILE or FOLDER, or --download N")[:-1]
         began = time.monotonic()
         tokenizer, sample, chars, documents = train_with_progress(cfg, files, console)
         refuse_to_replace(folder, cfg.overwrite)  # one that another process has put there since

@@ -20,18 +20,11 @@ from nanochat_jax.files.digest import digest_of
 from nanochat_jax.files.paths import write_atomically
 from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 from nanochat_jax.files.torch_write import write_pt
-from nanochat_jax.tokenizer.conversation import BadConversation, messages_of, role_of, split_conversation
+from nanochat_jax.tokenizer.conversation import BadConversation, messages_of, split_conversation
 
 SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
+    *("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
+    *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
 )
 FORMAT = "nanochat_jax tokenizer 1"  # of tokenizer.json
 MAX_TOKENS = 2048  # nanochat renders with this limit whatever the model's sequence length is
@@ -194,7 +187,7 @@ class Tokenizer:
         The rest is rendered and cut at 2048, then assistant_start is appended: up to 2049 ids.
         """
         messages = messages_of(conversation)
-        if role_of(messages[-1]) != "assistant":
+        if messages[-1].get("role") != "assistant":
             raise BadConversation("the last message must be the assistant's, it is what is to be completed")
         if len(messages) < 2:
             raise BadConversation("there is no message before the one to be completed")
@@ -207,18 +200,12 @@ class Tokenizer:
         """render_conversation of each, as (ids int32 [k], mask uint8 [k]), with every core at work.
 
         The arrays are views into one buffer for the whole call: copy what is to outlive the rest of the batch.
-        BadConversation begins with the conversation's index in this batch.
         """
-        conversations = list(conversations)
         masks, is_special, special_ids, ends = bytearray(), bytearray(), [], []  # of segments; ends: of conversations
 
         def texts():  # splits conversations while the threads encode the texts before
-            for i, conversation in enumerate(conversations):
-                try:
-                    segments = split_conversation(conversation)
-                except BadConversation as e:
-                    raise BadConversation(f"conversation {i}: {e}") from e
-                for text, mask, special in segments:
+            for conversation in conversations:
+                for text, mask, special in split_conversation(conversation):
                     masks.append(mask)
                     is_special.append(special)
                     if special:
@@ -227,18 +214,9 @@ class Tokenizer:
                         yield text
                 ends.append(len(masks))
 
-        try:
-            text_ids, text_lengths = self.encode_many(texts())
-        except UnsplittableText as e:  # rare: render one by one to learn which
-            for i, conversation in enumerate(conversations):
-                try:
-                    self.render_conversation(conversation)
-                except BadConversation as one:
-                    raise BadConversation(f"conversation {i}: {one}") from e
-            raise
-        if not conversations:
+        text_ids, text_lengths = self.encode_many(texts())
+        if not ends:
             return []
-
         is_text = np.frombuffer(is_special, np.uint8) == 0
         lengths = np.ones(len(is_text), np.int64)
         lengths[is_text] = text_lengths

@@ -31,17 +31,15 @@ def split_conversation(conversation: dict) -> list[Segment]:
     """The conversation's segments, in order. BadConversation: it has none."""
     messages = messages_of(conversation)
     first, system = 0, ""
-    if role_of(messages[0]) == "system":
-        if len(messages) < 2 or role_of(messages[1]) != "user":
+    if messages[0].get("role") == "system":
+        if len(messages) < 2 or messages[1].get("role") != "user":
             raise BadConversation("a system message must be followed by a user message")
         first, system = 1, _text(messages[0], "the system message") + "\n\n"
 
     segments = [BOS]
     for i in range(first, len(messages)):
-        message = messages[i]
-        expected = "user" if (i - first) % 2 == 0 else "assistant"
-        role = role_of(message)
-        if role != expected:
+        message, expected = messages[i], "user" if (i - first) % 2 == 0 else "assistant"
+        if (role := message.get("role")) != expected:
             raise BadConversation(f"message {i} must be from {expected!r}, as roles alternate, got {role!r:.40}")
         if role == "user":
             text = _text(message, f"user message {i}")
@@ -78,20 +76,17 @@ def _split_part(part, k: int, i: int) -> list[Segment]:
     return [OUTPUT_START, Segment(text, 0), OUTPUT_END]
 
 
-def messages_of(conversation) -> list:
-    """A copy of the conversation's list of messages, at least one."""
+def messages_of(conversation) -> list[dict]:
+    """A copy of the conversation's list of messages, of which there is at least one."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list | tuple):
         raise BadConversation('a conversation must be a dict with a list of "messages"')
     if not messages:
         raise BadConversation("the conversation has no messages")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise BadConversation(f"a message must be a dict with role and content, got {type(message).__name__}")
     return list(messages)
-
-
-def role_of(message):
-    if not isinstance(message, dict):
-        raise BadConversation(f"a message must be a dict with role and content, got {type(message).__name__}")
-    return message.get("role")
 
 
 def _text(message: dict, place: str) -> str:

@@ -5,16 +5,11 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanochat_jax.data.shards import Documents, find_shards
+from nanochat_jax.data.shards import Documents
 from nanochat_jax.tokenizer.conversation import BadConversation, split_conversation
 
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # files that are read in a folder; one that is named may have any
 MAX_LINE = 64 << 20  # bytes of a JSON line, so that a file without line ends does not fill the memory
-
-
-def training_shards() -> list[Path]:
-    """The base directory's pretraining shards but the last, which is for validation. FileNotFoundError: none."""
-    return find_shards(advice="give --input FILE or FOLDER, or --download N")[:-1]
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:

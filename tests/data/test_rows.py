@@ -1,68 +1,13 @@
-import hashlib
-import inspect
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""Mixtures of conversations, their rows, and batches of these rows."""
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from nanochat_jax.data.batches import train_batches, validation_batches
 from nanochat_jax.data.conversations import ConversationRows, ConversationStore
 from nanochat_jax.data.rows import assemble, shuffled
-from nanochat_jax.data.token_cache import RENDER_BATCH, TokenCache, _checksum, open_caches
-
-BOS, END = 256, 257
-
-
-class StubTask(list):
-    """Conversations are (user text, assistant text)."""
-
-    name = "stub/task"
-
-    def fingerprint(self):
-        return hashlib.sha256(json.dumps(list(self)).encode()).hexdigest()
-
-
-class StubTokenizer:
-    """Bytes; bos, the user's (mask 0), the assistant's and an end token (mask 1)."""
-
-    bos, vocab_size, RENDERING = 256, 300, 1
-
-    def digest(self):
-        return "stub"
-
-    def render_conversation(self, conversation, max_tokens=2048):
-        user, assistant = conversation
-        if not user:
-            raise ValueError("no user message")
-        ids = [256, *user.encode(), *assistant.encode(), 257]
-        mask = [0] * (1 + len(user.encode())) + [1] * (len(assistant.encode()) + 1)
-        return ids[:max_tokens], mask[:max_tokens]
-
-    def render_many(self, conversations, max_tokens=2048):
-        return [self.render_conversation(conversation, max_tokens) for conversation in conversations]
-
-
-class SilentTokenizer(StubTokenizer):
-    """Trains on nothing."""
-
-    def digest(self):
-        return "silent"
-
-    def render_conversation(self, conversation, max_tokens=2048):
-        ids, mask = super().render_conversation(conversation, max_tokens)
-        return ids, [0] * len(mask)
-
-
-def make_task(n, seed=0, longest=30):
-    rng = np.random.default_rng(seed)
-    return StubTask(
-        ["q" * rng.integers(1, longest), "".join(chr(c) for c in rng.integers(97, 122, rng.integers(1, longest)))]
-        for _ in range(n)
-    )
+from nanochat_jax.data.token_cache import TokenCache, open_caches
+from tests.support.stub_tasks import BOS, END, SilentTokenizer, StubTask, StubTokenizer, make_task
 
 
 def make_rows(folder, n=60, T=64, seed=0):
@@ -82,173 +27,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(a[name], b[name])
 
 
-# ---------------------------------------------------------------------------------------------------- the token cache
-
-
-def test_a_cache_gives_back_what_was_rendered(tmp_path):
-    task, tokenizer, said = make_task(RENDER_BATCH + 77), StubTokenizer(), []
-    built = TokenCache.open_or_build(task, tokenizer, tmp_path, log=said.append)
-    opened = TokenCache.open_or_build(task, tokenizer, tmp_path, log=said.append)
-    assert len(said) == 1 and "stub/task" in said[0]
-    for cache in (built, opened):
-        rendered = [tokenizer.render_conversation(conversation, None) for conversation in task]
-        for i, (ids, mask) in enumerate(rendered):
-            got_ids, got_mask = cache.get(i)
-            assert got_ids.dtype == np.uint16 and got_ids.tolist() == ids and got_mask.tolist() == mask
-        got_ids, got_mask = cache.get(5, limit=4)
-        assert got_ids.tolist() == rendered[5][0][:4] and got_mask.tolist() == rendered[5][1][:4]
-        assert cache.lengths.tolist() == [len(ids) for ids, _ in rendered]
-        assert cache.trained.tolist() == [sum(mask) for _, mask in rendered]
-        assert cache.n_tokens == sum(len(ids) for ids, _ in rendered)
-        assert (len(cache), cache.bos, cache.name) == (len(task), BOS, "stub/task")
-
-
-def test_renderings_are_stored_whole_and_wide_vocabularies_take_four_bytes(tmp_path):
-    tokenizer = StubTokenizer()
-    tokenizer.vocab_size = 65_537
-    cache = TokenCache.open_or_build(StubTask([["q", "x" * 5000]]), tokenizer, tmp_path, log=str)
-    assert len(cache.get(0)[0]) == 5003 and cache.get(0)[0].dtype == np.uint32
-
-
-def test_the_cache_of_an_empty_task_opens(tmp_path):
-    for _ in range(2):
-        cache = TokenCache.open_or_build(StubTask(), StubTokenizer(), tmp_path, log=str)
-        assert len(cache) == 0 and cache.n_tokens == 0
-    with pytest.raises(IndexError, match="has 0 conversations"):
-        cache.get(0)
-
-
-def test_one_changed_character_or_another_tokenizer_makes_another_cache(tmp_path):
-    task, other = StubTask([["hello", "you"]]), StubTask([["hello", "yoo"]])
-    first = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
-    second = TokenCache.open_or_build(other, StubTokenizer(), tmp_path, log=str)
-    third = TokenCache.open_or_build(task, SilentTokenizer(), tmp_path, log=str)
-    assert len({first.key, second.key, third.key}) == 3
-    assert len({first.folder, second.folder, third.folder}) == 3
-    assert first.get(0)[0].tolist() != second.get(0)[0].tolist()
-
-
-def test_a_task_named_twice_is_opened_once(tmp_path):
-    task = make_task(4)
-    first, second, third = open_caches([task, make_task(4, seed=1), make_task(4)], StubTokenizer(), tmp_path, log=str)
-    assert first is third and first is not second
-
-
-def test_a_row_that_cannot_be_rendered_is_named_and_leaves_nothing_behind(tmp_path):
-    task = make_task(RENDER_BATCH + 9)
-    task[RENDER_BATCH + 4] = ["", "answer"]
-    with pytest.raises(ValueError, match=rf"stub/task, row {RENDER_BATCH + 4} cannot be rendered: .*no user message"):
-        TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
-
-
-def cut_short(folder):
-    path = folder / "ids.npy"
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def flip_a_byte(folder):
-    path = folder / "mask.npy"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 255
-    path.write_bytes(data)
-
-
-def lose_a_file(folder):
-    (folder / "offsets.npy").unlink()
-
-
-def break_the_meta_file(folder):
-    (folder / "meta.json").write_text("{")
-
-
-def forget_a_field(folder):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "files": {}}))
-
-
-@pytest.mark.parametrize("damage", [cut_short, flip_a_byte, lose_a_file, break_the_meta_file, forget_a_field])
-def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, damage):
-    task, said = make_task(20), []
-    before = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
-    wanted = [(ids.tolist(), mask.tolist()) for ids, mask in map(before.get, range(20))]
-    damage(before.folder)
-    after = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=said.append)
-    assert [(ids.tolist(), mask.tolist()) for ids, mask in map(after.get, range(20))] == wanted
-    assert len(said) == 2 and str(before.folder) in said[0] and "damaged" in said[0]
-
-
-def test_the_checksum_of_a_large_file_sees_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.data.token_cache.CHECKED_BLOCKS", 3)
-    monkeypatch.setattr("nanochat_jax.data.token_cache.BLOCK", 10)
-    sums = set()
-    for place in (None, 0, 99):
-        data = bytearray(100)
-        if place is not None:
-            data[place] = 1
-        (tmp_path / "file").write_bytes(data)
-        sums.add(_checksum(tmp_path / "file"))
-    assert len(sums) == 3
-
-
-def start_builder(folder, n, in_a_batch):
-    """A process that builds the cache of make_task-like data; `in_a_batch` is run for each batch rendered."""
-    program = f"""
-import hashlib, json, os, signal, sys, time
-from pathlib import Path
-from nanochat_jax.data.token_cache import TokenCache
-{inspect.getsource(StubTask)}
-{inspect.getsource(StubTokenizer)}
-class Tokenizer(StubTokenizer):
-    batches = 0
-    def render_many(self, conversations, max_tokens=2048):
-        self.batches += 1
-        {in_a_batch}
-        return super().render_many(conversations, max_tokens)
-folder = Path({str(folder)!r})
-cache = TokenCache.open_or_build(StubTask([["q", str(i)] for i in range({n})]), Tokenizer(), folder, log=print)
-print("opened", len(cache), cache.n_tokens)
-"""
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_processes_at_once_build_a_cache_once(tmp_path):
-    builders = [start_builder(tmp_path, 50, "time.sleep(1.5)") for _ in range(2)]
-    outputs = [builder.communicate(timeout=60)[0] for builder in builders]
-    assert [builder.returncode for builder in builders] == [0, 0]
-    assert sum("tokenized stub/task" in output for output in outputs) == 1
-    assert len({output.splitlines()[-1] for output in outputs}) == 1 and "opened 50" in outputs[0]
-
-
-def test_what_a_killed_build_left_is_cleaned_up(tmp_path):
-    n = RENDER_BATCH + 5
-    killed = start_builder(tmp_path, n, "if self.batches == 2: os.kill(os.getpid(), signal.SIGKILL)")
-    killed.communicate(timeout=60)
-    assert killed.returncode == -9
-    (left,) = tmp_path.glob("*.building")
-    assert (left / "ids.npy").exists()
-    cache = TokenCache.open_or_build(StubTask(["q", str(i)] for i in range(n)), StubTokenizer(), tmp_path, log=str)
-    assert len(cache) == n and not left.exists()
-
-
-def test_only_builds_that_nobody_is_at_are_swept(tmp_path):
-    for name in ("dead-1", "alive-2"):
-        (tmp_path / f"{name}.building").mkdir()
-    with FileLock(tmp_path / ".alive-2.lock"):
-        TokenCache.open_or_build(make_task(3), StubTokenizer(), tmp_path, log=str)
-    assert [p.name for p in tmp_path.glob("*.building")] == ["alive-2.building"]
-
-
-def test_a_cache_that_is_there_is_opened_without_the_tokenizers_work(tmp_path, monkeypatch):
-    task = make_task(30)
-    built = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
-    for name in ("render_conversation", "render_many"):
-        monkeypatch.delattr(StubTokenizer, name)
-    assert len(TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)) == len(built) == 30
-
-
-# -------------------------------------------------------------------------------------------------------- the mixture
+# ---- the mixture
 
 
 def test_a_store_gathers_its_sources_and_reports_their_shares(tmp_path):
@@ -293,7 +72,7 @@ def test_a_conversation_is_cut_to_the_render_limit_then_to_the_row(tmp_path, T, 
     assert rows.batch([0])["weights"].sum() == limit - 2  # not the bos, not the question
 
 
-# ----------------------------------------------------------------------------------------------------------- the rows
+# ---- the rows
 
 
 def test_a_row_tells_targets_weights_and_where_each_document_starts():
@@ -365,7 +144,7 @@ def test_weights_count_every_trained_token_of_an_epoch(tmp_path):
     assert batch["weights"].sum() == rows.store.counts()["stub/task"].trained_tokens
 
 
-# -------------------------------------------------------------------------------------------------------- the batches
+# ---- the batches
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -139,7 +140,7 @@ def test_a_bad_conversation_is_refused_in_one_sentence(conversation):
     with pytest.raises(BadConversation) as one:
         TOKENIZER.render_conversation(conversation)
     assert "\n" not in str(one.value)
-    with pytest.raises(BadConversation, match=r"^conversation 1: "):
+    with pytest.raises(BadConversation, match=re.escape(str(one.value))):
         TOKENIZER.render_many([chat("u", "a"), conversation])
 
 
@@ -191,7 +192,7 @@ def test_a_text_on_which_tiktoken_panics_is_an_ordinary_error(capfd):
     text = " " * 2_000_000 + "x"
     with pytest.raises(UnsplittableText, match="white space"):
         TOKENIZER.encode(text)
-    with pytest.raises(BadConversation, match=r"^conversation 1: "):
+    with pytest.raises(UnsplittableText, match="white space"):
         TOKENIZER.render_many([chat("u", "a"), chat(text, "a")])
 
 
