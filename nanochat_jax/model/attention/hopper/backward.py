@@ -1,4 +1,4 @@
-"""The Hopper kernels of flash attention's gradients: dq, and dk with dv. Shapes and units as in `mosaic_gpu`."""
+"""The Hopper kernels of flash attention's gradients: dq, and dk with dv. Shapes, units and names as in forward.py."""
 
 import math
 
@@ -8,28 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanochat_jax.model.attention.hopper import primitives as hopper
 from nanochat_jax.model.attention.hopper.blocks import key_ranges, query_ranges
-from nanochat_jax.model.attention.hopper.primitives import (
-    BLOCK,
-    COMPUTE_REGISTERS,
-    COPY_REGISTERS,
-    DKV,
-    DQ,
-    PER_COLUMN,
-    PER_ROW,
-    ROWS,
-    WARPGROUPS,
-    feed,
-    hopper_kernel,
-    iota,
-    left_operand,
-    mask,
-    per_column,
-    per_row,
-    rows,
-    tiled,
-    walk,
-)
+from nanochat_jax.model.attention.hopper.primitives import BLOCK, DKV, DQ, PER_COLUMN, PER_ROW, ROWS, WARPGROUPS
 
 
 def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
@@ -39,30 +20,27 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
     step, stages = DQ[H]
     ranges = key_ranges(k_start, BLOCK, step)
 
-    def attention_dq(q_gm, k_gm, v_gm, start_gm, do_gm, lse_gm, delta_gm, *rest, q_sm, do_sm, k_sm, v_sm, **more):
-        *ranges_gm, dq_gm = rest
-        q_in, ready, free = more["q_in"], more["ready"], more["free"]
+    def attention_dq(*arrays, q_sm, do_sm, k_sm, v_sm, q_in, ready, free, ds_sm=None):
+        q_gm, k_gm, v_gm, start_gm, do_gm, lse_gm, delta_gm, *ranges_gm, dq_gm = arrays
         b, n, w = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("warpgroup")
-        i = T // BLOCK - 1 - lax.axis_index("i")
+        i = T // BLOCK - 1 - lax.axis_index("i")  # the longest first
         visited = tuple(x[b, i] for x in ranges_gm)
         first, last = visited[0], visited[-1]
 
         def copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
             for other in range(WARPGROUPS):
-                plgpu.copy_gmem_to_smem(q_gm.at[b, rows(i, other), n], q_sm.at[other], q_in.at[other])
-                plgpu.copy_gmem_to_smem(do_gm.at[b, rows(i, other), n], do_sm.at[other], q_in.at[other])
+                plgpu.copy_gmem_to_smem(q_gm.at[b, hopper.rows(i, other), n], q_sm.at[other], q_in.at[other])
+                plgpu.copy_gmem_to_smem(do_gm.at[b, hopper.rows(i, other), n], do_sm.at[other], q_in.at[other])
 
             @pl.loop(first, last)
             def _(j):
                 here = (b, pl.ds(j * step, step), lax.div(n, G))
-                feed(j - first, stages, [(k_gm.at[here], k_sm), (v_gm.at[here], v_sm)], ready, free)
+                hopper.fill_slot(j - first, stages, [(k_gm.at[here], k_sm), (v_gm.at[here], v_sm)], ready, free)
 
         def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            start = plgpu.load(start_gm.at[b, rows(i, w)], layout=PER_ROW, optimized=False)
-            lse = plgpu.load(lse_gm.at[b, n, rows(i, w)], layout=PER_ROW, optimized=False)
-            delta = plgpu.load(delta_gm.at[b, n, rows(i, w)], layout=PER_ROW, optimized=False)
+            start = plgpu.load(start_gm.at[b, hopper.rows(i, w)], layout=PER_ROW, optimized=False)
+            lse = plgpu.load(lse_gm.at[b, n, hopper.rows(i, w)], layout=PER_ROW, optimized=False)
+            delta = plgpu.load(delta_gm.at[b, n, hopper.rows(i, w)], layout=PER_ROW, optimized=False)
             plgpu.barrier_wait(q_in.at[w])
 
             def accumulate(dq):
@@ -73,31 +51,31 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
                     def products(s_acc, dp_acc):
                         plgpu.wgmma(s_acc, q_sm.at[w], k_sm.at[slot].transpose((1, 0)))
                         plgpu.wgmma(dp_acc, do_sm.at[w], v_sm.at[slot].transpose((1, 0)))
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the second product still runs
                         if masked:
-                            query, key = iota(s, 0, i * BLOCK + w * ROWS), iota(s, 1, j * step)
-                            s = mask(s, query, key, per_row(start, step))
-                        p = jnp.exp2(s * scale - per_row(lse, step))
-                        return (p * (dp_acc[...] - per_row(delta, step))).astype(q.dtype)
+                            query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
+                            s = hopper.mask(s, query, key, hopper.per_row(start, step))
+                        p = jnp.exp2(s * scale - hopper.per_row(lse, step))
+                        return (p * (dp_acc[...] - hopper.per_row(delta, step))).astype(q.dtype)
 
                     acc = plgpu.ACC((ROWS, step), jnp.float32)
                     ds = pl.run_scoped(products, acc, acc)
-                    plgpu.wgmma(dq, left_operand(ds, more.get("ds_sm"), w), k_sm.at[slot])
+                    plgpu.wgmma(dq, hopper.left_operand(ds, ds_sm, w), k_sm.at[slot])
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
 
-                walk(visited, visit, None)
+                hopper.visit_blocks(visited, visit, None)
                 return dq[...]
 
             dq = pl.run_scoped(accumulate, plgpu.ACC((ROWS, H), jnp.float32))
-            q_sm[w] = (dq * (scale * math.log(2))).astype(q.dtype)
+            q_sm[w] = (dq * (scale * math.log(2))).astype(q.dtype)  # scale without its log2(e)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_sm.at[w], dq_gm.at[b, rows(i, w), n])
+            plgpu.copy_smem_to_gmem(q_sm.at[w], dq_gm.at[b, hopper.rows(i, w), n])
             plgpu.wait_smem_to_gmem(0)
 
-        lax.cond(w == WARPGROUPS, copy, compute)
+        hopper.split_roles(w, copy, compute)
 
-    own, ring = tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), tiled(stages, step, H, dtype=q.dtype)
+    own, ring = hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), hopper.tiled(stages, step, H, dtype=q.dtype)
     memory = {
         "q_sm": own,
         "do_sm": own,
@@ -107,9 +85,9 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
         "ready": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     }
-    staged = {"ds_sm": tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
-    out_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    kernel = hopper_kernel(attention_dq, out_type, {"b": B, "n": N, "i": T // BLOCK}, memory, staged, interpret)
+    interpreter_memory = {"ds_sm": hopper.tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
+    out_type, grid = jax.ShapeDtypeStruct(q.shape, q.dtype), {"b": B, "n": N, "i": T // BLOCK}
+    kernel = hopper.hopper_kernel(attention_dq, out_type, grid, memory, interpreter_memory, interpret)
     return kernel(q, k, v, k_start, do, lse, delta, *ranges)
 
 
@@ -121,22 +99,22 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
     step, stages = DKV[H]
     ranges = query_ranges(k_start, step, BLOCK)
 
-    def attention_dkv(q_gm, k_gm, v_gm, start_gm, do_gm, lse_gm, delta_gm, *rest, k_sm, v_sm, q_sm, do_sm, **more):
-        *ranges_gm, dk_gm, dv_gm = rest
-        start_sm, lse_sm, delta_sm = more["start_sm"], more["lse_sm"], more["delta_sm"]
-        k_in, ready, free = more["k_in"], more["ready"], more["free"]
-        b, m, j, w = (lax.axis_index(x) for x in ("b", "m", "j", "warpgroup"))
+    def attention_dkv(
+        *arrays, k_sm, v_sm, q_sm, do_sm, start_sm, lse_sm, delta_sm, k_in, ready, free, p_sm=None, ds_sm=None
+    ):
+        q_gm, k_gm, v_gm, start_gm, do_gm, lse_gm, delta_gm, *ranges_gm, dk_gm, dv_gm = arrays
+        b, m, j, w = (lax.axis_index(x) for x in ("b", "m", "j", "warpgroup"))  # m: kv head
         visited = tuple(x[b, j] for x in ranges_gm)
         first, last = visited[0], visited[-1]
 
-        def count(g, i):  # blocks before this one, over the heads of the group
+        def count(g, i):
+            """How many blocks come before block i of query head g of the group."""
             return g * (last - first) + i - first
 
         def copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
             for other in range(WARPGROUPS):
-                plgpu.copy_gmem_to_smem(k_gm.at[b, rows(j, other), m], k_sm.at[other], k_in.at[other])
-                plgpu.copy_gmem_to_smem(v_gm.at[b, rows(j, other), m], v_sm.at[other], k_in.at[other])
+                plgpu.copy_gmem_to_smem(k_gm.at[b, hopper.rows(j, other), m], k_sm.at[other], k_in.at[other])
+                plgpu.copy_gmem_to_smem(v_gm.at[b, hopper.rows(j, other), m], v_sm.at[other], k_in.at[other])
 
             @pl.loop(0, G)
             def _(g):
@@ -145,10 +123,9 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
                     n, here = m * G + g, pl.ds(i * step, step)
                     copies = [(x.at[b, here, n], y) for x, y in ((q_gm, q_sm), (do_gm, do_sm))]
                     copies += [(x.at[b, n, here], y) for x, y in ((lse_gm, lse_sm), (delta_gm, delta_sm))]
-                    feed(count(g, i), stages, [*copies, (start_gm.at[b, here], start_sm)], ready, free)
+                    hopper.fill_slot(count(g, i), stages, [*copies, (start_gm.at[b, here], start_sm)], ready, free)
 
         def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             plgpu.barrier_wait(k_in.at[w])
 
             def accumulate(dk, dv):
@@ -157,45 +134,45 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
                     plgpu.barrier_wait(ready.at[slot])
 
                     def per_query(x):
-                        return per_column(plgpu.load(x.at[slot], layout=PER_COLUMN), ROWS)
+                        return hopper.per_column(plgpu.load(x.at[slot], layout=PER_COLUMN), ROWS)
 
                     def products(s_acc, dp_acc):  # transposed: a row is a key, a column a query
                         plgpu.wgmma(s_acc, k_sm.at[w], q_sm.at[slot].transpose((1, 0)))
                         plgpu.wgmma(dp_acc, v_sm.at[w], do_sm.at[slot].transpose((1, 0)))
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the second product still runs
                         if masked:
-                            query, key = iota(s, 1, i * step), iota(s, 0, j * BLOCK + w * ROWS)
-                            s = mask(s, query, key, per_query(start_sm))
+                            query, key = hopper.positions(s, 1, i * step), hopper.positions(s, 0, j * BLOCK + w * ROWS)
+                            s = hopper.mask(s, query, key, per_query(start_sm))
                         p = jnp.exp2(s * scale - per_query(lse_sm))
-                        plgpu.wgmma(dv, left_operand(p.astype(q.dtype), more.get("p_sm"), w), do_sm.at[slot])
+                        plgpu.wgmma(dv, hopper.left_operand(p.astype(q.dtype), p_sm, w), do_sm.at[slot])
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)  # dv's product still runs
                         return (p * (dp - per_query(delta_sm))).astype(q.dtype)
 
                     acc = plgpu.ACC((ROWS, step), jnp.float32)
                     ds = pl.run_scoped(products, acc, acc)
-                    plgpu.wgmma(dk, left_operand(ds, more.get("ds_sm"), w), q_sm.at[slot])
+                    plgpu.wgmma(dk, hopper.left_operand(ds, ds_sm, w), q_sm.at[slot])
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free.at[slot])
                     return g
 
                 @pl.loop(0, G)
                 def _(g):
-                    walk(visited, visit, g)
+                    hopper.visit_blocks(visited, visit, g)
 
                 return dk[...], dv[...]
 
             acc = plgpu.ACC((ROWS, H), jnp.float32)
             dk, dv = pl.run_scoped(accumulate, acc, acc)
-            k_sm[w] = (dk * (scale * math.log(2))).astype(k.dtype)
+            k_sm[w] = (dk * (scale * math.log(2))).astype(k.dtype)  # scale without its log2(e)
             v_sm[w] = dv.astype(v.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_sm.at[w], dk_gm.at[b, rows(j, w), m])
-            plgpu.copy_smem_to_gmem(v_sm.at[w], dv_gm.at[b, rows(j, w), m])
+            plgpu.copy_smem_to_gmem(k_sm.at[w], dk_gm.at[b, hopper.rows(j, w), m])
+            plgpu.copy_smem_to_gmem(v_sm.at[w], dv_gm.at[b, hopper.rows(j, w), m])
             plgpu.wait_smem_to_gmem(0)
 
-        lax.cond(w == WARPGROUPS, copy, compute)
+        hopper.split_roles(w, copy, compute)
 
-    own, ring = tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), tiled(stages, step, H, dtype=q.dtype)
+    own, ring = hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), hopper.tiled(stages, step, H, dtype=q.dtype)
     vector = plgpu.SMEM((stages, step), jnp.float32)
     memory = {
         "k_sm": own,
@@ -209,7 +186,8 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
         "ready": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     }
-    staged = dict.fromkeys(("p_sm", "ds_sm"), tiled(WARPGROUPS, ROWS, step, dtype=q.dtype))
+    interpreter_memory = dict.fromkeys(("p_sm", "ds_sm"), hopper.tiled(WARPGROUPS, ROWS, step, dtype=q.dtype))
     out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype))
-    kernel = hopper_kernel(attention_dkv, out_type, {"b": B, "m": K, "j": T // BLOCK}, memory, staged, interpret)
+    grid = {"b": B, "m": K, "j": T // BLOCK}
+    kernel = hopper.hopper_kernel(attention_dkv, out_type, grid, memory, interpreter_memory, interpret)
     return kernel(q, k, v, k_start, do, lse, delta, *ranges)

@@ -1,9 +1,8 @@
-"""Which blocks of keys and queries attention has to visit, from the first visible key of each query.
+"""Which blocks of keys and queries the kernels visit, from the first key that each query sees.
 
-Query t sees the keys k_start[t]..t. Cut into blocks of `block_q` queries and `block_k` keys, a block of queries has a
-range of key blocks [first, last) that hold something it sees, and inside it a range [full_first, full_last) of blocks
-that all its queries see whole, where no mask is needed. The other way round for a block of keys. Ranges may be empty;
-first <= full_first <= full_last <= last. All arrays are int32 [B, blocks].
+Query t sees the keys k_start[t]..t. Of blocks of `block_q` queries and `block_k` keys, a block of queries has a range
+of key blocks [first, last) that hold something it sees, and in that a range [full_first, full_last) of blocks that all
+its queries see whole, where no mask is needed. For a block of keys it is the other way round.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,9 @@ import jax.numpy as jnp
 
 
 class Ranges(NamedTuple):
-    """Half-open ranges of blocks, one per block of the other side: visit [first, last), mask outside the full range."""
+    """Visit [first, last), mask outside of [full_first, full_last). All int32 [B, blocks of the visiting side].
+
+    first <= full_first <= full_last <= last; ranges may be empty."""
 
     first: jax.Array
     full_first: jax.Array
@@ -22,6 +23,7 @@ class Ranges(NamedTuple):
 
 
 def _extremes(k_start, block_q):
+    """The smallest and the largest k_start of each block of queries, [B, T // block_q]."""
     B, T = k_start.shape
     if T % block_q:
         raise ValueError(f"length must be a multiple of the block, got {T} and {block_q}")
@@ -51,8 +53,9 @@ def query_ranges(k_start, block_q: int, block_k: int) -> Ranges:
     begin = jnp.arange(T // block_k)[None, :, None] * block_k  # each key block's first key
     end, i = begin + block_k, jnp.arange(blocks)[None, None]
     low, high = low[:, None], high[:, None]
-    # k_start does not decrease, so both sets of query blocks are prefixes of what causality leaves; taking the last and
-    # the first index keeps the ranges safe (too wide, too much masked) even where the promise is broken.
+    # k_start does not decrease, so the query blocks that see a part of the key block, and those that see all of it, are
+    # both prefixes of what causality leaves. Taking the last and the first index keeps the ranges safe (too wide, too
+    # much masked) even where that promise is broken.
     last = 1 + jnp.max(jnp.where(low < end, i, -1), -1)  # [B, key blocks]
     cut = jnp.min(jnp.where(high > begin, i, blocks), -1)
     begin, end = begin[..., 0], end[..., 0]

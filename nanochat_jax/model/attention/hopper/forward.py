@@ -1,13 +1,14 @@
 """Flash attention on Hopper GPUs with our own kernels (Pallas, Mosaic GPU), forward and backward.
 
 The mathematics is FlashAttention-2's (arXiv 2307.08691), the division of labour FlashAttention-3's (arXiv 2407.08608):
-of a program's three warpgroups one only issues TMA copies into a ring of shared-memory stages, two multiply (wgmma) and
-do the softmax in registers. Each kernel visits only the blocks of `attention.blocks` and masks only those that need it.
-No atomics: every output element has one writer, so results repeat bit for bit.
+of a program's three warpgroups one only issues TMA copies into a ring of shared memory, two multiply (wgmma) and do the
+softmax in registers. Each kernel visits only the blocks of hopper/blocks.py and masks only those that need it. There
+are no atomics: every output element has one writer, so results repeat bit for bit.
 
-Inside, for all three kernels: q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; lse, delta float32 [B,N,T]; T a
-multiple of BLOCK. Scores are in base 2: `scale` > 0 holds log2(e), and lse is a base-2 logarithm. `interpret` runs the
-same programs, warpgroups and barriers included, on a CPU.
+All three kernels take q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; lse, delta float32 [B,N,T]; T a multiple
+of BLOCK. Scores are in base 2: `scale` > 0 holds log2(e), and lse is a base-2 logarithm. `interpret` runs the same
+programs, warpgroups and barriers included, on a CPU. Names end in _gm for arrays in global and _sm for those in shared
+memory; other scratch names are barriers: *_in, ready: the data has arrived; *_free, free: it is no longer needed.
 """
 
 import math
@@ -20,29 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanochat_jax.model.attention.hopper import primitives as hopper
 from nanochat_jax.model.attention.hopper.backward import grad_keys, grad_queries
 from nanochat_jax.model.attention.hopper.blocks import key_ranges
-from nanochat_jax.model.attention.hopper.primitives import (
-    BLOCK,
-    COMPUTE_REGISTERS,
-    COPY_REGISTERS,
-    FORWARD,
-    PER_ROW,
-    ROWS,
-    WARPGROUPS,
-    WGMMA,
-    accumulate,
-    feed,
-    full,
-    hopper_kernel,
-    iota,
-    left_operand,
-    mask,
-    per_row,
-    rows,
-    tiled,
-    walk,
-)
+from nanochat_jax.model.attention.hopper.primitives import BLOCK, FORWARD, ROWS, WARPGROUPS
 from nanochat_jax.model.attention.residuals import LSE, OUT
 
 
@@ -112,35 +94,32 @@ def forward(q, k, v, k_start, scale, interpret):
     step, stages = FORWARD[H]
     ranges = key_ranges(k_start, BLOCK, step)
 
-    def attention_forward(q_gm, k_gm, v_gm, start_gm, *rest, q_sm, k_sm, v_sm, lse_sm, q_in, k_in, v_in, **more):
-        *ranges_gm, o_gm, lse_gm = rest
-        k_free, v_free, turns = more["k_free"], more["v_free"], more["turns"]
+    def attention_forward(*arrays, q_sm, k_sm, v_sm, lse_sm, q_in, k_in, v_in, k_free, v_free, turns, p_sm=None):
+        q_gm, k_gm, v_gm, start_gm, *ranges_gm, o_gm, lse_gm = arrays
         b, n, w = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("warpgroup")
         i = T // BLOCK - 1 - lax.axis_index("i")  # the longest first: causality gives block i i + 1 blocks of keys
         visited = tuple(x[b, i] for x in ranges_gm)
         first, last = visited[0], visited[-1]
 
         def copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
             for other in range(WARPGROUPS):
-                plgpu.copy_gmem_to_smem(q_gm.at[b, rows(i, other), n], q_sm.at[other], q_in.at[other])
+                plgpu.copy_gmem_to_smem(q_gm.at[b, hopper.rows(i, other), n], q_sm.at[other], q_in.at[other])
 
             @pl.loop(first, last)
             def _(j):
                 here = (b, pl.ds(j * step, step), lax.div(n, G))
-                feed(j - first, stages, [(k_gm.at[here], k_sm)], k_in, k_free)
-                feed(j - first, stages, [(v_gm.at[here], v_sm)], v_in, v_free)
+                hopper.fill_slot(j - first, stages, [(k_gm.at[here], k_sm)], k_in, k_free)
+                hopper.fill_slot(j - first, stages, [(v_gm.at[here], v_sm)], v_in, v_free)
 
         def take_turns():
             plgpu.barrier_arrive(turns)
             plgpu.barrier_wait(turns)
 
         def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            start = plgpu.load(start_gm.at[b, rows(i, w)], layout=PER_ROW, optimized=False)
+            start = plgpu.load(start_gm.at[b, hopper.rows(i, w)], layout=hopper.PER_ROW, optimized=False)
 
             def visit(j, carry, masked):
-                o, top, total = carry
+                o, top, total = carry  # sum of values, largest score, sum of exponentials so far
                 slot = lax.rem(j - first, stages)
                 plgpu.barrier_wait(k_in.at[slot])
 
@@ -152,50 +131,53 @@ def forward(q, k, v, k_start, scale, interpret):
                 s = pl.run_scoped(scores, plgpu.ACC((ROWS, step), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 if masked:
-                    query, key = iota(s, 0, i * BLOCK + w * ROWS), iota(s, 1, j * step)
-                    s = mask(s, query, key, per_row(start, step))
+                    query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
+                    s = hopper.mask(s, query, key, hopper.per_row(start, step))
                 new_top = jnp.maximum(top, s.max(axis=1) * scale)
-                p = jnp.exp2(s * scale - per_row(new_top, step))
+                p = jnp.exp2(s * scale - hopper.per_row(new_top, step))
                 shrink = jnp.exp2(top - new_top)
                 total = total * shrink + p.sum(axis=1)
-                # all of the softmax before the other's turn, none of it after
-                p, o, total, top = lax.optimization_barrier((p.astype(q.dtype), o * per_row(shrink, H), total, new_top))
+                # all of the softmax before the other warpgroup's turn, none of it after
+                softmax = (p.astype(q.dtype), o * hopper.per_row(shrink, H), total, new_top)
+                p, o, total, top = lax.optimization_barrier(softmax)
                 plgpu.barrier_arrive(turns)
                 plgpu.barrier_wait(v_in.at[slot])
                 plgpu.barrier_wait(turns)
-                o = accumulate(o, left_operand(p, more.get("p_sm"), w), v_sm.at[slot], interpret)
+                o = hopper.accumulate(o, hopper.left_operand(p, p_sm, w), v_sm.at[slot], interpret)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return o, top, total
 
             plgpu.barrier_wait(q_in.at[w])
-            pl.when(w == 1)(take_turns)  # half a step behind
-            init = full((ROWS, H), 0.0, WGMMA), full((ROWS,), -1e30, PER_ROW), full((ROWS,), 0.0, PER_ROW)
-            o, top, total = walk(visited, visit, init)
+            pl.when(w == 1)(take_turns)  # half a step behind the first
+            o = hopper.full((ROWS, H), 0.0, hopper.WGMMA)
+            top, total = hopper.full((ROWS,), -1e30, hopper.PER_ROW), hopper.full((ROWS,), 0.0, hopper.PER_ROW)
+            o, top, total = hopper.visit_blocks(visited, visit, (o, top, total))
             pl.when(w == 0)(take_turns)
-            q_sm[w] = (o / per_row(total, H)).astype(q.dtype)
+            q_sm[w] = (o / hopper.per_row(total, H)).astype(q.dtype)
             lse_sm[w] = top + jnp.log2(total)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_sm.at[w], o_gm.at[b, rows(i, w), n])
-            plgpu.copy_smem_to_gmem(lse_sm.at[w], lse_gm.at[b, n, rows(i, w)])
+            plgpu.copy_smem_to_gmem(q_sm.at[w], o_gm.at[b, hopper.rows(i, w), n])
+            plgpu.copy_smem_to_gmem(lse_sm.at[w], lse_gm.at[b, n, hopper.rows(i, w)])
             plgpu.wait_smem_to_gmem(0)
 
-        lax.cond(w == WARPGROUPS, copy, compute)
+        hopper.split_roles(w, copy, compute)
 
-    ring, ready = tiled(stages, step, H, dtype=q.dtype), plgpu.Barrier(num_barriers=stages)
+    ring, arrived = hopper.tiled(stages, step, H, dtype=q.dtype), plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     memory = {
-        "q_sm": tiled(WARPGROUPS, ROWS, H, dtype=q.dtype),
+        "q_sm": hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype),
         "k_sm": ring,
         "v_sm": ring,
         "lse_sm": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "q_in": plgpu.Barrier(num_barriers=WARPGROUPS),
-        "k_in": ready,
-        "v_in": ready,
+        "k_in": arrived,
+        "v_in": arrived,
         "k_free": free,
         "v_free": free,
         "turns": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }
-    staged = {"p_sm": tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
+    interpreter_memory = {"p_sm": hopper.tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
     out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
     grid = {"b": B, "n": N, "i": T // BLOCK}
-    return hopper_kernel(attention_forward, out_type, grid, memory, staged, interpret)(q, k, v, k_start, *ranges)
+    kernel = hopper.hopper_kernel(attention_forward, out_type, grid, memory, interpreter_memory, interpret)
+    return kernel(q, k, v, k_start, *ranges)
