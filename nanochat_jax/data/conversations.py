@@ -113,6 +113,3 @@ def describe_conversations(rows: ConversationRows) -> list[str]:
     if rows.n_cut:
         lines.append(f"  {rows.n_cut:,} conversations are longer than {rows.limit:,} tokens and were cut")
     return lines
-
-
-RowSource, describe = ConversationRows, describe_conversations  # until the stages are rewritten

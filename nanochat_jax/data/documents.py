@@ -139,6 +139,3 @@ def describe_documents(rows: DocumentRows, wanted: int) -> list[str]:
         f"{100 * lost:.1f}% of the tokens",
         f"  the run's {wanted:,} rows are about {epochs:.2g} times all shards",
     ]
-
-
-describe = describe_documents  # until the stages are rewritten

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings as cli_settings
-from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.cli.settings import Maybe, flag, require
 from nanochat_jax.data.shards import FOLDERS, fetch_shards, find_shards
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
@@ -165,7 +165,7 @@ def require_at_least(smallest: int, cfg: Train | Show | Eval, *names: str) -> No
     """ValueError where one of these settings is smaller."""
     for name in names:
         value = getattr(cfg, name)
-        require(value >= smallest, f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+        require(value >= smallest, f"{flag(name)} must be at least {smallest}, got {value}")
 
 
 def say(console: Console, sentence: str, style: str = "") -> None:
