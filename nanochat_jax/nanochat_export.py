@@ -20,8 +20,8 @@ from nanochat_jax.cli.settings import Maybe, require
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.files.torch_write import write_pt
-from nanochat_jax.interop.nanochat_model import _file, _meta_file
-from nanochat_jax.interop.nanochat_optimizer import Merge, nanochat_groups, read_optimizer
+from nanochat_jax.interop.nanochat_model import meta_file, model_file
+from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from nanochat_jax.interop.nanochat_write import (
     EMBEDDING_TYPES,
     model_config,
@@ -29,25 +29,14 @@ from nanochat_jax.interop.nanochat_write import (
     nanochat_meta,
     optimizer_content,
 )
+from nanochat_jax.interop.optimizer_state import (
+    OptimizerState,
+    from_named_arrays,
+    groups_from_json,
+    nanochat_groups,
+)
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
-
-
-def optimizer_state(found: find.Found, model: GPTConfig, meta: dict) -> dict | None:
-    """The optimizer of a model in either format, in the form of `read_optimizer`; None where it came without."""
-    if not found.ours:
-        return read_optimizer(found.folder, found.step, model)
-    folder = found.folder / str(found.step)
-    if not (folder / "optimizer").is_dir():
-        return None
-    state = {kind: {} for kind in ("exp_avg", "exp_avg_sq", "count", "momentum", "second_momentum")}
-    for name, array in store.read_arrays(folder, "optimizer").items():
-        kind, _, path = name.partition("/")
-        if kind in state:
-            state[kind][path] = array
-    layout = Merge([], model).adamw_groups()
-    state["count"] = {path: int(state["count"][group]) for group, paths in layout.items() for path in paths}
-    return state | {"groups": meta.get("nanochat_groups") or nanochat_groups(meta["optimizer_groups"])}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,10 +78,10 @@ def export(
     with tempfile.TemporaryDirectory(dir=base, prefix=".export-") as made:
         staging = Path(made)
         tokenizer.save_for_nanochat(staging)
-        _meta_file(staging, step).write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        write_pt(_file(staging, "model", step, "pt"), model_content(params, embedding_type))
+        meta_file(staging, step).write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        write_pt(model_file(staging, step), model_content(params, embedding_type))
         del params  # the optimizer's state needs the room
-        state = optimizer_state(found, model, recorded) if with_optimizer else None
+        state = load_optimizer_state(found, model, recorded) if with_optimizer else None
         if state:
             write_pt(staging / f"optim_{step:06d}_rank0.pt", optimizer_content(state, model, embedding_type))
         elif with_optimizer:
@@ -128,6 +117,18 @@ def _check_free(folder: Path, step: int, tokenizer: Tokenizer) -> None:
     there = folder.parents[1] / "tokenizer"
     if any(there.glob("tokenizer.*")) and Tokenizer.load(there).digest() != tokenizer.digest():
         raise FileExistsError(f"{there} holds another tokenizer than the model's: choose another folder with --output")
+
+
+def load_optimizer_state(found: find.Found, model: GPTConfig, meta: dict) -> OptimizerState | None:
+    """The optimizer of a model in either format; None where it came without."""
+    if not found.ours:
+        return read_optimizer(found.folder, found.step, model)
+    folder = found.folder / str(found.step)
+    if not (folder / "optimizer").is_dir():
+        return None
+    kept = meta.get("nanochat_groups")
+    groups = groups_from_json(kept) if kept else nanochat_groups(meta["optimizer_groups"])
+    return from_named_arrays(store.read_arrays(folder, "optimizer"), groups)
 
 
 def main(cfg: ExportConfig) -> int:

@@ -1,17 +1,25 @@
-"""Convert a nanochat base directory to ours, once; reading its files in place works too."""
+"""Convert every model in a nanochat base directory to our format, once; reading nanochat's files in place works too.
+
+python -m nanochat_jax.nanochat_import ~/.cache/nanochat --to ~/nanochat_jax
+"""
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import tyro
 
-from nanochat_jax.checkpoints import integrity
+from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli.main import run_stage
+from nanochat_jax.cli.settings import parse
 from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files import bucket
-from nanochat_jax.interop.nanochat_model import _file, find_steps, read_model
+from nanochat_jax.interop.nanochat_model import find_steps, model_file, read_model
+from nanochat_jax.interop.nanochat_optimizer import read_optimizer
+from nanochat_jax.interop.optimizer_state import groups_to_json, named_arrays, recorded_groups
+from nanochat_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +31,21 @@ class ImportConfig:
     logit_cap: float = 15.0  # 20 for models trained 2026-03-02 to 03-09, which cannot be told from the files
 
 
+def main(cfg: ImportConfig) -> int:
+    """Convert -> the exit code."""
+    to = bucket.as_path(cfg.to)
+    to = to if bucket.in_bucket(to) else to.absolute()
+    count = convert(cfg.src, to, cfg.logit_cap)
+    print0(f"{count} models in {to}; use them with NANOCHAT_BASE_DIR={to}")
+    return 0
+
+
 def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0) -> int:
     """Write every model under `src` (optimizer state included) and the tokenizer into `to` -> how many models.
 
     A model that is there already and intact is left alone, so an interrupted conversion goes on where it stopped.
     FileNotFoundError: `src` holds no model. FileExistsError: `to` holds another tokenizer or other models.
     """
-    from nanochat_jax.checkpoints import store
-    from nanochat_jax.distributed import sharding  # it reads nanochat's files through this module
-    from nanochat_jax.interop import nanochat_optimizer
-    from nanochat_jax.interop.nanochat_optimizer import read_optimizer, recorded_groups
-    from nanochat_jax.tokenizer import Tokenizer
-
     models = [
         (source, folder, step)
         for source, name in store.SOURCES.items()
@@ -53,34 +64,29 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
     tokenizer.save(to / "tokenizer")
     for source, folder, step in models:
         target = to / store.SOURCES[source] / folder.name / str(step)
-        with open(_file(folder, "model", step, "pt"), "rb") as f:
+        with open(model_file(folder, step), "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         if target.exists() and store.converted_from(target) != digest:
             raise FileExistsError(f"{target} is another model: remove it, or convert to another folder with --to")
         if integrity.is_intact(target):
             log(f"{target} is there already")
             continue
-        config, params, theirs = read_model(folder, step, logit_cap)
+        config, params, nanochat_meta = read_model(folder, step, logit_cap)
         state = read_optimizer(folder, step, config)
-        meta = theirs | {"step": step, "model_config": dataclasses.asdict(config), "tokenizer": tokenizer.digest()}
-        meta |= {"converted_from": digest, "nanochat_meta": theirs}  # nanochat_export gives the latter back
+        meta = nanochat_meta | {
+            "step": step,
+            "model_config": dataclasses.asdict(config),
+            "tokenizer": tokenizer.digest(),
+            "converted_from": digest,
+            "nanochat_meta": nanochat_meta,  # nanochat_export gives it back
+        }
         if state:
-            meta |= {"optimizer_groups": recorded_groups(state["groups"]), "nanochat_groups": state["groups"]}
-        arrays = nanochat_optimizer.imported_arrays(state) if state else None
-        store.write(target, sharding.flatten_by_path(params), arrays, meta)
+            meta["optimizer_groups"] = recorded_groups(state.groups)
+            meta["nanochat_groups"] = groups_to_json(state.groups)
+        store.write(target, flatten_by_path(params), named_arrays(state) if state else None, meta)
         log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if state else " (no optimizer state)"))
     return len(models)
 
 
-def main() -> None:
-    config = tyro.cli(ImportConfig, prog="python -m nanochat_jax.nanochat_import")
-    try:
-        to = bucket.place(config.to)
-        count = convert(config.src, to if bucket.in_bucket(to) else to.absolute(), config.logit_cap)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    print0(f"{count} models in {to}; use them with NANOCHAT_BASE_DIR={to}")
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(main, parse(ImportConfig, prog="python -m nanochat_jax.nanochat_import"))

@@ -76,13 +76,13 @@ PANELS = (
 
 def main(cfg: ReportConfig) -> int:
     """Write the page -> 0. ValueError: there is no run to draw."""
-    folders = [bucket.place(folder.expanduser()) for folder in cfg.folders] or find_runs(kept_dir())
+    folders = [bucket.as_path(folder.expanduser()) for folder in cfg.folders] or find_runs(kept_dir())
     require(
         bool(folders), f"{kept_dir()} has no run with a metrics.jsonl: name a run's folder, or set NANOCHAT_BASE_DIR"
     )
     for folder in folders:
         require((folder / "metrics.jsonl").is_file(), f"{folder} must be the folder of a run: it has no metrics.jsonl")
-    output = bucket.place(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
+    output = bucket.as_path(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
     write_atomically(output, page(folders).encode())
     print(f"{len(folders)} run{'s' * (len(folders) > 1)} -> {output}")
     return 0

@@ -21,10 +21,10 @@ from nanochat_jax.files import torch_write
 from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.files.torch_write import Tensor, write_pt
-from nanochat_jax.interop import nanochat_optimizer, nanochat_write
 from nanochat_jax.interop.nanochat_model import read_model
-from nanochat_jax.interop.nanochat_optimizer import nanochat_groups, read_optimizer, recorded_groups
-from nanochat_jax.interop.nanochat_write import EMBEDDING_TYPES, model_config
+from nanochat_jax.interop.nanochat_optimizer import read_optimizer
+from nanochat_jax.interop.nanochat_write import EMBEDDING_TYPES, model_config, optimizer_content
+from nanochat_jax.interop.optimizer_state import groups_to_json, named_arrays, nanochat_groups, recorded_groups
 from nanochat_jax.model.gpt import GPTConfig, window_sizes
 from nanochat_jax.nanochat_export import ExportConfig, export
 from nanochat_jax.optim import groups as optim
@@ -130,10 +130,10 @@ def test_nanochats_own_files_of_several_ranks_become_files_of_one(tmp_path):
     export(found, tokenizer, folder, EMBEDDING_TYPES["float32"], log=lambda line: None)
     assert contents(source) == before
     again = read_optimizer(folder, 7, read_model(folder, 7)[0])
-    assert again["groups"] == read_optimizer(source, 7, read_model(source, 7)[0])["groups"]
+    assert again.groups == read_optimizer(source, 7, read_model(source, 7)[0]).groups
     assert sorted(p.name for p in folder.iterdir()) == ["meta_000007.json", "model_000007.pt", "optim_000007_rank0.pt"]
     for kind, arrays in want.items():
-        assert all(np.array_equal(again[kind][path], array) for path, array in arrays.items()), kind
+        assert all(np.array_equal(getattr(again, kind)[path], array) for path, array in arrays.items()), kind
     assert json.loads((folder / "meta_000007.json").read_text()) == meta
 
 
@@ -380,17 +380,17 @@ def test_a_converted_model_gives_back_what_it_was_converted_from(tmp_path):
     source.mkdir(parents=True)
     model, _, _ = write_optimizer(source, "E", 1)
     state = read_optimizer(source, 7, model)
-    meta = {"optimizer_groups": {}, "nanochat_groups": json.loads(json.dumps(state["groups"]))}
+    meta = {"optimizer_groups": {}, "nanochat_groups": json.loads(json.dumps(groups_to_json(state.groups)))}
     target = tmp_path / "ours/base_checkpoints/d3/7"
     _, params, _ = read_model(source, 7)
-    store.write(target, sharding.flatten_by_path(params), nanochat_optimizer.imported_arrays(state), meta)
-    got = nanochat_export.optimizer_state(find.Found(target.parent, 7, True), model, meta)
-    content = nanochat_write.optimizer_content(got, model, EMBEDDING_TYPES["float32"])
+    store.write(target, sharding.flatten_by_path(params), named_arrays(state), meta)
+    got = nanochat_export.load_optimizer_state(find.Found(target.parent, 7, True), model, meta)
+    content = optimizer_content(got, model, EMBEDDING_TYPES["float32"])
     write_pt(tmp_path / "optim_000007_rank0.pt", content)
     again = read_optimizer(tmp_path, 7, model)
-    assert again["groups"] == state["groups"] and again["count"] == state["count"]
+    assert again.groups == state.groups and again.count == state.count
     for kind in ("exp_avg", "exp_avg_sq", "momentum", "second_momentum"):
-        assert_equal(again[kind], state[kind])
+        assert_equal(getattr(again, kind), getattr(state, kind))
 
 
 def test_group_values_are_told_in_both_ways_and_missing_rates_refused():

@@ -14,6 +14,7 @@ from flax import nnx
 from nanochat_jax import nanochat_import, sft
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import settings
+from nanochat_jax.cli.main import run_stage
 from nanochat_jax.distributed import sharding
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -41,13 +42,11 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def main(monkeypatch, *argv) -> object:
-    """The exit code or sentence of the command; None where it ends by itself."""
-    monkeypatch.setattr("sys.argv", ["nanochat_import", *map(str, argv)])
-    try:
-        return nanochat_import.main()
-    except SystemExit as stop:
-        return stop.code
+def run(*argv) -> object:
+    """The exit code or sentence of the command."""
+    with pytest.raises(SystemExit) as stop:
+        run_stage(nanochat_import.main, settings.parse(nanochat_import.ImportConfig, [*map(str, argv)]))
+    return stop.value.code
 
 
 def warm(base, tag):
@@ -123,53 +122,53 @@ def test_models_of_every_stage_are_converted_and_can_be_loaded(source, tmp_path,
         assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
-def test_another_tokenizer_in_the_destination_is_refused_and_kept(source, tmp_path, monkeypatch):
+def test_another_tokenizer_in_the_destination_is_refused_and_kept(source, tmp_path):
     ranks = {bytes([255 - i]): i for i in range(256)}
     other = Tokenizer("other", r"\w+|\W", ranks, {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)})
     other.save(tmp_path / "ours" / "tokenizer")
     before = contents(tmp_path)
-    message = main(monkeypatch, source, "--to", tmp_path / "ours")
+    message = run(source, "--to", tmp_path / "ours")
     assert message.startswith("error: ") and "is another tokenizer: convert to another folder with --to" in message
     assert contents(tmp_path) == before
 
 
-def test_a_model_of_our_own_in_the_destination_is_not_replaced(source, tmp_path, monkeypatch):
+def test_a_model_of_our_own_in_the_destination_is_not_replaced(source, tmp_path):
     """The same tag and step, but not this model: whoever trained it there keeps it, intact or not."""
     to = tmp_path / "ours"
     tiny.write_base(to, seed=5)
     before = contents(to)
     for _ in range(2):
-        message = main(monkeypatch, source, "--to", to)
+        message = run(source, "--to", to)
         assert message.startswith("error: ") and "base_checkpoints/d2/7 is another model: remove it, or" in message
         assert contents(to) == before
         (to / "base_checkpoints" / "d2" / "7" / "meta" / "data.json").write_text("damaged")
         before = contents(to)
 
 
-def test_wrong_folders_are_refused_with_a_sentence_and_nothing_is_written(source, tmp_path, monkeypatch):
+def test_wrong_folders_are_refused_with_a_sentence_and_nothing_is_written(source, tmp_path):
     for wrong in (tmp_path / "nowhere", source / "base_checkpoints", source / "base_checkpoints" / "d2"):
-        message = main(monkeypatch, wrong, "--to", tmp_path / "ours")
+        message = run(wrong, "--to", tmp_path / "ours")
         assert message.startswith("error: ") and "it must be a base directory" in message
     file = tmp_path / "file"
     file.write_text("mine")
-    assert main(monkeypatch, source, "--to", file).startswith("error: ")
+    assert run(source, "--to", file).startswith("error: ")
     assert not (tmp_path / "ours").exists() and file.read_text() == "mine"
 
 
-def test_converting_in_place_only_adds_files(source, monkeypatch):
+def test_converting_in_place_only_adds_files(source):
     before = contents(source)
     for _ in range(2):
-        assert main(monkeypatch, source, "--to", source) is None
+        assert run(source, "--to", source) == 0
     after = contents(source)
     assert before.items() <= after.items()
     assert find.find_model("base", base=source).ours
 
 
-def test_a_damaged_model_is_named_and_those_before_it_stay(source, tmp_path, monkeypatch):
+def test_a_damaged_model_is_named_and_those_before_it_stay(source, tmp_path):
     shutil.copytree(source / "base_checkpoints" / "d2", source / "base_checkpoints" / "d3")
     model = source / "base_checkpoints" / "d3" / "model_000007.pt"
     model.write_bytes(model.read_bytes()[:1000])
-    message = main(monkeypatch, source, "--to", tmp_path / "ours")
+    message = run(source, "--to", tmp_path / "ours")
     assert message.startswith(f"error: {model}")
     assert integrity.is_intact(tmp_path / "ours" / "base_checkpoints" / "d2" / "7")
 

@@ -3,7 +3,7 @@
 What must outlive a machine is kept in the bucket itself, at the paths that it would have on a disk: checkpoints, which
 Orbax writes and reads there, metrics and rollouts, the tokenizer, compiled programs. What is mapped into memory, locked
 or appended to lies in the machine's own copy of the base directory: datasets and tokens, which are fetched or made
-again, and logs, which go to the bucket whole with every checkpoint. An object is there as a whole or not at all.
+again, and logs, which are uploaded whole with every checkpoint. An object is there as a whole or not at all.
 
 A path in the bucket is an `epath.Path`, with the methods of pathlib's; each function takes a path on a disk too.
 """
@@ -17,23 +17,22 @@ import logging
 import os
 import tempfile
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 SCHEME = "gs://"
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 PATTERN = frozenset("*?[]#")  # characters that the libraries take for patterns or numbers of versions
-OWNER = ".owner"  # object in a run's folder: who trains there
+OWNER = ".owner"  # object in a run's folder: which run trains there
 
 
 def in_bucket(path: Any) -> bool:
     return str(path).startswith(SCHEME)
 
 
-def place(path: str | Path) -> Any:
-    """The path that a user has given: an epath.Path where it is gs://, also where pathlib has taken a slash of it."""
+def as_path(path: str | Path) -> Any:
+    """The path that a user has given: an epath.Path where it is gs://, also where pathlib has made gs:/ of it."""
     text = str(path)
     if not text.startswith("gs:/"):
         return Path(path)
@@ -62,38 +61,38 @@ def connect(url: str) -> Any:
     import fsspec
     from etils import epath
 
-    # What is there also changes by other machines, and by Orbax's own way of writing arrays.
+    # Other machines also change what is there, and so does Orbax with a client of its own.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     path = epath.Path(url)
     bucket, _, prefix = str(path).removeprefix(SCHEME).partition("/")
     try:
-        _files().call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1, json_out=True)
+        _filesystem().call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1, json_out=True)
     except FileNotFoundError:
         raise ValueError(f"{url}: there is no bucket {bucket!r}: make it, or correct NANOCHAT_BASE_DIR") from None
     except Exception as e:
-        said = explained(e) or f"{type(e).__name__}: {' '.join(str(e).split())}"
+        reason = error_text(e) or f"{type(e).__name__}: {' '.join(str(e).split())}"
         raise ValueError(
-            f"{url} must be a bucket that this machine may use ({said}): log in with gcloud auth application-default "
+            f"{url} must be a bucket that this machine may use ({reason}): log in with gcloud auth application-default "
             "login, or give the machine's service account the role roles/storage.objectAdmin"
         ) from e
     return path
 
 
-def explained(error: BaseException) -> str | None:
-    """What the storage service or the way to it has said, in one line; None where the error is another one."""
+def error_text(error: BaseException) -> str | None:
+    """An error of the storage service, or of the way to it, in one line; None where it is another error."""
     if type(error).__module__.split(".")[0] not in ("gcsfs", "google", "aiohttp"):
         return None
     return f"Google Cloud Storage: {type(error).__name__}: {' '.join(str(error).split()) or 'no answer':.300}"
 
 
-def _files():
+def _filesystem() -> Any:
     import fsspec
 
     return fsspec.filesystem("gcs", finalize_on_close=True)  # the one that epath uses
 
 
 # --------------------------------------------------------------------------------------------- the machine's own copy
-def local(path: Any) -> Path:
+def local_path(path: Any) -> Path:
     """Where this machine keeps its copy of a path in a bucket; a path on a disk is its own."""
     if not in_bucket(path):
         return path
@@ -103,106 +102,87 @@ def local(path: Any) -> Path:
 
 
 def fetch(path: Any, pattern: str = "*", *, exact: bool = False) -> Path:
-    """The local copy of an object, or of the objects directly or deeper in a folder whose names match `pattern`;
-    what is there with the same content is not copied again. exact: what the bucket does not have is removed."""
-    target = local(path)
+    """The local copy of an object, or of the objects directly or deeper in a folder whose names match `pattern`.
+
+    What is there with the same content is not copied again. exact: what the bucket does not have is removed.
+    """
+    target = local_path(path)
     if not in_bucket(path):
         return target
-    found = {name: entry for name, entry in listing(path).items() if fnmatch.fnmatch(name, pattern)}
+    found = {name: info for name, info in list_objects(path).items() if fnmatch.fnmatch(name, pattern)}
     if exact:
         for file in [target] if target.is_file() else [p for p in target.rglob("*") if p.is_file()]:
-            if file.relative_to(target).as_posix() not in found and not file.name.startswith("."):  # a fetch under way
+            # what begins with a dot is being fetched by another process
+            if file.relative_to(target).as_posix() not in found and not file.name.startswith("."):
                 file.unlink(missing_ok=True)
-    missing = {name: entry for name, entry in found.items() if not _is_copy(target / name, entry)}
-    if (size := sum(entry.size for entry in missing.values())) > 1 << 26:
+    missing = {name: info for name, info in found.items() if not _is_copy(target / name, info)}
+    if (size := sum(info.size for info in missing.values())) > 1 << 26:
         print(f"fetching {len(missing)} files, {size >> 20:,} MiB, from {path}", flush=True)
-    for name, entry in missing.items():
-        _get(str(path / name) if name != "." else str(path), target / name, entry)
+    for name, info in missing.items():
+        _fetch_object(str(path / name) if name != "." else str(path), target / name, info)
     return target
 
 
-def _is_copy(file: Path, entry: "Entry") -> bool:
+def _is_copy(file: Path, info: "ObjectInfo") -> bool:
     """By size and time, which a copy has of its object; else by content."""
-    if not file.is_file() or file.stat().st_size != entry.size:
+    if not file.is_file() or file.stat().st_size != info.size:
         return False
-    if file.stat().st_mtime_ns != entry.changed_ns:
-        if entry.md5 is None or _md5(file) != entry.md5:
+    if file.stat().st_mtime_ns != info.changed_ns:
+        if md5(file) != f"md5:{info.md5}":
             return False
-        os.utime(file, ns=(entry.changed_ns, entry.changed_ns))
+        os.utime(file, ns=(info.changed_ns, info.changed_ns))
     return True
 
 
-def _get(url: str, file: Path, entry: "Entry") -> None:
+def _fetch_object(url: str, file: Path, info: "ObjectInfo") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        _files().get_file(url, temporary)
-        if entry.md5 and (got := _md5(Path(temporary))) != entry.md5:
-            raise OSError(f"{url} must have the content with the MD5 hash {entry.md5}, what came has {got}: try again")
-        os.chmod(temporary, 0o644)
-        os.utime(temporary, ns=(entry.changed_ns, entry.changed_ns))
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        temporary = Path(folder, f".{file.name}")
+        _filesystem().get_file(url, str(temporary))
+        if info.md5 and (got := md5(temporary).removeprefix("md5:")) != info.md5:
+            raise OSError(f"{url} must have the content with the MD5 hash {info.md5}, what came has {got}: try again")
+        os.utime(temporary, ns=(info.changed_ns, info.changed_ns))
+        temporary.replace(file)
 
 
-def send(file: Path, path: Any) -> None:
+def upload(file: Path, path: Any) -> None:
     """Put a local file into the bucket, in place of what is there; nothing is done for a path on a disk."""
     if in_bucket(path):
-        _files().put_file(str(file), str(path))
+        _filesystem().put_file(str(file), str(path))
 
 
 # -------------------------------------------------------------------------------------------------------- the bucket
-class Entry(NamedTuple):
-    size: int
-    md5: str | None  # base64, as the service tells it; it does not of what was composed of several uploads
+class ObjectInfo(NamedTuple):
+    size: int  # bytes
+    md5: str | None  # in base64, as the service has it; of what was composed of several uploads it has none
     changed_ns: int  # since 1970
 
 
-def listing(folder: Any) -> dict[str, Entry]:
+def list_objects(folder: Any) -> dict[str, ObjectInfo]:
     """Objects in a folder of a bucket and deeper, by their names relative to it; "." is an object of the very name."""
     found = {}
-    for name, info in _files().find(str(folder), detail=True).items():
+    for name, info in _filesystem().find(str(folder), detail=True).items():
         if info["type"] != "file" or name.endswith("/"):  # a folder's placeholder
             continue
         relative = PurePosixPath(f"{SCHEME}{name}").relative_to(PurePosixPath(str(folder))).as_posix()
-        found[relative] = Entry(int(info["size"]), info.get("md5Hash"), _nanoseconds(info.get("updated")))
+        updated = info.get("updated")
+        microseconds = round(datetime.fromisoformat(updated).timestamp() * 1e6) if updated else 0
+        found[relative] = ObjectInfo(int(info["size"]), info.get("md5Hash"), microseconds * 1000)
     return found
 
 
-def _nanoseconds(time: str | None) -> int:
-    microseconds = (datetime.fromisoformat(time) - EPOCH) // timedelta(microseconds=1) if time else 0
-    return microseconds * 1000
-
-
 def modified(folder: Any) -> int:
-    """When something in the folder changed last, in nanoseconds."""
+    """When something in the folder changed last, in nanoseconds since 1970."""
     if not in_bucket(folder):
         return folder.stat().st_mtime_ns
-    return max((entry.changed_ns for entry in listing(folder).values()), default=0)
+    return max((info.changed_ns for info in list_objects(folder).values()), default=0)
 
 
 def md5(path: Any) -> str:
-    """The content's hash, in base64 as `listing` has it and behind "md5:", of a file here or there."""
-    return f"md5:{_read_md5(str(path)) if in_bucket(path) else _md5(path)}"
-
-
-def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return _base64(hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)))
-
-
-def _read_md5(url: str) -> str:
-    with _files().open(url, "rb") as file:
-        digest = hashlib.md5(usedforsecurity=False)
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return _base64(digest)
-
-
-def _base64(digest: Any) -> str:
-    return base64.b64encode(digest.digest()).decode()
+    """The hash of a file here or there: "md5:" and what ObjectInfo has."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
+    return f"md5:{base64.b64encode(digest.digest()).decode()}"
 
 
 # --------------------------------------------------------------------------------------------------- one run at a time
@@ -211,12 +191,16 @@ class Ownership:
     be a machine that was believed lost, ends before it saves again."""
 
     def __init__(self, folder: Any):
-        self.path, self.sign = folder / OWNER, uuid.uuid4().hex
-        self.path.write_text(self.sign)
+        self.path, self.token = folder / OWNER, uuid.uuid4().hex
+        self.path.write_text(self.token)
 
     def check(self) -> None:
         """OSError: another run has taken the folder."""
         with contextlib.suppress(FileNotFoundError):
-            if self.path.read_text() == self.sign:
+            if self.path.read_text() == self.token:
                 return
         raise OSError(f"another run has started in {self.path.parent}: this one has lost it and saves nothing more")
+
+
+# until the stages are rewritten
+place, explained, local, send, listing = as_path, error_text, local_path, upload, list_objects

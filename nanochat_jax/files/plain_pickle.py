@@ -188,27 +188,17 @@ def read_pickle(data: bytes, calls: Mapping[str, Callable], load_persistent: Cal
                 raise Refused(f"its pickle uses {op} at byte {position}, which plain data does not need")
     if len(stack) != 1 or marks:
         raise Refused("its pickle does not end with one object")
-    _check_nesting(stack[0])
+    _check_nesting(stack, -1, {})
     return stack[0]
 
 
-def _check_nesting(root: object) -> None:
-    """Refuse an object that contains itself, or is nested deeper than MAX_DEPTH."""
-
-    def containers(item) -> list:
-        children = [item.state] if isinstance(item, Instance) else item.values() if isinstance(item, dict) else item
-        return [child for child in children if isinstance(child, (dict, list, tuple, Instance))]
-
-    heights, unfinished, todo = {}, set(), [(item, False) for item in containers([root])]
-    while todo:
-        item, children_done = todo.pop()
-        if children_done:
-            heights[id(item)] = 1 + max((heights[id(child)] for child in containers(item)), default=0)
-            unfinished.discard(id(item))
-            if heights[id(item)] > MAX_DEPTH:
-                raise Refused(f"its data is nested deeper than {MAX_DEPTH} levels")
-        elif id(item) in unfinished:
-            raise Refused("its data contains itself")
-        elif id(item) not in heights:
-            unfinished.add(id(item))
-            todo += [(item, True), *((child, False) for child in containers(item))]
+def _check_nesting(item: object, depth: int, heights: dict[int, int]) -> int:
+    """The height of the containers in `item`, which lies at `depth`; heights: of those that are known, by id."""
+    if id(item) not in heights and depth <= MAX_DEPTH:
+        inside = [item.state] if isinstance(item, Instance) else item.values() if isinstance(item, dict) else item
+        containers = [child for child in inside if isinstance(child, dict | list | tuple | Instance)]
+        below = [_check_nesting(child, depth + 1, heights) for child in containers]
+        heights[id(item)] = 1 + max(below, default=0)
+    if depth > MAX_DEPTH or depth + heights[id(item)] > MAX_DEPTH:
+        raise Refused(f"its data contains itself or is nested deeper than {MAX_DEPTH} levels")
+    return heights[id(item)]

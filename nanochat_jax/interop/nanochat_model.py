@@ -1,23 +1,25 @@
-"""Read nanochat's checkpoints of every era: model_SSSSSS.pt and meta_SSSSSS.json into a GPTConfig and a parameter tree.
+"""Read nanochat's checkpoints of every era: model_SSSSSS.pt and meta_SSSSSS.json become a GPTConfig and parameters.
 
-The tree is a nested dict of float32 arrays in torch's (out, in) layout, with layer numbers as int keys. A path in it is
-a tuple such as ("blocks", 0, "attn", "c_q"), written "blocks/0/attn/c_q". Eras differ in which tensors exist and in
-numbers that no file records (rotary base, query/key scale, window rule); the first tells which era a file is from.
+Parameters are a nested dict of float32 arrays in torch's (out, in) layout, with layer numbers as int keys. A path in it
+is a tuple such as ("blocks", 0, "attn", "c_q"), or text: "blocks/0/attn/c_q". Eras differ in which tensors exist and in
+numbers that no file records (rotary base, query/key scale, window rule); the tensors tell which era a file is from.
 """
 
 import json
 import math
 import re
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from nanochat_jax.files.plain_pickle import Refused
+from nanochat_jax.files.plain_pickle import Refused, naming_file
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig
 
-# nanochat's name of a tensor -> our path; * stands for the layer. Both directions are read from here.
+# nanochat's name of a tensor -> our path; * stands for the layer
 NAMES = {
     "transformer.wte.weight": "wte",
     "lm_head.weight": "lm_head",
@@ -35,33 +37,31 @@ NAMES = {
     "smear_lambda": "smear_lambda",
     "backout_lambda": "backout_lambda",
 }
+NAMES_OF = {path: name for name, path in NAMES.items()}
 
 
-PATHS = {path: name for name, path in NAMES.items()}
+class Era(NamedTuple):
+    """What nanochat's code computed in an era and its files do not record."""
+
+    fields: dict  # of GPTConfig, where they differ from its defaults
+    short_window: Callable[[int], int] | None  # of a layer "S", from sequence_len; None: every layer sees everything
 
 
-def _half(sequence_len: int) -> int:
-    return sequence_len // 2
-
-
-def _part(parts: int):
+def _part_in_blocks(parts: int) -> Callable[[int], int]:
     """1/parts of the sequence; it and the number of blocks of 128 are rounded up."""
     return lambda sequence_len: 128 * math.ceil(math.ceil(sequence_len / parts) / 128)
 
 
-# What the code of an era computes and its files do not say: fields of GPTConfig, and the window of a layer "S".
 _EARLY = {"rope_base": 10_000.0, "qk_scale": 1.0, "smear": False, "backout": False}
-ERAS = {
-    "A": ({**_EARLY, "residual_lambdas": False, "value_embed_scale": 0.0}, None),
-    "B": ({**_EARLY, "value_embed_scale": 0.0}, _half),
-    "C": ({**_EARLY, "value_embed_scale": 2.0, "value_gate_channels": 32}, _half),
-    "D": ({"qk_scale": 1.15, "smear": False, "backout": False}, _part(3)),
-    "E": ({}, _part(4)),
+ERAS = {  # since 2025-10-13 (A) to since 2026-03-14 (E)
+    "A": Era({**_EARLY, "residual_lambdas": False, "value_embed_scale": 0.0}, None),
+    "B": Era({**_EARLY, "value_embed_scale": 0.0}, lambda sequence_len: sequence_len // 2),
+    "C": Era({**_EARLY, "value_embed_scale": 2.0, "value_gate_channels": 32}, lambda sequence_len: sequence_len // 2),
+    "D": Era({"qk_scale": 1.15, "smear": False, "backout": False}, _part_in_blocks(3)),
+    "E": Era({}, _part_in_blocks(4)),
 }
 
-
-# The largest value a field may have: far above any model, low enough that no damaged file makes us allocate by it.
-LIMITS = {
+LIMITS = {  # the largest values that a file may have: far above any model, and no damaged file makes us allocate more
     "sequence_len": 1 << 24,
     "vocab_size": 1 << 24,
     "n_layer": 1024,
@@ -72,15 +72,15 @@ LIMITS = {
 
 
 def our_path(name: str) -> tuple:
-    """The path of nanochat's tensor `name` in our tree; KeyError where nanochat has no such tensor."""
+    """The path of nanochat's tensor `name` among our parameters; KeyError where nanochat has no such tensor."""
     pattern, layer = _split_layer(name, ".")
     return tuple(layer if part == "*" else part for part in NAMES[pattern].split("/"))
 
 
 def nanochat_name(path: tuple | str) -> str:
-    """nanochat's name of the tensor at `path`, given as tuple or as "blocks/0/attn/c_q"."""
+    """nanochat's name of the parameter at this path."""
     pattern, layer = _split_layer(path if isinstance(path, str) else "/".join(map(str, path)), "/")
-    return PATHS[pattern].replace("*", str(layer))
+    return NAMES_OF[pattern].replace("*", str(layer))
 
 
 def _split_layer(text: str, separator: str) -> tuple[str, int | None]:
@@ -97,62 +97,59 @@ def find_steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {folder}: pass one of the folders beside it with --model-tag")
     steps = [int(found[1]) for p in folder.iterdir() if (found := re.fullmatch(r"model_([0-9]{6,})\.pt", p.name))]
-    complete = sorted(s for s in steps if _file(folder, "model", s, "pt").exists() and _meta_file(folder, s).exists())
+    complete = sorted(s for s in steps if model_file(folder, s).exists() and meta_file(folder, s).exists())
     if not complete:
-        reason = f"{_meta_file(folder, max(steps)).name} is missing" if steps else "it has no model_*.pt"
+        reason = f"{meta_file(folder, max(steps)).name} is missing" if steps else "it has no model_*.pt"
         raise FileNotFoundError(f"no nanochat checkpoint in {folder} ({reason}): pass another folder with --model-tag")
     return complete
 
 
-def _file(folder: Path, kind: str, step: int, suffix: str) -> Path:
-    return folder / f"{kind}_{step:06d}.{suffix}"
+def model_file(folder: Path, step: int) -> Path:
+    return folder / f"model_{step:06d}.pt"
 
 
-def _meta_file(folder: Path, step: int) -> Path:
-    return _file(folder, "meta", step, "json")
+def meta_file(folder: Path, step: int) -> Path:
+    return folder / f"meta_{step:06d}.json"
 
 
 def read_model(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[GPTConfig, dict, dict]:
-    """(config, parameter tree, meta file) of nanochat's checkpoint at `step`.
+    """(config, parameters, meta file) of nanochat's checkpoint at `step`.
 
     logit_cap: 20 for models trained 2026-03-02 to 03-09, which cannot be told from the files.
     """
-    era, config, tensors, meta = _open(folder, step, logit_cap)
-    with naming(_file(folder, "model", step, "pt")):
-        expected = tensor_shapes(config)
-        names = {nanochat_name(path): path for path in expected}
-        if missing := sorted(names.keys() - tensors.keys()):
+    era, config, tensors, meta = _open_checkpoint(folder, step, logit_cap)
+    with naming_file(model_file(folder, step)):
+        shapes = {nanochat_name(path): shape for path, shape in tensor_shapes(config).items()}
+        if missing := sorted(shapes.keys() - tensors.keys()):
             raise Refused(f"a model of era {era} with {config.n_layer} layers needs {_listed(missing)}")
-        if unknown := sorted(tensors.keys() - names.keys()):
+        if unknown := sorted(tensors.keys() - shapes.keys()):
             raise Refused(f"a model of era {era} with {config.n_layer} layers has no {_listed(unknown)}")
-        params = {}
-        for name, path in names.items():
-            _insert(params, path, widen(tensors.pop(name), expected[path], name))
-        return config, params, meta
+        params = {our_path(name): to_float32(tensors.pop(name), shape, name) for name, shape in shapes.items()}
+        return config, unflatten_dict(params), meta
 
 
 def read_config(folder: Path, step: int) -> GPTConfig:
     """The network of nanochat's checkpoint at `step`; its tensors are not read."""
-    return _open(folder, step)[1]
+    return _open_checkpoint(folder, step)[1]
 
 
-def _open(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[str, GPTConfig, dict, dict]:
+def _open_checkpoint(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[str, GPTConfig, dict, dict]:
     """(era, config, tensors as views of the file, meta)"""
-    model_file, meta_file = _file(folder, "model", step, "pt"), _meta_file(folder, step)
-    for path in (model_file, meta_file):
+    for path in (model_file(folder, step), meta_file(folder, step)):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: pass another --model-step or --model-tag")
-    meta = _read_meta(meta_file)
-    content = read_pt(model_file)
-    with naming(model_file):
+    meta = read_meta_file(meta_file(folder, step))
+    content = read_pt(model_file(folder, step))
+    with naming_file(model_file(folder, step)):
         tensors = strip_prefix(content)
         era = find_era(tensors)
-    with naming(meta_file):
+    with naming_file(meta_file(folder, step)):
         return era, era_config(era, meta["model_config"], tensors, logit_cap), tensors, meta
 
 
-def _read_meta(path: Path) -> dict:
-    with naming(path):
+def read_meta_file(path: Path) -> dict:
+    """A meta file, of which is known that model_config is a dict."""
+    with naming_file(path):
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as e:
@@ -160,15 +157,6 @@ def _read_meta(path: Path) -> dict:
         if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
             raise Refused("it must be an object with a field model_config, itself an object")
         return meta
-
-
-@contextmanager
-def naming(path: Path):
-    """Put the file's path before the message of a Refused."""
-    try:
-        yield
-    except Refused as e:
-        raise Refused(f"{path}: {e}") from None
 
 
 def strip_prefix(tensors: object) -> dict:
@@ -220,8 +208,8 @@ def era_config(era: str, model_config: dict, tensors: dict, logit_cap: float = 1
         raise Refused(f"model_config's n_embd must be an even multiple of n_head, got n_embd {D}, n_head {N}")
     if N % K:
         raise Refused(f"model_config's n_head must be a multiple of n_kv_head, got n_head {N}, n_kv_head {K}")
-    values, short_rule = ERAS[era]
-    channels = max(SMEAR_CHANNELS * values.get("smear", True), values.get("value_gate_channels", 12))
+    rules = ERAS[era]
+    channels = max(SMEAR_CHANNELS * rules.fields.get("smear", True), rules.fields.get("value_gate_channels", 12))
     if era in "CDE" and channels > D:
         raise Refused(f"model_config's n_embd must be at least {channels} in era {era}, got {D}")
     wte = tensors.get("transformer.wte.weight")
@@ -231,42 +219,40 @@ def era_config(era: str, model_config: dict, tensors: dict, logit_cap: float = 1
         raise Refused(
             f"model_config's vocab_size must be at most the {wte.shape[0]} rows of wte, got {fields['vocab_size']}"
         )
-    windows = _windows(era, model_config, fields["n_layer"], fields["sequence_len"], short_rule)
-    return GPTConfig(**fields, padded_vocab=wte.shape[0], windows=windows, logit_cap=logit_cap, **values)
+    windows = _windows(era, model_config, fields["n_layer"], fields["sequence_len"])
+    return GPTConfig(**fields, padded_vocab=wte.shape[0], windows=windows, logit_cap=logit_cap, **rules.fields)
 
 
-def _windows(era: str, model_config: dict, n_layer: int, sequence_len: int, short_rule) -> tuple[int, ...]:
+def _windows(era: str, model_config: dict, n_layer: int, sequence_len: int) -> tuple[int, ...]:
     """How far back each layer sees; the last one is always L."""
-    if short_rule is None:
+    short_window = ERAS[era].short_window
+    if short_window is None:
         return (-1,) * n_layer
     pattern = model_config.get("window_pattern", "L" if era == "B" else None)
     if not isinstance(pattern, str) or not 1 <= len(pattern) <= LIMITS["n_layer"] or set(pattern.upper()) - {*"SL"}:
         raise Refused(f"model_config's window_pattern must be letters S and L, got {_shown(pattern)}")
     letters = [pattern.upper()[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
-    return tuple(sequence_len if letter == "L" else short_rule(sequence_len) for letter in letters)
+    return tuple(sequence_len if letter == "L" else short_window(sequence_len) for letter in letters)
 
 
-def tensor_shapes(config: GPTConfig) -> dict[tuple, tuple[int, ...]]:
+def tensor_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter, the matrices of the blocks in nanochat's model order."""
     D, V, kv = config.n_embd, config.padded_vocab, config.kv_dim
-    shapes = {("wte",): (V, D), ("lm_head",): (V, D)}
+    shapes = {"wte": (V, D), "lm_head": (V, D)}
     for i in range(config.n_layer):
-        attn, mlp = ("blocks", i, "attn"), ("blocks", i, "mlp")
-        shapes |= {(*attn, "c_q"): (D, D), (*attn, "c_k"): (kv, D), (*attn, "c_v"): (kv, D), (*attn, "c_proj"): (D, D)}
+        block = {"attn/c_q": (D, D), "attn/c_k": (kv, D), "attn/c_v": (kv, D), "attn/c_proj": (D, D)}
         if config.has_value_embed(i):
-            shapes[*attn, "ve_gate"] = (config.n_kv_head, config.value_gate_channels)
-            shapes[*attn, "value_embed"] = (V, kv)
-        shapes |= {(*mlp, "c_fc"): (4 * D, D), (*mlp, "c_proj"): (D, 4 * D)}
+            block |= {"attn/ve_gate": (config.n_kv_head, config.value_gate_channels), "attn/value_embed": (V, kv)}
+        block |= {"mlp/c_fc": (4 * D, D), "mlp/c_proj": (D, 4 * D)}
+        shapes |= {f"blocks/{i}/{name}": shape for name, shape in block.items()}
     if config.residual_lambdas:
-        shapes |= {("resid_lambdas",): (config.n_layer,), ("x0_lambdas",): (config.n_layer,)}
+        shapes |= {"resid_lambdas": (config.n_layer,), "x0_lambdas": (config.n_layer,)}
     if config.smear:
-        shapes |= {("smear_gate",): (1, SMEAR_CHANNELS), ("smear_lambda",): (1,)}
-    if config.backout:
-        shapes[("backout_lambda",)] = (1,)
-    return shapes
+        shapes |= {"smear_gate": (1, SMEAR_CHANNELS), "smear_lambda": (1,)}
+    return shapes | ({"backout_lambda": (1,)} if config.backout else {})
 
 
-def widen(tensor: object, shape: tuple[int, ...], name: str) -> np.ndarray:
+def to_float32(tensor: object, shape: tuple[int, ...], name: str) -> np.ndarray:
     """A float32 copy of a floating tensor of 16 or 32 bits that has this shape and no infinities or NaNs."""
     if not isinstance(tensor, np.ndarray):
         raise Refused(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -280,15 +266,12 @@ def widen(tensor: object, shape: tuple[int, ...], name: str) -> np.ndarray:
     return wide
 
 
-def _insert(tree: dict, path: tuple, leaf: np.ndarray) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = leaf
-
-
 def _listed(names: list) -> str:
     return ", ".join(str(name)[:60] for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _shown(value: object) -> str:
     return json.dumps(value, default=repr)[:60]
+
+
+_meta_file, _read_meta = meta_file, read_meta_file  # until checkpoints/find.py is rewritten

@@ -6,19 +6,22 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from nanochat_jax.distributed import sharding
+from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files.torch_write import Tensor
-from nanochat_jax.interop.nanochat_model import LIMITS, nanochat_name
-from nanochat_jax.interop.nanochat_optimizer import NEWTON_SCHULZ_STEPS, Merge
+from nanochat_jax.interop.nanochat_model import LIMITS, nanochat_name, tensor_shapes
+from nanochat_jax.interop.optimizer_state import OptimizerState, group_paths
 from nanochat_jax.model.gpt import GPTConfig, window_sizes
 
 EMBEDDING_TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-OURS = {"tokenizer", "optimizer_groups"}  # in meta, for our own loaders only
+NEWTON_SCHULZ_STEPS = 5  # iterations of nanochat's Muon; its files record them
+ADAMW_KEYS = ("kind", "lr", "betas", "eps", "weight_decay", "initial_lr", "params")  # of a group, in nanochat's order
+MUON_KEYS = ("kind", "lr", "momentum", "ns_steps", "beta2", "weight_decay", "initial_lr", "params")
+ONLY_OURS = {"tokenizer", "optimizer_groups"}  # fields of meta that only our own loaders read
 SIZES = ("device_batch_size", "max_seq_len", "total_batch_size")  # nanochat's SFT inherits them from the top of meta
 
 
 def model_config(model: GPTConfig, pattern: object = None) -> dict:
-    """nanochat's model_config of this network, with window pattern `pattern` where that gives the model's windows.
+    """nanochat's model_config of this network, with `pattern` as its window pattern where that gives the same windows.
 
     ValueError: a network that today's nanochat cannot build.
     """
@@ -41,23 +44,25 @@ def model_config(model: GPTConfig, pattern: object = None) -> dict:
 
 
 def nanochat_meta(meta: dict, model: GPTConfig, step: int) -> dict:
-    """The meta file of a checkpoint of ours: what its own meta records, with sizes and names where nanochat looks; of a
-    converted one nanochat's own. ValueError: a network that today's nanochat cannot build."""
+    """The meta file of a checkpoint of ours: what its own meta records, with sizes and names where nanochat looks.
+
+    A model that was converted gets nanochat's own back. ValueError: a network that today's nanochat cannot build.
+    """
     settings = meta.get("user_config") if isinstance(meta.get("user_config"), dict) else {}
     network = model_config(model, settings.get("window_pattern"))
     if "nanochat_meta" in meta:
         return meta["nanochat_meta"]
     sizes = {name: settings[name] for name in SIZES if settings.get(name) is not None}
-    kept = {name: value for name, value in meta.items() if name not in OURS}
+    kept = {name: value for name, value in meta.items() if name not in ONLY_OURS}
     return {"step": step, **sizes, **kept, "model_config": network}
 
 
 def model_content(params: dict, embedding_type: np.dtype) -> dict[str, Tensor]:
     """The state dict: nanochat's name -> tensor."""
-    content = collections.OrderedDict()
-    for path, leaf in sharding.flatten_by_path(params).items():
-        content[nanochat_name(path)] = Tensor(leaf.shape, stored_type(path, embedding_type), [leaf])
-    return content
+    return collections.OrderedDict(
+        (nanochat_name(path), Tensor(leaf.shape, stored_type(path, embedding_type), [leaf]))
+        for path, leaf in flatten_by_path(params).items()
+    )
 
 
 def stored_type(path: str, embedding_type: np.dtype) -> np.dtype:
@@ -65,33 +70,31 @@ def stored_type(path: str, embedding_type: np.dtype) -> np.dtype:
     return embedding_type if path == "wte" or path.endswith("/value_embed") else np.dtype(np.float32)
 
 
-def optimizer_content(state: dict, model: GPTConfig, embedding_type: np.dtype) -> dict:
-    """The state dict of nanochat's optimizer on one rank, from a state in the form of `read_optimizer`."""
-    layout, settings = Merge([], model), {group["name"]: group for group in state["groups"]}
+def optimizer_content(state: OptimizerState, model: GPTConfig, embedding_type: np.dtype) -> dict:
+    """The state dict of nanochat's optimizer on one rank."""
+    shapes = tensor_shapes(model)
+    groups = group_paths(shapes)
+    matrices = groups.pop("matrix")
     content = {"state": {}, "param_groups": []}
-    first = 0
 
-    def add_group(group: dict, members: list[str], keys: tuple[str, ...]) -> None:
-        values = {key: tuple(group[key]) if key == "betas" else group[key] for key in keys}
-        numbers = list(range(first, first + len(members)))
-        content["param_groups"].append({"kind": group["kind"], **values, "params": numbers})
+    def add_group(name: str, paths: list[str], keys: tuple[str, ...]) -> list[int]:
+        """The numbers of its parameters, which go on from the last group's."""
+        first = sum(len(group["params"]) for group in content["param_groups"])
+        numbers = list(range(first, first + len(paths)))
+        fields = {**state.groups[name]._asdict(), "ns_steps": NEWTON_SCHULZ_STEPS, "params": numbers}
+        content["param_groups"].append({key: fields[key] for key in keys})
+        return numbers
 
-    for name, paths in layout.adamw_groups().items():
-        for number, path in enumerate(paths, first):
+    for name, paths in groups.items():
+        for number, path in zip(add_group(name, paths, ADAMW_KEYS), paths):
             kind = stored_type(path, embedding_type)
-            moments = {key: state[key][path] for key in ("exp_avg", "exp_avg_sq")}
-            tensors = {key: Tensor(array.shape, kind, [array]) for key, array in moments.items()}
-            content["state"][number] = {"step": state["count"][path], **tensors}
-        add_group(settings[name], paths, ("lr", "betas", "eps", "weight_decay", "initial_lr"))
-        first += len(paths)
-    matrix = settings["matrix"] | {"ns_steps": NEWTON_SCHULZ_STEPS}
-    for shape in sorted({layout.shapes[path] for path in layout.matrices}):
-        paths = [path for path in layout.matrices if layout.shapes[path] == shape]
-        content["state"][first] = {
-            f"{key}_buffer": _stacked([state[key][path] for path in paths]) for key in ("momentum", "second_momentum")
-        }
-        add_group(matrix, paths, ("lr", "momentum", "ns_steps", "beta2", "weight_decay", "initial_lr"))
-        first += len(paths)
+            first, second = (Tensor(m[path].shape, kind, [m[path]]) for m in (state.exp_avg, state.exp_avg_sq))
+            content["state"][number] = {"step": state.count[path], "exp_avg": first, "exp_avg_sq": second}
+    for shape in sorted({shapes[path] for path in matrices}):
+        paths = [path for path in matrices if shapes[path] == shape]
+        first, second = (_stacked([m[path] for path in paths]) for m in (state.momentum, state.second_momentum))
+        numbers = add_group("matrix", paths, MUON_KEYS)
+        content["state"][numbers[0]] = {"momentum_buffer": first, "second_momentum_buffer": second}
     return content
 
 

@@ -21,13 +21,13 @@ from nanochat_jax import report, sft
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.data import shards as documents
 from nanochat_jax.files import bucket, paths
-from nanochat_jax.rollouts import log as pack
+from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.tasks.hub import find_file, split_files
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer import __main__ as train_tokenizer
-from nanochat_jax.train import run as runs
 from nanochat_jax.train import step as train_step
 from nanochat_jax.train.metrics import MetricsLog, read_metrics
+from nanochat_jax.train.start import Start, find_run, hold_folder
 from tests.support import tiny
 from tests.support.fake_gcs import FakeGCS
 from tests.support.process_runs import Processes, free_port
@@ -52,7 +52,7 @@ def machine(patch, folder):
     """A machine's local disk, and nothing remembered."""
     patch.setenv("NANOCHAT_LOCAL_DIR", str(folder))
     bucket.connect.cache_clear()
-    paths._with_tokenizer.cache_clear()
+    paths._copy_with_tokenizer.cache_clear()
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def cloud(server, tmp_path, monkeypatch):
     machine(monkeypatch, tmp_path / "disk")
     yield server
     bucket.connect.cache_clear()
-    paths._with_tokenizer.cache_clear()
+    paths._copy_with_tokenizer.cache_clear()
 
 
 def put(server, folder, name="base"):
@@ -89,7 +89,7 @@ def state():
 
 
 def save(saver, step, state):
-    saver.save(step, state[0], state[1] | {"step": step})
+    saver.save(step, train_step.state_items(state[0]), state[1] | {"step": step})
     saver.wait()
 
 
@@ -157,7 +157,7 @@ def test_the_run_that_started_last_owns_the_folder(cloud, state):
     save(lost, 1, state)
     save(store.Saver(folder), 2, state)
     with pytest.raises(OSError, match="another run has started in gs://bucket/base/chatsft_checkpoints/d2: this one"):
-        lost.save(2, state[0], state[1])
+        lost.save(2, train_step.state_items(state[0]), state[1])
     assert integrity.newest_intact(folder) == 2
 
 
@@ -182,11 +182,11 @@ def test_nanochat_s_checkpoints_are_converted_into_a_bucket(cloud, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "NANOCHAT_BASE_DIR=gs://bucket/new" in done.stdout, done.stderr
-    assert str(find.find_model("base", base=bucket.place("gs://bucket/new"))) == (
+    assert str(find.find_model("base", base=bucket.as_path("gs://bucket/new"))) == (
         "gs://bucket/new/base_checkpoints/d2/7"
     )
     assert "new/tokenizer/tokenizer.json" in cloud.names("bucket")
-    assert Tokenizer.load(bucket.place("gs://bucket/new/tokenizer")).digest() == tiny.tokenizer().digest()
+    assert Tokenizer.load(bucket.as_path("gs://bucket/new/tokenizer")).digest() == tiny.tokenizer().digest()
 
 
 def test_of_tags_without_a_number_the_one_changed_last_is_taken(cloud):
@@ -213,16 +213,16 @@ def test_metrics_reach_the_bucket_with_every_checkpoint_and_go_on_from_there(clo
 
 def test_answers_are_cut_to_those_of_the_checkpoint_on_another_machine(cloud, tmp_path, monkeypatch):
     folder = paths.kept_dir() / "chatrl_checkpoints" / "d2"
-    bucket.local(folder).mkdir(parents=True)
-    log = pack.RolloutLog(folder)
-    log.file.write(b"one\n")
+    bucket.local_path(folder).mkdir(parents=True)
+    log = RolloutLog(folder)
+    log._file.write(b"one\n")
     assert log.saved() == 4
-    log.file.write(b"two\n")
+    log._file.write(b"two\n")
     assert log.saved() == 8
     machine(monkeypatch, tmp_path / "another")
-    bucket.local(folder).mkdir(parents=True)
-    log = pack.RolloutLog(folder, 4)
-    log.file.write(b"2\n")
+    bucket.local_path(folder).mkdir(parents=True)
+    log = RolloutLog(folder, 4)
+    log._file.write(b"2\n")
     assert log.saved() == 6 and cloud.read("bucket", "base/chatrl_checkpoints/d2/rollouts.jsonl") == b"one\n2\n"
 
 
@@ -335,10 +335,10 @@ def test_a_stage_ends_with_that_sentence(cloud):
 def test_on_a_disk_nothing_of_this_happens(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(bucket, "connect", None)
-    assert paths.base_dir() == paths.kept_dir() == bucket.place(tmp_path) == bucket.fetch(tmp_path) == tmp_path
-    assert bucket.local(tmp_path) == tmp_path and store.Saver(tmp_path)._owner is None
+    assert paths.base_dir() == paths.kept_dir() == bucket.as_path(tmp_path) == bucket.fetch(tmp_path) == tmp_path
+    assert bucket.local_path(tmp_path) == tmp_path and store.Saver(tmp_path)._owner is None
     (tmp_path / "a").write_bytes(b"1")
-    bucket.send(tmp_path / "a", tmp_path / "b")
+    bucket.upload(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "b").exists()
     paths.write_atomically(tmp_path / "c", b"2")
     assert (tmp_path / "c").read_bytes() == b"2"
@@ -349,7 +349,7 @@ def test_a_tag_that_would_be_taken_for_a_pattern_is_refused(cloud):
     with pytest.raises(
         ValueError, match=r"chatsft_checkpoints/a\*\] must not have any of the characters # \* \? \[ \]"
     ):
-        runs.open_folder(cfg, "sft", "a*]", tiny.tokenizer(), set(), print)
+        find_run(cfg, "sft", "a*]", tiny.tokenizer(), print)
 
 
 def test_the_bucket_alone_is_a_base_directory_too(cloud, state, monkeypatch):
@@ -361,9 +361,9 @@ def test_the_bucket_alone_is_a_base_directory_too(cloud, state, monkeypatch):
 
 
 def test_two_runs_of_one_machine_in_one_folder_are_refused(cloud):
-    run = runs.Run(None, paths.kept_dir() / "chatsft_checkpoints" / "d2", "", record={"step": 0})
-    with run.start(), pytest.raises(FileExistsError, match="another process is training in gs://bucket/base"):
-        with run.start():
+    run = Start(None, paths.kept_dir() / "chatsft_checkpoints" / "d2", "", record={"step": 0})
+    with hold_folder(run), pytest.raises(FileExistsError, match="another process is training in gs://bucket/base"):
+        with hold_folder(run):
             pass
 
 
@@ -431,7 +431,7 @@ def test_two_processes_without_a_common_disk_write_their_parts(cloud, alone, tmp
     put(cloud, tiny.write_base(tmp_path / "made").parents[2])
     ended(start(tmp_path, "two", flags, count=2, devices=8))  # the program of test_processes: compiled once
     folder = paths.kept_dir() / "chatsft_checkpoints" / "two" / str(STEPS)
-    parts = [name for name in bucket.listing(folder) if name.startswith("params/ocdbt.process_")]
+    parts = [name for name in bucket.list_objects(folder) if name.startswith("params/ocdbt.process_")]
     assert {name.split("process_")[1][0] for name in parts} == {"0", "1"}
     theirs = store.read_arrays(base / "chatsft_checkpoints" / "run" / str(STEPS), "params")
     for name, array in store.read_arrays(folder, "params").items():

@@ -21,9 +21,12 @@ from nanochat_jax.interop.nanochat_model import (
     strip_prefix,
     tensor_shapes,
 )
-from nanochat_jax.interop.nanochat_optimizer import Merge, read_optimizer
+from nanochat_jax.interop.nanochat_optimizer import read_optimizer
+from nanochat_jax.interop.optimizer_state import group_paths
 from tests.golden import data
 from tests.support.torch_files import write_pt
+
+ARRAYS = ("exp_avg", "exp_avg_sq", "momentum", "second_momentum")
 
 
 def checkpoint(name: str) -> tuple[Path, int]:
@@ -48,7 +51,7 @@ def test_every_tensor_of_the_file_is_read_bit_for_bit_and_nothing_is_made_up(nam
     assert {nanochat_name(path) for path in shapes} == raw.keys()
     for key, tensor in raw.items():
         path = our_path(key)
-        assert nanochat_name(path) == key and shapes[path] == tensor.shape
+        assert nanochat_name(path) == key and shapes["/".join(map(str, path))] == tensor.shape
         got = leaf(params, path)
         assert got.dtype == np.float32
         assert got.astype(tensor.dtype).tobytes() == tensor.tobytes(), f"{key} differs from the file"
@@ -84,19 +87,19 @@ def test_optimizer_states_are_read_whole_and_unchanged(name):
     folder, step = checkpoint(name)
     config, _, _ = read_model(folder, step)
     got = read_optimizer(folder, step, config)
-    shapes = {"/".join(map(str, path)): shape for path, shape in tensor_shapes(config).items()}
-    assert got["exp_avg"].keys() == got["exp_avg_sq"].keys() == got["count"].keys()
-    assert sorted([*got["exp_avg"], *got["momentum"]]) == sorted(shapes), "every parameter has a state, none has two"
-    for key in ("exp_avg", "exp_avg_sq", "momentum"):
-        assert all(array.shape == shapes[path] and array.dtype == np.float32 for path, array in got[key].items())
-    assert len(set(got["count"].values())) == 1
+    shapes = tensor_shapes(config)
+    assert got.exp_avg.keys() == got.exp_avg_sq.keys() == got.count.keys()
+    assert sorted([*got.exp_avg, *got.momentum]) == sorted(shapes), "every parameter has a state, none has two"
+    for arrays in (got.exp_avg, got.exp_avg_sq, got.momentum):
+        assert all(array.shape == shapes[path] and array.dtype == np.float32 for path, array in arrays.items())
+    assert len(set(got.count.values())) == 1
 
     (file,) = folder.glob(f"optim_{step:06d}*.pt")
     content = read_pt(file)
     parts = content if isinstance(content, list) else [content]
     stored = [array for part in parts for entry in part["state"].values() for array in entry.values()]
     stored = [array.astype("f4") for array in stored if isinstance(array, np.ndarray) and array.ndim]
-    read = [array for key in ("exp_avg", "exp_avg_sq", "momentum", "second_momentum") for array in got[key].values()]
+    read = [array for key in ARRAYS for array in getattr(got, key).values()]
     assert sum(array.size for array in stored) == sum(array.size for array in read)
     total = sum(float(np.abs(array).sum(dtype=np.float64)) for array in stored)
     assert np.isclose(sum(float(np.abs(array).sum(dtype=np.float64)) for array in read), total, rtol=1e-12)
@@ -108,15 +111,16 @@ def test_group_members_are_in_nanochats_own_order(name):
     folder, step = checkpoint(name)
     data.path(f"{folder}/optim_{step:06d}_rank0.pt")
     config, _, _ = read_model(folder, step)
-    merge = Merge([], config)
+    shapes = tensor_shapes(config)
+    groups = group_paths(shapes)
     for group in table:
         paths = ["/".join(map(str, our_path(name))) for name in group["params"]]
         if group["kind"] == "muon":
-            assert paths == [path for path in merge.matrices if merge.shapes[path] == tuple(group["shapes"][0])]
+            assert paths == [path for path in groups["matrix"] if shapes[path] == tuple(group["shapes"][0])]
         else:
-            assert paths in merge.adamw_groups().values()
-    got = [group["name"] for group in read_optimizer(folder, step, config)["groups"]]
-    assert got == [*merge.adamw_groups(), "matrix"]
+            assert paths in groups.values()
+    assert list(read_optimizer(folder, step, config).groups) == list(groups)
+    assert list(groups)[-1] == "matrix"
 
 
 @pytest.mark.parametrize("world", [2, 8])
@@ -144,10 +148,10 @@ def test_a_real_state_split_over_ranks_as_nanochat_does_is_merged_again(tmp_path
         state = {n: {key: part(n, a, rank) for key, a in entry.items()} for n, entry in whole["state"].items()}
         write_pt(tmp_path / f"optim_{step:06d}_rank{rank}.pt", whole | {"state": state})
     got = read_optimizer(tmp_path, step, config)
-    assert got["groups"] == want["groups"] and got["count"] == want["count"]
-    for key in ("exp_avg", "exp_avg_sq", "momentum", "second_momentum"):
-        assert got[key].keys() == want[key].keys()
-        assert all(np.array_equal(got[key][path], array) for path, array in want[key].items()), key
+    assert got.groups == want.groups and got.count == want.count
+    for key in ARRAYS:
+        assert getattr(got, key).keys() == getattr(want, key).keys()
+        assert all(np.array_equal(getattr(got, key)[path], array) for path, array in getattr(want, key).items()), key
 
 
 @pytest.mark.parametrize("name", data.checkpoints())

@@ -6,6 +6,7 @@ import pytest
 from nanochat_jax.files.plain_pickle import Refused
 from nanochat_jax.interop.nanochat_model import read_model, tensor_shapes
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
+from nanochat_jax.interop.optimizer_state import AdamWGroup, MuonGroup
 from tests.interop.test_nanochat_model import model, write_model
 from tests.support.torch_files import write_pt
 
@@ -17,7 +18,7 @@ MUON = {"lr": 0.01, "initial_lr": 0.02, "momentum": 0.95}
 def optimizer_state(era: str, config):
     """(what read_optimizer must return, for one rank the file's content by rank) of a random state, from the facts."""
     rng = np.random.default_rng(5)
-    shapes = {"/".join(map(str, path)): shape for path, shape in tensor_shapes(config).items()}
+    shapes = tensor_shapes(config)
     order = [f"blocks/{i}/{part}" for i in range(3) for part in BLOCK_ORDER if f"blocks/{i}/{part}" in shapes]
     embeds = [path for path in shapes if path.endswith("value_embed")]
     adamw = [
@@ -101,16 +102,16 @@ def test_the_parts_of_all_ranks_make_the_whole_state(tmp_path, era, world):
     config, want, _ = write_optimizer(tmp_path, era, world)
     got = read_optimizer(tmp_path, 7, config)
     for key, arrays in want.items():
-        assert got[key].keys() == arrays.keys(), key
+        assert getattr(got, key).keys() == arrays.keys(), key
         for path, array in arrays.items():
-            assert np.array_equal(got[key][path], array), f"{key} of {path}"
+            assert np.array_equal(getattr(got, key)[path], array), f"{key} of {path}"
     names = ["unembedding", "embedding", "value_embedding", "resid", "x0", "smear", "matrix"]
     names = [name for name in names if era == "E" or name != "smear"]
     names = ["unembedding", "embedding", "matrix"] if era == "A" else names
-    assert [group["name"] for group in got["groups"]] == names
-    assert got["groups"][0] == {"name": "unembedding", "kind": "adamw", **ADAMW}
+    assert list(got.groups) == names
+    assert got.groups["unembedding"] == AdamWGroup(kind="adamw", **ADAMW)
     decay, beta2 = (0.0, None) if era == "A" else (0.1, 0.9)
-    assert got["groups"][-1] == {"name": "matrix", "kind": "muon", **MUON, "weight_decay": decay, "beta2": beta2}
+    assert got.groups["matrix"] == MuonGroup(kind="muon", **MUON, weight_decay=decay, beta2=beta2)
 
 
 def test_three_ranks_that_cannot_share_rows_evenly_are_refused(tmp_path):
@@ -129,7 +130,7 @@ def test_three_ranks_with_chunks_of_unequal_use_are_merged(tmp_path):
     for rank in range(3):
         write_pt(tmp_path / f"optim_000007_rank{rank}.pt", rank_content("E", want, adamw, muon, rank, 3))
     got = read_optimizer(tmp_path, 7, config)
-    assert all(np.array_equal(got[key][path], array) for key in want for path, array in want[key].items())
+    assert all(np.array_equal(getattr(got, key)[path], array) for key in want for path, array in want[key].items())
 
 
 def test_stacked_buffers_in_a_list_of_two_state_dicts_are_read(tmp_path):
@@ -144,8 +145,8 @@ def test_stacked_buffers_in_a_list_of_two_state_dicts_are_read(tmp_path):
         parts[part]["param_groups"].append(group | {"params": [n - first * part for n in group["params"]]})
     write_pt(tmp_path / "optim_000007_rank0.pt", parts)
     got = read_optimizer(tmp_path, 7, config)
-    assert all(np.array_equal(got[key][path], array) for key in want for path, array in want[key].items())
-    assert [group["kind"] for group in got["groups"]] == ["adamw"] * 5 + ["muon"]
+    assert all(np.array_equal(getattr(got, key)[path], array) for key in want for path, array in want[key].items())
+    assert [group.kind for group in got.groups.values()] == ["adamw"] * 5 + ["muon"]
     write_pt(tmp_path / "optim_000007_rank1.pt", content)
     with pytest.raises(Refused, match="kind must be adamw or muon, got NoneType"):
         read_optimizer(tmp_path, 7, config)
@@ -154,7 +155,7 @@ def test_stacked_buffers_in_a_list_of_two_state_dicts_are_read(tmp_path):
 def test_no_optimizer_file_is_no_error_and_the_oldest_name_is_known(tmp_path):
     config, _, _ = write_optimizer(tmp_path, "A", 1)
     (tmp_path / "optim_000007_rank0.pt").rename(tmp_path / "optim_000007.pt")
-    assert read_optimizer(tmp_path, 7, config)["count"] == {"lm_head": 11, "wte": 11}
+    assert read_optimizer(tmp_path, 7, config).count == {"lm_head": 11, "wte": 11}
     (tmp_path / "optim_000007.pt").unlink()
     assert read_optimizer(tmp_path, 7, config) is None
 
