@@ -56,7 +56,7 @@ def train(cfg: Train) -> int:
     require_at_least(1, cfg, "max_chars", "doc_cap")
     require_at_least(0, cfg, "download")
     require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
-    kept = bucket.place(cfg.output) if cfg.output else kept_dir() / "tokenizer"
+    kept = bucket.as_path(cfg.output) if cfg.output else kept_dir() / "tokenizer"
     folder = bucket.fetch(kept, exact=True)
     refuse_to_replace(folder, cfg.overwrite)
     console = Console()
@@ -72,7 +72,7 @@ def train(cfg: Train) -> int:
         refuse_to_replace(folder, cfg.overwrite)  # one that another process has put there since
         install(tokenizer, staging, folder)
     for name in FILES:
-        bucket.send(folder / name, kept / name)
+        bucket.upload(folder / name, kept / name)
     seconds = time.monotonic() - began
     say(console, f"read {chars:,} characters in {documents:,} documents")
     say(console, f"trained a vocabulary of {tokenizer.vocab_size:,} tokens in {seconds:.1f} s, written to {kept}")

@@ -74,7 +74,7 @@ class Tokenizer:
 
         FileNotFoundError: neither exists. ValueError: damaged, or both exist and give different ids.
         """
-        folder = bucket.fetch(bucket.place(folder))
+        folder = bucket.fetch(bucket.as_path(folder))
         ours, theirs = folder / "tokenizer.json", folder / "tokenizer.pkl"
         found = []
         if ours.exists():
@@ -117,7 +117,7 @@ class Tokenizer:
             "ranks": [base64.b64encode(token).decode() for token in self._bytes[: len(self.mergeable_ranks)]],
             "special_tokens": self.special_tokens,
         }
-        write_atomically(bucket.place(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
+        write_atomically(bucket.as_path(folder) / "tokenizer.json", json.dumps(data, indent=0).encode())
 
     def save_for_nanochat(self, folder: Path | str) -> None:
         """Write tokenizer.pkl and token_bytes.pt, which nanochat loads, into a folder that nobody reads yet.
