@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax.checkpoints import integrity
-from nanochat_jax.cli.settings import Maybe
-from nanochat_jax.train import run as runs
+from nanochat_jax.cli.settings import Maybe, StageConfig, recorded_settings, resumed_settings, setting
 from tests.support import tiny
 from tools.check import kill_resume
 
@@ -116,27 +115,32 @@ def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it_and_so_doe
 # Settings of a run that goes on
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    steps: int = 1
-    files: tuple[Path, ...] = ()
-    data_dir: Maybe[Path] = None
-    tasks: tuple[str, ...] = ()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(StageConfig):
+    steps: int = setting(1, "steps")
+    files: tuple[Path, ...] = setting((), "data")
+    data_dir: Maybe[Path] = setting(None, "where data is", on_resume="free")
+    tasks: tuple[str, ...] = setting((), "tasks")
 
 
 def go_on(cfg, saved, said=str):
-    return runs.same_settings(cfg, saved, {"data_dir"}, "--output-tag", said)
+    return resumed_settings(cfg, saved, "--output-tag", said)
 
 
 def test_paths_are_recorded_so_that_they_hold_in_another_folder_and_come_back_as_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
-    cfg = Settings(2, (Path("a.jsonl"), Path("/b.jsonl")), Path("~/data"), ("module:Class",))
-    saved = runs.Run(cfg, tmp_path, "", model_config=tiny.CONFIG).meta(2)["user_config"]
+    cfg = Settings(steps=2, files=(Path("a.jsonl"), Path("/b.jsonl")), data_dir=Path("~/data"), tasks=("module:Class",))
+    saved = recorded_settings(cfg)
     assert (saved["files"], saved["data_dir"]) == ([f"{tmp_path}/a.jsonl", "/b.jsonl"], "/home/somebody/data")
     monkeypatch.chdir("/")
     found = go_on(Settings(), saved)
-    assert found == Settings(2, (tmp_path / "a.jsonl", Path("/b.jsonl")), Path("/home/somebody/data"), cfg.tasks)
+    assert (found.steps, found.files, found.data_dir, found.tasks) == (
+        2,
+        (tmp_path / "a.jsonl", Path("/b.jsonl")),
+        Path("/home/somebody/data"),
+        cfg.tasks,
+    )
 
 
 def test_the_same_files_by_another_name_are_the_same_run(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ class Saver:
         for step in sorted(self._measured):
             folder, numbers = self.folder / str(step), self._measured.pop(step)
             if not processes.index() and (folder / integrity.MANIFEST).exists():
-                write_atomically(folder / MEASURED, json.dumps(numbers).encode())
+                write_atomically(folder / MEASURED, json.dumps(_read_measured(folder) | numbers).encode())
 
     def wait(self) -> None:
         """Until the last save is on disk, sealed; OSError tells what went wrong in the background."""
@@ -128,11 +128,17 @@ def read_meta(folder: Path) -> dict:
     """The `meta` of a checkpoint folder <tag>/<step>, with what was measured of it afterwards."""
     with _orbax():
         meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+    return meta | _read_measured(folder)
+
+
+def _read_measured(folder: Path) -> dict:
+    """What was measured of a checkpoint after its save began; {} where that is nothing, or damaged, as no step depends
+    on it."""
     try:
         measured = json.loads((folder / MEASURED).read_bytes())
-    except (OSError, ValueError):  # nothing was measured, or the file is damaged: no step depends on it
-        return meta
-    return meta | measured if isinstance(measured, dict) else meta
+    except (OSError, ValueError):
+        return {}
+    return measured if isinstance(measured, dict) else {}
 
 
 def converted_from(folder: Path) -> str | None:

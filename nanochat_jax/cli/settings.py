@@ -135,7 +135,7 @@ class StageConfig:
     overwrite: bool = setting(False, "delete the checkpoints that an earlier run left in the folder", on_resume="own")
     config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", on_resume="own")
     # names of the settings that the user gave, here or in the file
-    given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = dataclasses.field(default=frozenset(), compare=False)
 
 
 def flag(name: str) -> str:

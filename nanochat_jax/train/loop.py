@@ -102,7 +102,6 @@ class Run:
         saver: Saver,
         log: MetricsLog,
         reporter: Reporter,
-        signals: Signals,
         console: Callable[[Mapping[str, float]], str],
         average: SmoothedAverage,
         throughput: Throughput | None = None,
@@ -114,7 +113,7 @@ class Run:
         updates so far that were not finite. measured: names of what has been measured already at the first step."""
         self.state, self.step = state, int(state.step)
         self.total, self.save_every, self.measurements, self.record_of = total, save_every, measurements, record
-        self.saver, self.log, self.reporter, self.signals = saver, log, reporter, signals
+        self.saver, self.log, self.reporter, self.signals = saver, log, reporter, Signals()
         self.console, self.average, self.throughput, self.log_late = console, average, throughput, log_late
         self.first, self.saved, self.measured_before = self.step, self.step, measured
         self.skipped, self.bad_steps, self.found = skipped, int(state.bad_steps), {}
@@ -287,15 +286,12 @@ def open_run(
     with explaining_memory(in_force, advice), plan.scope(), contextlib.ExitStack() as stack:
         describe_run(start, plan, total)
         stack.enter_context(hold_folder(start))
-        signals = stack.enter_context(Signals())
         project = f"nanochat-{start.folder.parent.name.removesuffix('_checkpoints').removeprefix('chat')}"
         resumed_at = start.first_step if start.resumed else None
         log = MetricsLog(start.folder, cfg.run, recorded_settings(cfg), project=project, resumed_at=resumed_at)
         stack.callback(log.close)
         reporter = Reporter(total, start.first_step)
         stack.callback(reporter.close)
-        saver = Saver(start.folder, cfg.keep_checkpoints)
-        stack.callback(saver.wait)  # Python cannot shut down while Orbax writes
         measured = processes.exchange("what was measured", sorted(log.measured_at(start.first_step)))[0]
         run = Run(
             initial.state,
@@ -303,10 +299,9 @@ def open_run(
             save_every=cfg.save_every,
             measurements=measurements,
             record=lambda step: start.recorded(plan, total) | record(step),
-            saver=saver,
+            saver=Saver(start.folder, cfg.keep_checkpoints),
             log=log,
             reporter=reporter,
-            signals=signals,
             console=console,
             average=SmoothedAverage(smoothed, *start.record.get(f"smoothed_{smoothed}", ())),
             throughput=throughput,
@@ -314,16 +309,27 @@ def open_run(
             skipped=start.record.get("skipped", 0),
             measured=frozenset(measured),
         )
+        with to_its_end(run):
+            yield run
+
+
+@contextlib.contextmanager
+def to_its_end(run: Run) -> Iterator[None]:
+    """While it is entered, signals are noted; afterwards everything is logged and on disk, also after an error."""
+    with run.signals:
         try:
             with contextlib.suppress(Interrupted):  # a signal in the middle of a step, which is given up
-                yield run
+                yield
         except Exception:
             try:
                 run.rescue()
             except Exception as e:  # the first error is the one to tell
-                reporter.say(f"WARNING: the steps since step {run.saved} are lost: {e}")
+                run.reporter.say(f"WARNING: the steps since step {run.saved} are lost: {e}")
             raise
-        run.finish()
+        else:
+            run.finish()
+        finally:
+            run.saver.wait()  # Python cannot shut down while Orbax writes
 
 
 def exit_code(run: Run) -> int:

@@ -4,23 +4,21 @@ them is killed, told to stop, late, or not like the others.
 Run: python -m pytest tests/distributed/test_processes.py
 """
 
-import contextlib
 import json
 import random
 import re
 import signal
 import socket
-import threading
 import time
 
 import numpy as np
 import pytest
 
 from nanochat_jax.checkpoints import integrity, store
-from nanochat_jax.distributed import cluster, coordinator, processes
+from nanochat_jax.distributed import coordinator, processes
 from nanochat_jax.inference.samples import Sample, ToolCall
 from nanochat_jax.rollouts import exchange
-from nanochat_jax.train import run as runs_module
+from nanochat_jax.train import start
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import process_runs, tiny
 from tests.support.process_runs import INT, KILL, TERM, run, started
@@ -114,7 +112,7 @@ def test_a_lost_process_ends_the_others_by_name_and_a_stopped_one_saves_with_the
     these = [*flags[stage], "--output-tag", "disturbed", "--resume", "--eval-every", "-1"]
     victim, at, delay = rng.randrange(2), rng.randint(1, total // 2), rng.uniform(0, 0.1)
     codes, seconds, runs = interrupted(base, stage, these, victim, KILL, at, delay)
-    assert codes[victim] == -KILL and codes[1 - victim] == coordinator.LOST, f"{SEED=}\n{runs.all_output()}"
+    assert codes[victim] == -KILL and codes[1 - victim] == coordinator.LOST_EXIT_CODE, f"{SEED=}\n{runs.all_output()}"
     assert seconds < 30
     host = re.escape(socket.gethostname())
     (said,) = re.findall(r"^error: (.*)", runs.output(1 - victim), re.MULTILINE)
@@ -203,7 +201,7 @@ def test_a_process_that_hangs_is_lost_too(base, flags):
         runs.signal(1, signal.SIGSTOP)
         runs.all[0].wait(30)
         runs.signal(1, signal.SIGCONT)
-        assert runs.wait() == [coordinator.LOST] * 2, runs.all_output()
+        assert runs.wait() == [coordinator.LOST_EXIT_CODE] * 2, runs.all_output()
         assert re.search(r"error: process 1 on .* is lost \(nothing was heard of it for 3 seconds\)", runs.output(0))
 
 
@@ -222,150 +220,17 @@ def test_processes_without_a_common_disk_for_checkpoints_are_refused(tmp_path, m
     told = []
     for name, value in {"count": 2, "exchange": [True, False]}.items():
         monkeypatch.setattr(processes, name, lambda *args, value=value: told.append(args) or value)
-    monkeypatch.setattr(runs_module, "process_index", lambda: 1)
-    monkeypatch.setattr(runs_module, "SEEN_SECONDS", 0.1)
-    run = runs_module.Run(None, tmp_path / "not-there", "")
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(start, "SEEN_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"process 1 does not see .*not-there of process 0: set NANOCHAT_BASE_DIR"):
-        run._share()
+        with start.hold_folder(start.Start(None, tmp_path / "not-there", "")):
+            pass
     assert ("who sees it", False) in told
-
-
-@contextlib.contextmanager
-def short_wait(monkeypatch, seconds=2.0):
-    monkeypatch.setattr(coordinator, "START_SECONDS", seconds)
-    yield cluster.Place(f"127.0.0.1:{process_runs.free_port()}", 3, 0)
-
-
-def test_who_does_not_come_is_named_and_who_finds_nobody_says_so(monkeypatch):
-    with short_wait(monkeypatch) as place:
-        with pytest.raises(
-            ValueError, match=r"process 1, 2 of 3 did not come to 127.0.0.1:\d+ within 2 seconds: start"
-        ):
-            coordinator.receive_all(place, {})
-        with pytest.raises(ValueError, match=r"process 1 cannot reach process 0 at 127.0.0.1:\d+ within 2 seconds"):
-            coordinator.visit(cluster.Place(place.coordinator, 3, 1), {})
-
-
-def test_a_stranger_at_the_door_does_no_harm_and_a_number_that_comes_twice_is_refused(monkeypatch):
-    said = {}
-
-    def come(name, place, facts):
-        try:
-            coordinator.visit(place, facts)
-        except ValueError as e:
-            said[name] = str(e)
-
-    with short_wait(monkeypatch, 5.0) as place:
-        first, second = (cluster.Place(place.coordinator, 3, i) for i in (1, 1))
-        visits = [("first", first, {"code": "a"}), ("second", second, {"code": "a"})]
-        threads = [threading.Thread(target=come, args=visit, daemon=True) for visit in visits]
-
-        def knock():
-            time.sleep(0.5)
-            for words in (
-                b"GET / HTTP/1.1\r\n\r\n",
-                b'{"process": "x"}\n',
-                b"[1]\n",
-                b'{"process": 99, "facts": {}}\n',
-            ):
-                with socket.create_connection((place.host, place.port)) as stranger:
-                    stranger.sendall(words)
-            for thread in threads:
-                thread.start()
-                time.sleep(0.5)
-
-        threading.Thread(target=knock, daemon=True).start()
-        with pytest.raises(ValueError, match="process 2 of 3 did not come"):
-            coordinator.receive_all(place, {"code": "a"})
-        for thread in threads:
-            thread.join(10)
-    assert "process 2 of 3 did not come" in said["first"]
-    assert re.fullmatch("process 1 on .* is refused: process 1 on .* has come already", said["second"])
-
-
-def test_other_code_and_versions_are_named_with_process_and_host():
-    ours = {"jax": "0.12.0", "code": processes.code_hash(), "--seed": "1"}
-    assert coordinator.difference(3, "b", ours, ours) == ""
-    said = coordinator.difference(3, "b", ours | {"code": "beef", "jax": "0.11.1"}, ours)
-    assert said.startswith("process 3 on b is refused, as it differs from process 0: jax is 0.11.1 instead of 0.12.0, ")
-    assert f"code is beef instead of {ours['code']}" in said and "seed" not in said
-    assert "--mesh is unknown instead of" in coordinator.difference(1, "a", ours, ours | {"--mesh": "data=8"})
 
 
 def test_what_may_differ_between_machines_is_not_compared():
     settings = {"seed": 1, "data_dir": "/a", "process_id": 3, "coordinator": "x", "max_seq_len": 64}
     assert processes.compared_settings(settings) == {"--seed": "1", "--max-seq-len": "64"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which process this is
-
-
-SLURM = {
-    "SLURM_JOB_ID": "4711",
-    "SLURM_STEP_NODELIST": "node[003-004]",
-    "SLURM_NTASKS": "8",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-}
-
-
-@pytest.fixture
-def environ(monkeypatch):
-    """Set the environment: JAX reads the real one."""
-
-    def put(variables):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        return cluster.find_place(tpu=False)
-
-    for name in (*cluster.VARIABLES, *SLURM, "OMPI_MCA_orte_hnp_uri", "CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    return put
-
-
-def test_a_laptop_is_alone_and_so_is_a_shell_in_a_slurm_job(environ):
-    assert environ({}) is None
-    assert environ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) is None  # of salloc, before srun
-    assert environ(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # an interactive step of a job of 8 tasks
-    assert environ(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) is None
-
-
-def test_tasks_of_slurm_find_each_other(environ):
-    place = environ(SLURM)
-    assert (place.host, place.count, place.index, place.local_devices) == ("node003", 8, 5, (1,))
-    assert environ({"JAX_COORDINATOR_PORT": "1234"}).coordinator == "node003:1234"
-    assert environ({"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None  # SLURM has given each task its own
-    alone_on_node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-    place = environ(alone_on_node | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
-    assert (place.count, place.index, place.local_devices) == (2, 1, None)  # it has all of the node's GPUs
-
-
-def test_processes_of_open_mpi_find_each_other(environ):
-    ranks = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-    place = environ(ranks | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"})
-    assert (place.host, place.count, place.index, place.local_devices) == ("10.96.0.1", 4, 2, (0,))
-    assert environ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}) is None
-
-
-def test_flags_come_before_the_environment_and_half_of_them_is_an_error(environ):
-    assert environ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}).index == 1
-    place = cluster.find_place("[::1]:99", 3, 2)
-    assert (place.host, place.port, place.count, place.index) == ("::1", 99, 3, 2)
-    assert cluster.find_place("a:1", 1, 0) is None
-    for flags, said in (
-        (("a:1", 2, None), "--process-id is missing"),
-        ((None, 2, 1), "--coordinator is missing"),
-        (("a", 2, 1), "must be HOST:PORT"),
-        (("a:0", 2, 1), "must be HOST:PORT"),
-        (("a:1", 2, 2), "must be from 0 to --num-processes - 1, got 2 of 2"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            cluster.find_place(*flags)
-    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers"):
-        environ({"JAX_NUM_PROCESSES": "two"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +258,7 @@ def test_samples_travel_unchanged():
     assert exchange.from_bytes(exchange.to_bytes([], (0, 0.0)))[0] == []
 
 
-def test_one_process_needs_no_line():
+def test_one_process_needs_no_coordinator():
     assert (processes.count(), processes.index(), processes.mine([1, 2, 3])) == (1, 0, [1, 2, 3])
     assert processes.exchange("x", [1, None]) == [[1, None]] and processes.gather("x", b"abc") == [b"abc"]
     assert processes.gather("x", None) is None and not processes.stop_here() and not processes.signal_noticed()

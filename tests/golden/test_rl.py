@@ -12,7 +12,7 @@ import pytest
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.sharding import param_shardings, to_global
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.optim.groups import Muon, default_groups, make_optimizer, scale_rates
 from nanochat_jax.optim.schedules import rl_lr_multiplier
 from nanochat_jax.rollouts.objective import Objective, advantages, make_score
@@ -154,10 +154,10 @@ def test_the_losses_of_the_passes_are_nanochats(file, case):
     golden, _ = case_of(file, case)
     metrics, _ = step(file, case)
     count = len(golden["losses_per_pass"])
-    times = len(metrics["micro_losses"]) // count  # that `same_shape` has repeated the passes
-    losses = metrics["micro_losses"] / count
+    times = len(metrics.micro_losses) // count  # that `same_shape` has repeated the passes
+    losses = metrics.micro_losses / count
     np.testing.assert_allclose(losses, np.tile(golden["losses_per_pass"], times), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["loss"], golden["losses_per_pass"].sum(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics.loss, golden["losses_per_pass"].sum(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("file", "case"), cases())
@@ -212,8 +212,7 @@ def test_in_bfloat16_neither_sampler_nor_trainer_is_much_farther_from_float32_th
     tokenizer = Tokenizer.load(data.path(f"checkpoints/{file}/tokenizer"))
     mesh, ids = make_mesh("data=1"), np.random.default_rng(0).integers(0, config.vocab_size, (8, 20))
     engine = Engine(config, tokenizer, mesh, dtype=jnp.bfloat16)
-    engine.load(params)
-    samples = engine.generate(ids, SamplingParams(top_k=0, max_new_tokens=24), samples=2)
+    samples = engine.generate(params, ids, SamplingParams(top_k=0, max_new_tokens=24), samples=2)
     A, B, T = largest(file)  # the shape for which the program that scores in float32 is there already
     sizes = {"bos": tokenizer.bos, "micro_batches": A, "rows": B, "fields": ("policy_logprobs",)}
     batch = packed_rows(ids, samples, np.ones((8, 2), np.float32), T, **sizes)

@@ -20,11 +20,11 @@ from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import sharding
 from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
 from nanochat_jax.files import paths
-from nanochat_jax.optim import groups, schedules
+from nanochat_jax.optim import schedules
 from nanochat_jax.tasks import TaskMixture
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import step as train
-from nanochat_jax.train.run import open_run, plan_batches
+from nanochat_jax.train.plan import TokenLoss
+from nanochat_jax.train.start import find_start, initial_state
 from tests.golden import data, models
 from tests.golden.test_packing import nanochat_batches
 from tests.support import tiny
@@ -79,10 +79,11 @@ def replay(name: str, attention: str = "chunked", steps: int | None = None) -> d
         folder = base_directory(cfg.model_tag, run["final_meta"]["model_config"])
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         tokenizer = Tokenizer.load(paths.base_dir() / "tokenizer")
-        opened = open_run(cfg, "sft", tokenizer, sft.HARMLESS, sft.INHERITED, lambda *_: None)
-        opened.load(lambda *_: None)
-    cfg, mesh = opened.cfg, distributed_mesh.make_mesh("data=1")
-    plan = plan_batches(cfg, mesh, lambda *_: None)
+        start = find_start(cfg, "sft", tokenizer, lambda *_: None)
+        cfg, mesh = start.cfg, distributed_mesh.make_mesh("data=1")
+        plan = sft.plan_of(cfg, start.model_config(), mesh)
+        plan = dataclasses.replace(plan, attention=attention, loss=TokenLoss(per_micro_batch=True))
+        plan, state = initial_state(start, plan, lambda *_: None)
 
     def batches(tasks, split):
         mixture = TaskMixture(tasks)
@@ -97,37 +98,32 @@ def replay(name: str, attention: str = "chunked", steps: int | None = None) -> d
     count = cfg.eval_tokens // (cfg.device_batch_size * cfg.max_seq_len)
     stream = batches(sft.validation_tasks(cfg), "val")
     validation = [batch for (batch, _), _ in zip(stream, range(count))]
-    bits_per_byte = make_bits_per_byte(opened.model_config, tokenizer.token_bytes(), attention=attention)
+    bits_per_byte = make_bits_per_byte(plan.model, tokenizer.token_bytes(), attention=attention)
 
     @jax.jit
     def norms(params):
         return jax.tree.map(jnp.linalg.norm, params)
 
-    with jax.set_mesh(mesh):
-        tx = groups.make_optimizer(opened.groups)
-        abstract = train.abstract_state(opened.model_config, tx, mesh)
-        state = opened.initial_state(tx, abstract)
-        how = {"attention": attention, "per_micro_batch": True}
-        train_step = train.make_train_step(opened.model_config, tx, abstract, mesh, **how)
+    with plan.scope():
+        train_step = plan.make_train_step()
         stream = batches(sft.training_tasks(cfg), "train")
         first, ended = next(stream), False
         result = {"loss": [], "norms": [], "seen": [], "bpb": {0: bits_per_byte(state.params, validation)}}
         evaluated = {entry["step"] for entry in entries(run, "val_bpb")}
         for entry in entries(run, "train_loss")[:steps]:
             micro = [first]  # nanochat fetches a batch ahead: what a step knows of the progress is that batch's
-            while len(micro) < plan.micro_batches + 1:
+            while len(micro) < plan.batch.micro_batches + 1:
                 micro.append(next(stream))
             *used, first = micro
             ended = ended or any(seen["last_step"] for _, seen in micro)
             batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(batch for batch, _ in used))
-            scheduled = np.float32(entry["lr_multiplier"]), np.float32(entry["muon_momentum"])
-            state, metrics = train_step(state, sharding.to_global(batch, mesh), *scheduled)
-            result["loss"].append(float(metrics["micro_losses"][-1]))
+            state, metrics = train_step(state, sharding.to_global(batch, mesh), entry)
+            result["loss"].append(float(metrics.micro_losses[-1]))
             result["seen"].append({"progress": first[1]["approx_progress"], "epoch": first[1]["epoch"], "last": ended})
             result["norms"].append({p: float(n) for p, n in models.by_name(norms(state.params)).items()})
             if entry["step"] in evaluated:
                 result["bpb"][entry["step"]] = bits_per_byte(state.params, validation)
-    return result | {"cfg": cfg, "groups": opened.groups, "count": count, "params": models.by_name(state.params)}
+    return result | {"cfg": cfg, "groups": plan.groups, "count": count, "params": models.by_name(state.params)}
 
 
 @pytest.mark.parametrize("name", RUNS)

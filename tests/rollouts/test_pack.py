@@ -188,7 +188,7 @@ def train(batch, spec="data=1"):
     with jax.set_mesh(mesh):
         state = place(init_state(random_params(CONFIG), DESCENT), like)
         _, metrics = step(state, to_global(batch, mesh), np.float32(1), np.float32(0.95))
-    return float(metrics["loss"]), float(metrics["grad_norm"])
+    return float(metrics.loss), float(metrics.grad_norm)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""The loop around a train step that is made up: what it reports, evaluates, saves, skips, and how it stops."""
+"""The life of a run's steps around a train step that is made up: what is logged, measured, saved, skipped, and when it
+stops."""
 
-import functools
 import os
 import signal
 
@@ -8,19 +8,31 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.train.loop import MAX_BAD_STEPS, Loop, Measurement, explaining_memory, throughput
-from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedLoss, read_metrics
-from nanochat_jax.train.step import TrainState
+from nanochat_jax.train.loop import (
+    MAX_BAD_STEPS,
+    Measurement,
+    Run,
+    Throughput,
+    exit_code,
+    explaining_memory,
+    to_its_end,
+)
+from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, read_metrics
+from nanochat_jax.train.row_stages import throughput_line
+from nanochat_jax.train.step import StepMetrics, TrainState
 
 
 class FakeSaver:
     def __init__(self, folder):
-        self.folder, self.saved, self.metas, self.waited = folder, [], {}, 0
+        self.folder, self.saved, self.metas, self.measured, self.waited = folder, [], {}, {}, 0
 
-    def save(self, step, state, meta):
-        assert int(state.step) == step
+    def save(self, step, items, meta):
+        assert set(items) == {"params", "optimizer"} and float(items["params"]["w"]) == step
         self.saved.append(step)
         self.metas[step] = meta
+
+    def add_to_meta(self, step, numbers):
+        self.measured[step] = dict(numbers)
 
     def wait(self):
         self.waited += 1
@@ -30,54 +42,81 @@ class FakeSaver:
 
 
 class Training:
-    """A loop over `total` steps. losses: step (from 1) -> loss, default 1; on_step(k) is called inside step k."""
+    """A loop over `total` steps. losses: step (from 1) -> loss, default 1; on_step(k) is called inside step k,
+    on_batch(k) before it."""
 
     def __init__(
-        self, folder, total=10, *, losses=None, on_step=str, start=0, bad_steps=0, eval_every=-1, others=(), **fields
+        self,
+        folder,
+        total=10,
+        *,
+        losses=None,
+        on_step=str,
+        on_batch=str,
+        start=0,
+        bad_steps=0,
+        eval_every=-1,
+        others=(),
+        **fields,
     ):
         self.saver, self.evaluated, self.seen, self.folder = FakeSaver(folder), [], [], folder
-        self.losses, self.on_step = losses or {}, on_step
-        self.state = TrainState(np.int32(start), {"w": np.float32(start)}, None, np.int32(bad_steps))
+        self.losses, self.on_step, self.on_batch, self.total = losses or {}, on_step, on_batch, total
         self.log = MetricsLog(folder, "dummy", {}, project="test", resumed_at=start or None)
-        smoothed = SmoothedLoss()
-        sizes = {"total": total, "tokens_per_step": 1000, "flops_per_token": 10, "peak_flops": 1e6}
-        self.loop = Loop(
-            train_step=self.step,
-            next_batch=lambda state: {"inputs": np.full((1, 1, 2), int(state.step))},
+        self.run = Run(
+            TrainState(np.int32(start), {"w": np.float32(start)}, NO_OPTIMIZER, np.int32(bad_steps)),
             total=total,
-            schedule=lambda step: (1 - step / total, 0.9),
-            measurements=[Measurement(eval_every, lambda params: self.evaluate(params), at_start=True), *others],
+            measurements=[Measurement("eval", eval_every, self.evaluate, at_start=True), *others],
             saver=self.saver,
-            meta=lambda step: {"rows": 2 * step, "smoothed_loss": smoothed.state()},
+            record=lambda step: {"rows": 2 * step},
             log=self.log,
             reporter=Reporter(total, start),
-            report=functools.partial(throughput, smoothed=smoothed, epoch_of=lambda step: 1 + step // 6, **sizes),
+            console=throughput_line,
+            average=SmoothedAverage(),
+            throughput=Throughput(1000, 10, 1e6),
+            measured=self.log.measured_at(start),
             **({"save_every": -1} | fields),
         )
 
-    def step(self, state, batch, multiplier, momentum):
+    def train_step(self, state, batch, multiplier):
         k = int(state.step) + 1
-        self.seen.append((k, int(batch["inputs"][0, 0, 0]), float(multiplier)))
+        self.seen.append((k, batch, multiplier))
         self.on_step(k)
         loss = self.losses.get(k, 1.0)
         ok = np.isfinite(loss)
-        metrics = {"loss": loss, "grad_norm": 2.0, "tokens": 5.0 if loss else 0.0, "ok": float(ok)}
-        return TrainState(np.int32(k), state.params, None, np.int32(0 if ok else state.bad_steps + 1)), metrics
+        metrics = StepMetrics(loss, None, 2.0, 5.0 if loss else 0.0, float(ok))
+        params = {"w": np.float32(k)}
+        return TrainState(np.int32(k), params, NO_OPTIMIZER, np.int32(0 if ok else state.bad_steps + 1)), metrics
 
-    def evaluate(self, params):
+    def evaluate(self, params, progress):
         self.evaluated.append(len(self.seen))
         return {"val_bpb": 1.5}
 
-    def run(self):
-        return self.loop.run(self.state)
+    def train(self):
+        """As a stage does -> the exit code."""
+        with to_its_end(self.run):
+            for step, state in self.run.steps():
+                assert int(state.step) == step
+                self.on_batch(step + 1)
+                multiplier = 1 - step / self.total
+                state, metrics = self.train_step(state, step, multiplier)
+                self.run.record(state, metrics, lr_multiplier=multiplier, epoch=1 + (step + 1) // 6)
+        return exit_code(self.run)
 
     def records(self):
         return read_metrics(self.folder / "metrics.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def no_optimizer(monkeypatch):
+    monkeypatch.setattr("nanochat_jax.train.step.state_arrays", lambda opt_state: {})
+
+
+NO_OPTIMIZER = ()
+
+
 def test_evaluation_and_saving_come_every_so_often_and_at_the_end(tmp_path):
     training = Training(tmp_path, eval_every=4, save_every=3)
-    assert training.run() == 0
+    assert training.train() == 0
     assert training.evaluated == [0, 4, 8, 10]
     assert training.saver.saved == [3, 6, 9, 10]
     assert training.saver.waited == 1
@@ -94,30 +133,35 @@ def test_evaluation_and_saving_come_every_so_often_and_at_the_end(tmp_path):
 def test_measurements_have_their_own_rhythm_and_texts_stay_out_of_the_checkpoint(tmp_path, capsys):
     seen = []
 
-    def samples(params):
+    def samples(params, progress):
         seen.append(len(training.seen))
         return {"samples": ["a b", "[red]c"], "length": 2.0}
 
     training = Training(
-        tmp_path, 5, eval_every=4, others=[Measurement(2, samples), Measurement(-1, None)], save_every=2
+        tmp_path,
+        5,
+        eval_every=4,
+        others=[Measurement("samples", 2, samples), Measurement("never", -1, None)],
+        save_every=2,
     )
-    training.run()
+    training.train()
     assert (training.evaluated, seen) == ([0, 4, 5], [2, 4, 5])  # not before the first step, but at the end
     meta = training.saver.metas[2]
-    assert (meta["val_bpb"], meta["length"]) == (1.5, 2.0) and "samples" not in meta
+    assert meta["val_bpb"] == 1.5 and "length" not in meta  # measured after the save began, so added to it
+    assert training.saver.measured[2] == {"val_bpb": 1.5, "length": 2.0}
     assert [r["step"] for r in training.records() if r.get("samples") == ["a b", "[red]c"]] == [2, 4, 5]
     assert "step 00002 | samples | [red]c" in capsys.readouterr().out.splitlines()
 
 
 def test_minus_one_means_no_evaluation_and_a_checkpoint_at_the_end_only(tmp_path):
     training = Training(tmp_path)
-    training.run()
+    training.train()
     assert (training.evaluated, training.saver.saved) == ([], [10])
 
 
 def test_every_step_takes_its_own_batch_and_rate_and_is_recorded_once(tmp_path, capsys):
     training = Training(tmp_path, 4, losses={1: 4.0, 2: 2.0})
-    training.run()
+    training.train()
     assert [(k, batch) for k, batch, _ in training.seen] == [(1, 0), (2, 1), (3, 2), (4, 3)]
     assert [rate for *_, rate in training.seen] == [1.0, 0.75, 0.5, 0.25]
     records = training.records()
@@ -135,7 +179,7 @@ def test_every_step_takes_its_own_batch_and_rate_and_is_recorded_once(tmp_path, 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, capsys):
     training = Training(tmp_path, losses={3: np.nan, 7: np.inf}, save_every=5)
-    assert training.run() == 0
+    assert training.train() == 0
     printed = capsys.readouterr().out.splitlines()
     assert "step 00003/00010 | loss 1.0000" in printed[2]  # the average without it
     lines = [line for line in printed if "WARNING" in line]
@@ -153,17 +197,17 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, capsys
 
 def test_a_step_without_trained_tokens_does_not_pull_the_shown_loss_to_zero(tmp_path):
     training = Training(tmp_path, losses={3: 0.0, 4: 0.0})
-    assert training.run() == 0
+    assert training.train() == 0
     assert [r["loss"] for r in training.records()][2:4] == [0.0, 0.0]
     assert [r["smoothed_loss"] for r in training.records()] == pytest.approx([1.0] * 10)
 
 
 def test_five_in_a_row_are_borne_and_a_sixth_stops_the_run_with_the_last_good_checkpoint_named(tmp_path):
     bad = dict.fromkeys(range(4, 9), np.nan)
-    assert Training(tmp_path / "five", 12, losses=bad).run() == 0
+    assert Training(tmp_path / "five", 12, losses=bad).train() == 0
     training = Training(tmp_path / "six", 12, losses=bad | {9: np.nan}, save_every=1)
     with pytest.raises(FloatingPointError) as stop:
-        training.run()
+        training.train()
     assert str(stop.value).startswith(
         f"{MAX_BAD_STEPS + 1} updates in a row were not finite, the last at step 9: lower"
     )
@@ -175,19 +219,19 @@ def test_five_in_a_row_are_borne_and_a_sixth_stops_the_run_with_the_last_good_ch
 def test_skipped_steps_before_a_resume_count(tmp_path):
     bad = dict.fromkeys(range(6, 9), np.nan)
     with pytest.raises(FloatingPointError, match=r"^6 updates in a row were not finite, the last at step 8"):
-        Training(tmp_path, losses=bad, start=5, bad_steps=3, skipped=3).run()
+        Training(tmp_path, losses=bad, start=5, bad_steps=3, skipped=3).train()
 
 
 def test_a_resumed_run_goes_on_with_the_next_step_and_does_not_evaluate_first(tmp_path):
     training = Training(tmp_path, start=6, eval_every=8, save_every=3)
-    training.run()
+    training.train()
     assert [k for k, *_ in training.seen] == [7, 8, 9, 10]
     assert len(training.evaluated) == 2 and training.saver.saved == [9, 10]
 
 
 def test_a_run_that_is_done_says_so_and_saves_nothing(tmp_path, capsys):
     training = Training(tmp_path, start=10, save_every=1)
-    assert training.run() == 0
+    assert training.train() == 0
     assert (training.seen, training.saver.saved) == ([], [])
     assert "All 10 steps are done already" in capsys.readouterr().out
 
@@ -196,7 +240,7 @@ def test_a_run_that_is_done_says_so_and_saves_nothing(tmp_path, capsys):
 def test_a_signal_ends_the_step_saves_it_and_is_returned(tmp_path, number):
     before = signal.getsignal(number)
     training = Training(tmp_path, on_step=lambda k: k == 4 and os.kill(os.getpid(), number), eval_every=4)
-    assert training.run() == number
+    assert training.train() == 128 + number
     assert training.saver.saved == [4] and training.saver.waited == 1
     assert training.evaluated == [0]  # an evaluation may take longer than whoever sent the signal waits
     assert [r["step"] for r in training.records() if "loss" in r] == [1, 2, 3, 4]
@@ -204,9 +248,12 @@ def test_a_signal_ends_the_step_saves_it_and_is_returned(tmp_path, number):
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_save(tmp_path):
-    training = Training(tmp_path, eval_every=5)
-    training.evaluate = lambda params: os.kill(os.getpid(), signal.SIGTERM) or {}
-    assert training.run() == signal.SIGTERM
+    def asked_to_end(params, progress):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    training = Training(tmp_path, others=[Measurement("long", 5, asked_to_end, at_start=True)])
+    assert training.train() == 128 + signal.SIGTERM
     assert (training.seen, training.saver.saved) == ([], [])
 
 
@@ -217,47 +264,80 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
 
     training = Training(tmp_path, on_step=twice)
     with pytest.raises(KeyboardInterrupt):
-        training.run()
+        training.train()
 
 
 def test_a_signal_in_the_middle_of_a_batch_gives_it_up_and_saves_what_was_before(tmp_path):
-    training = Training(tmp_path, report_late=False)
-    make = training.loop.next_batch
-
-    def interrupted(state):
-        if int(state.step) == 4:
+    def interrupted(k):
+        if k == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-            training.loop.signals.check()
-        return make(state)
+            training.run.progress("answers")(3, 9)
 
-    training.loop.next_batch = interrupted
-    assert training.run() == signal.SIGTERM
+    training = Training(tmp_path, on_batch=interrupted, log_late=False)
+    assert training.train() == 128 + signal.SIGTERM
     assert training.saver.saved == [4] and [k for k, *_ in training.seen] == [1, 2, 3, 4]
 
 
-def test_a_step_is_reported_at_once_where_the_next_batch_waits_for_it_anyway(tmp_path):
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_signal_ends_a_measurement_whose_step_is_on_disk_by_then_and_that_is_made_up_for(tmp_path, in_step):
+    def long(params, progress):
+        progress(1, 1000)
+        assert training.saver.saved == [2]
+        os.kill(os.getpid(), signal.SIGTERM)
+        for done in range(2, 1001):
+            progress(done, 1000)
+        raise AssertionError("the signal was not seen")
+
+    training = Training(tmp_path, 8, eval_every=2, others=[Measurement("long", 2, long, in_step=in_step)], save_every=2)
+    assert training.train() == 128 + signal.SIGTERM
+    assert training.saver.saved == [2] and training.evaluated == [0, 2]
+    measured = []
+    again = Measurement("long", 2, lambda params, progress: measured.append(len(resumed.seen)) or {"long": 1.0})
+    resumed = Training(tmp_path, 8, eval_every=2, others=[again], start=2, save_every=2)
+    assert resumed.train() == 0
+    assert measured == [0, 2, 4, 6] and resumed.evaluated == [2, 4, 6]  # the other one was done before
+
+
+def test_an_error_in_a_measurement_loses_no_step(tmp_path):
+    def fail(params, progress):
+        raise RuntimeError("a judge is broken")
+
+    training = Training(tmp_path, others=[Measurement("broken", 5, fail)], save_every=5)
+    with pytest.raises(RuntimeError, match="a judge is broken"):
+        training.train()
+    assert training.saver.saved == [5] and training.saver.waited
+    training = Training(tmp_path / "unsaved", others=[Measurement("broken", 5, fail)])
+    with pytest.raises(RuntimeError, match="a judge is broken"):
+        training.train()
+    assert training.saver.saved == [5]
+
+
+def test_a_step_is_logged_at_once_where_the_next_batch_waits_for_it_anyway(tmp_path):
     for late, known in ((True, [0, 0, 1]), (False, [0, 1, 2])):
-        reported = []
-        training = Training(tmp_path / str(late), 3, report_late=late)
-        make = training.loop.next_batch
+        logged, file = [], tmp_path / str(late) / "metrics.jsonl"
 
-        def counting(state, make=make, reported=reported, training=training):
-            reported.append(len([r for r in training.records() if "loss" in r]))
-            return make(state)
+        def count(k, logged=logged, file=file):
+            logged.append(len([r for r in read_metrics(file) if "loss" in r]))
 
-        training.loop.next_batch = counting
-        training.run()
-        assert reported == known
+        training = Training(file.parent, 3, log_late=late, on_batch=count)
+        training.train()
+        assert logged == known
+
+
+def test_a_loop_that_forgets_to_record_a_step_is_told_so(tmp_path):
+    run = Training(tmp_path).run
+    with pytest.raises(RuntimeError, match="must call record"), to_its_end(run):
+        for _ in run.steps():
+            pass
 
 
 def test_a_measurement_may_say_what_the_console_shows_of_it(tmp_path, capsys):
     found = {"pass@1": 0.5, "pass@1_low": 0.25}
-    training = Training(
-        tmp_path, 2, others=[Measurement(2, lambda params: found, shown=lambda n: f"pass {n['pass@1']}")]
-    )
-    training.run()
+    shown = Measurement("pass", 2, lambda params, progress: found, shown=lambda n: f"pass {n['pass@1']}")
+    training = Training(tmp_path, 2, others=[shown])
+    training.train()
     assert "step 00002 | pass 0.5" in capsys.readouterr().out.splitlines()
-    assert training.saver.metas[2]["pass@1_low"] == 0.25
+    assert training.saver.measured[2]["pass@1_low"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -282,35 +362,31 @@ def test_other_errors_of_the_device_stay_what_they_are():
 
 @pytest.mark.parametrize(("losses", "saved"), [({}, [3, 5]), ({5: np.nan}, [3])])
 def test_data_that_cannot_be_read_end_the_run_with_what_is_good_saved(tmp_path, losses, saved):
-    training = Training(tmp_path, losses=losses, save_every=3)
-    make = training.loop.next_batch
-
-    def fail(state):
-        if int(state.step) == 5:
+    def fail(k):
+        if k == 6:
             raise ValueError("b.parquet, row 7")
-        return make(state)
 
-    training.loop.next_batch = fail
+    training = Training(tmp_path, losses=losses, save_every=3, on_batch=fail)
     with pytest.raises(ValueError, match=r"b\.parquet, row 7"):
-        training.run()
+        training.train()
     assert (training.saver.saved, training.saver.waited) == (saved, 1)
     assert [r["step"] for r in training.records() if "loss" in r] == [1, 2, 3, 4, 5]
 
 
-def test_data_that_fail_in_the_middle_end_the_run_when_the_last_save_is_on_disk(tmp_path):
+def test_a_step_that_fails_ends_the_run_when_the_last_save_is_on_disk(tmp_path):
     def fail(k):
         if k == 5:
             raise ValueError("row 7 cannot be rendered")
 
     training = Training(tmp_path, on_step=fail, save_every=4)
     with pytest.raises(ValueError, match="row 7"):
-        training.run()
+        training.train()
     assert (training.saver.saved, training.saver.waited) == ([4], 1)
 
 
 def test_the_first_step_of_a_run_tells_how_long_it_took(tmp_path, capsys):
     training = Training(tmp_path, 3)
-    training.run()
+    training.train()
     first, *others = training.records()
     assert first["seconds_to_first_step"] == first["seconds"] and first["warm_compilation_cache"] in (True, False)
     assert not any("seconds_to_first_step" in record for record in others)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedLoss, read_metrics
+from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, read_metrics
 
 
 def opened(folder, resumed_at=None, run="dummy"):
@@ -25,7 +25,7 @@ def logged(folder, steps, resumed_at=None):
 
 
 def test_the_smoothed_loss_is_the_loss_at_step_1_and_weighs_later_ones_as_it_says():
-    smoothed = SmoothedLoss(0.9)
+    smoothed = SmoothedAverage()
     assert smoothed.update(4.0) == 4.0
     assert smoothed.update(2.0) == pytest.approx((0.9 * 4 + 2) / 1.9)
     for _ in range(500):
@@ -34,17 +34,17 @@ def test_the_smoothed_loss_is_the_loss_at_step_1_and_weighs_later_ones_as_it_say
 
 
 def test_a_loss_that_is_not_finite_leaves_the_average_as_it_was():
-    smoothed = SmoothedLoss()
+    smoothed = SmoothedAverage()
     assert math.isnan(smoothed.update(math.nan))
     assert smoothed.update(2.0) == 2.0
     assert smoothed.update(math.inf) == 2.0
 
 
 def test_an_average_that_is_restored_goes_on_as_if_it_had_not_stopped():
-    whole, first = SmoothedLoss(), SmoothedLoss()
+    whole, first = SmoothedAverage(), SmoothedAverage()
     for loss in (3.0, 2.5, 2.0):
         whole.update(loss), first.update(loss)
-    second = SmoothedLoss(0.9, *json.loads(json.dumps(first.state())))
+    second = SmoothedAverage("loss", *json.loads(json.dumps(first.state())))
     assert second.update(1.0) == whole.update(1.0)
 
 
@@ -155,7 +155,7 @@ def test_without_a_terminal_the_console_has_plain_lines(capsys):
 def test_on_a_terminal_there_is_a_bar_with_the_time_left():
     program = """
 import time
-from nanochat_jax.metrics import Reporter
+from nanochat_jax.train.metrics import Reporter
 reporter = Reporter(4)
 for step in (1, 2):
     reporter.step(step, f"loss {step}.5 [x]")

@@ -18,8 +18,11 @@ import pytest
 
 from nanochat_jax import base, rl, sft
 from nanochat_jax.cli import settings
+from nanochat_jax.distributed import sharding
 from nanochat_jax.distributed.device_memory import asked_and_had, bytes_on_device, device_memory
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.train import preflight
+from nanochat_jax.train.plan import TokenLoss
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -116,19 +119,48 @@ def test_base_needs_neither_model_nor_tokenizer(tmp_path, monkeypatch, capsys):
 
 def test_a_depth_is_assumed_where_there_is_no_such_model(home):
     cfg = settings.parse(sft.SFTConfig, ["--model-tag", "d3", "--max-seq-len", "128"], prog="test")
-    model, filled = preflight.model_for(cfg, "base", sft.INHERITED, lambda: None)
+    model, filled = preflight.model_for(cfg, "base", lambda: None)
     assert (model.n_layer, model.n_embd, model.vocab_size, filled.device_batch_size) == (3, 256, 265, 32)
     with pytest.raises(FileNotFoundError, match="name a depth to assume, such as --model-tag d20"):
-        preflight.model_for(dataclasses.replace(cfg, model_tag="mine"), "base", sft.INHERITED, lambda: None)
+        preflight.model_for(dataclasses.replace(cfg, model_tag="mine"), "base", lambda: None)
 
 
 def test_what_does_not_fit_is_a_line_with_the_flags_to_change(home, capsys):
     cfg = settings.parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
-    place = preflight.start(cfg)._replace(memory=10**6)
-    model, cfg = preflight.model_for(cfg, "base", sft.INHERITED, lambda: None)
-    assert preflight.rows_fit(cfg, place, model, sft.plan_batches(cfg, place.mesh, print)) == 1
+    model, cfg = preflight.model_for(cfg, "base", lambda: None)
+    plan = sft.plan_of(cfg, model, make_mesh("data=1", preflight.start(cfg)))
+    assert preflight.report(plan, [preflight.update_phase(plan)], memory=10**6) == 1
     said = "DOES NOT FIT: lower --device-batch-size (now 4), or try --max-seq-len, or try --remat block"
     assert said in capsys.readouterr().out
+
+
+def test_the_program_that_is_compiled_is_the_runs_own(home, monkeypatch, capsys):
+    """One place says what a token's loss reads: a preflight compiles it, and the train step takes no other batch."""
+
+    def margin_loss(logp, aux):
+        return aux["weights"] * jax.numpy.maximum(aux["margin"] - logp, 0.0)
+
+    cfg = settings.parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
+    model, cfg = preflight.model_for(cfg, "base", lambda: None)
+    shown, programs = [], []
+    for loss in (TokenLoss(), TokenLoss(margin_loss, ("margin",))):
+        monkeypatch.setattr(sft, "TokenLoss", lambda loss=loss: loss)
+        plan = sft.plan_of(cfg, model, make_mesh("data=1"))
+        preflight.report(plan, [preflight.update_phase(plan)])
+        shown.append(table(capsys.readouterr().out)["batch"])
+        programs.append(plan.compile_train_step().as_text())
+    assert shown[1] == pytest.approx(shown[0] * 5 / 4, abs=0.002) and programs[0] != programs[1]
+
+    def zeros(tree):
+        return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), tree)
+
+    batch, scalars = zeros(plan.abstract_batch), {"lr_multiplier": 1.0, "muon_momentum": 0.9}
+    with plan.scope():
+        _, metrics = plan.make_train_step()(zeros(plan.abstract_state), batch, scalars)
+        assert metrics.loss == 0 and metrics.ok
+        del batch["margin"]
+        with pytest.raises(ValueError, match=r"a batch must hold .*'margin'.* as its plan says"):
+            plan.make_train_step()(zeros(plan.abstract_state), batch, scalars)
 
 
 def test_an_unknown_slice_is_a_sentence():
@@ -152,9 +184,9 @@ def test_a_cpu_device_has_its_share_of_the_machine():
 
 
 def test_bytes_on_a_device_follow_the_sharding():
-    mesh = sft.sharding.make_mesh("data=8")
-    x = jax.ShapeDtypeStruct((16, 4), "float32", sharding=sft.sharding.fit(jax.P("data"), (16, 4), mesh))
-    y = jax.ShapeDtypeStruct((16, 4), "float32", sharding=sft.sharding.replicated(mesh))
+    mesh = make_mesh("data=8")
+    x = jax.ShapeDtypeStruct((16, 4), "float32", sharding=sharding.fit_spec(jax.P("data"), (16, 4), mesh))
+    y = jax.ShapeDtypeStruct((16, 4), "float32", sharding=sharding.replicated(mesh))
     assert bytes_on_device([x, y]) == 2 * 4 * 4 + 16 * 4 * 4
 
 

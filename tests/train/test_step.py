@@ -41,7 +41,7 @@ def run(batches, spec="data=1", replicate=False, model=CONFIG, **options):
         state, losses, compiled = place(init_state(random_params(model), tx), like), [], None
         for batch in batches:
             state, metrics = step(state, to_global(batch, mesh), np.float32(1.0), np.float32(0.9))
-            losses.append(float(metrics["loss"]))
+            losses.append(float(metrics.loss))
             compiled = compiled or step._cache_size()
         assert step._cache_size() == compiled, "the step was compiled again"
     return losses, metrics, state
@@ -191,7 +191,7 @@ def test_the_mean_per_micro_batch_weighs_micro_batches_alike():
     batch[0]["weights"][0, 1:] = 0  # few trained tokens in the first
     (loss,), metrics, _ = run(batch, tx=DESCENT, per_micro_batch=True)
     alone = [run([{k: v[i : i + 1] for k, v in batch[0].items()}])[0][0] for i in range(2)]
-    np.testing.assert_allclose(metrics["micro_losses"], alone, rtol=1e-5)
+    np.testing.assert_allclose(metrics.micro_losses, alone, rtol=1e-5)
     np.testing.assert_allclose(loss, np.mean(alone), rtol=1e-5)
     assert abs(run(batch)[0][0] - loss) > 1e-4  # the global mean is another number
 
@@ -200,7 +200,7 @@ def test_a_batch_without_a_trained_token_costs_nothing():
     empty = batches(count=1)
     empty[0]["weights"][:] = 0
     losses, metrics, _ = run(empty)
-    assert losses == [0.0] and metrics["ok"] == 1 and metrics["tokens"] == 0
+    assert losses == [0.0] and metrics.ok == 1 and metrics.tokens == 0
 
 
 def test_padding_at_the_end_changes_no_number_and_log_probabilities_are_those_before_the_update():
@@ -208,8 +208,8 @@ def test_padding_at_the_end_changes_no_number_and_log_probabilities_are_those_be
     padded = {name: np.concatenate([leaf, np.zeros_like(leaf)]) for name, leaf in full.items()}
     losses, metrics, state = run([full], tx=DESCENT, logprobs=True)
     others, more, other = run([padded], tx=DESCENT, logprobs=True)
-    assert others == losses and more["tokens"] == metrics["tokens"]
-    logp, weights = np.asarray(metrics["logprobs"]), full["weights"]
+    assert others == losses and more.tokens == metrics.tokens
+    logp, weights = np.asarray(metrics.logprobs), full["weights"]
     np.testing.assert_array_equal(np.asarray(more["logprobs"]), np.concatenate([logp, np.zeros_like(logp)]))
     assert losses[0] == pytest.approx(-np.sum(weights * logp) / weights.sum(), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, other.params)
@@ -220,7 +220,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter_and_is_counted():
     bad["weights"][0, 0, 0] = np.inf
     before = run([good])[2]
     _, metrics, after = run([good, bad, bad])
-    assert metrics["ok"] == 0 and after.bad_steps == 2 and after.step == 3
+    assert metrics.ok == 0 and after.bad_steps == 2 and after.step == 3
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
     assert run([good, bad, good])[2].bad_steps == 0

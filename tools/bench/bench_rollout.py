@@ -29,8 +29,9 @@ from bench_device import DEPTHS, choose_attention, compute_dtype, depth_shape, f
 from flax import nnx
 
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.inference.engine import Engine, arrange_slots
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.shapes import arrange_slots
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -112,21 +113,22 @@ def main(cfg: Bench) -> None:
     attention = choose_attention(cfg.attention, config, rows, mesh, dtype, packed=True)  # that of RL's training
     how = {"dtype": dtype, "attention": attention, "slots": cfg.slots, "chunk": cfg.chunk, "tools": cfg.tools}
     engine = Engine(config, tokenizer(cfg.vocab_size), mesh, **how)
-    engine.load(random_params(config))
+    params = engine.cast_params(random_params(config))
     rng = np.random.default_rng(1)
     prompts = rng.integers(0, 256, (cfg.prompts, cfg.prompt_tokens)).tolist()
 
     counts = parameter_counts(config)
     weights = (counts["matrices"] + counts["lm_head"]) * dtype.itemsize * mesh.size
-    pair = 2 * config.kv_dim * engine._batch.kept_dtype.itemsize
+    pair = 2 * config.kv_dim * engine.programs.layout.dtype.itemsize
     shared, _ = arrange_slots(cfg.prompts, cfg.samples, cfg.slots)
-    runs = []
+    runs, stats = [], []
     for step in range(cfg.repeats + 1):
-        results = engine.generate(prompts, sampling, samples=cfg.samples, step=step)
+        results = engine.generate(params, prompts, sampling, samples=cfg.samples, step=step, report=stats.append)
         read = (kv_tokens(config, cfg.prompt_tokens, [len(s.tokens) for s in row], shared) for row in results)
-        read = weights * engine.stats["decode_steps"] + pair * sum(read)
-        device_seconds = engine.stats["seconds"] - engine.stats["host_seconds"]
-        runs.append(engine.stats | {"bytes": read, "device_seconds": device_seconds})
+        read = weights * stats[-1].decode_steps + pair * sum(read)
+        device_seconds = stats[-1].seconds - stats[-1].host_seconds
+        more = {"bytes": read, "device_seconds": device_seconds, "compiles": engine.compiles}
+        runs.append(stats[-1]._asdict() | more)
     warmup, *timed = runs
 
     def median(value):
@@ -135,7 +137,7 @@ def main(cfg: Bench) -> None:
     device = jax.devices()[0]
     peak_memory = (device.memory_stats() or {}).get("peak_bytes_in_use") or engine.peak_memory
     compiles = timed[-1]["compiles"] - warmup["compiles"]
-    engine.load(None)
+    del params
     memory = memory_rate()
     result = {
         "tokens_per_second": round(median(lambda s: s["generated_tokens"] / s["seconds"])),

@@ -125,7 +125,7 @@ def main(cfg: Bench) -> None:
         began = time.perf_counter()
         for i in range(cfg.steps + 2):
             state, metrics = step(state, batches[i % 4], np.float32(1.0), np.float32(0.9))
-            losses.append(float(metrics["loss"]))
+            losses.append(float(metrics.loss))
             now = time.perf_counter()
             seconds.append(now - began)
             began = now

@@ -98,7 +98,7 @@ import sys
 
 import jax
 
-from nanochat_jax.common import cpu_name
+from nanochat_jax.cli.device import cpu_name
 
 print("python", sys.version.split()[0], "| cpu", cpu_name())
 for name in sorted({d.name.lower() for d in metadata.distributions()}):

@@ -148,7 +148,7 @@ def test_training_with_the_chosen_backend_is_training_with_the_definition(remat)
             found = []
             for _ in range(6):
                 state, metrics = step(state, rows, np.float32(1.0), np.float32(0.9))
-                found.append(float(metrics["loss"]))
+                found.append(float(metrics.loss))
         return found
 
     got, want = losses(name), losses("reference")
