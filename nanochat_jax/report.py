@@ -6,6 +6,7 @@ python -m nanochat_jax.report ~/.cache/nanochat/chatrl_checkpoints/d20 --output 
 The page is made from metrics.jsonl and rollouts.jsonl, also while a run is under way.
 """
 
+import contextlib
 import dataclasses
 import html
 import io
@@ -27,8 +28,8 @@ from nanochat_jax.train.metrics import read_metrics
 
 STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#888888", "#66aa00")
-TAIL = 2_000_000  # bytes at the end of rollouts.jsonl that are looked at
-ANSWERS = 4  # shown of a problem
+TAIL_BYTES = 2_000_000  # of rollouts.jsonl are read, from its end
+SHOWN_ANSWERS = 4  # to a problem
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -50,7 +51,7 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A chart: its title, and the metrics in it, of which a run may have some."""
+    """A chart: its title, and its metrics, of which a run may have some."""
 
     title: str
     names: tuple[str, ...]
@@ -95,20 +96,16 @@ def find_runs(base: Path) -> list[Path]:
 
 def page(folders: Sequence[Path]) -> str:
     """The page about these runs, as HTML without any reference to elsewhere."""
-    records = {folder: read_metrics(folder / "metrics.jsonl") for folder in folders}
-    overview = "".join(
-        f"<tr><td><a href='#run{n}'>{_name(folder)}</a></td><td>{_summary(found)}</td></tr>"
-        for n, (folder, found) in enumerate(records.items())
-    )
-    parts = [f"<h1>Runs</h1><table>{overview}</table>"]
-    for n, (folder, found) in enumerate(records.items()):
-        charts = "".join(_inline(chart) for panel in PANELS if (chart := draw(panel, found)))
-        parts.append(
-            f"<h2 id='run{n}'>{_name(folder)}</h2><div class='charts'>{charts or 'nothing measured yet'}</div>"
-        )
-        parts.append(_answers(folder / "rollouts.jsonl"))
+    overview, runs = "", ""
+    for n, folder in enumerate(folders):
+        records = read_metrics(folder / "metrics.jsonl")
+        name = html.escape(f"{folder.parent.name}/{folder.name}")
+        charts = "".join(svg(chart) for panel in PANELS if (chart := draw(panel, records)))
+        overview += f"<tr><td><a href='#run{n}'>{name}</a></td><td>{html.escape(summary(records))}</td></tr>"
+        runs += f"<h2 id='run{n}'>{name}</h2><div class='charts'>{charts or 'nothing measured yet'}</div>"
+        runs += last_answers(folder / "rollouts.jsonl")
     head = "<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-    return f"{head}<title>Runs</title><style>{STYLE}</style>{''.join(parts)}\n"
+    return f"{head}<title>Runs</title><style>{STYLE}</style><h1>Runs</h1><table>{overview}</table>{runs}\n"
 
 
 def draw(panel: Panel, records: Sequence[dict]) -> Figure | None:
@@ -121,9 +118,8 @@ def draw(panel: Panel, records: Sequence[dict]) -> Figure | None:
     names = list(curves)
     for name, colour in zip(names, COLOURS):
         steps, heights = zip(*curves[name])
-        behind = f"smoothed_{name}" in curves  # the raw values are the background of the smoothed ones
-        few = len(steps) <= 30
-        axes.plot(steps, heights, color=colour, alpha=0.3 if behind else 1, lw=1.3, marker="." if few else None)
+        alpha = 0.3 if f"smoothed_{name}" in curves else 1  # raw values are the background of the smoothed ones
+        axes.plot(steps, heights, color=colour, alpha=alpha, lw=1.3, marker="." if len(steps) <= 30 else None)
         low, high = (dict(values(records, f"{name}_{end}")) for end in ("low", "high"))
         known = [step for step in steps if step in low and step in high]
         if known and name == names[0]:  # the 95 % interval, of one curve: more would hide each other
@@ -142,70 +138,60 @@ def draw(panel: Panel, records: Sequence[dict]) -> Figure | None:
 
 def values(records: Sequence[dict], name: str) -> list[tuple[int, float]]:
     """(step, value) where a metric was logged as a finite number; of a step that was logged twice, the later."""
-    found = {}
+    by_step = {}
     for record in records:
         value = record.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            found[record["step"]] = value
-    return sorted(found.items())
+            by_step[record["step"]] = value
+    return sorted(by_step.items())
 
 
-def _name(folder: Path) -> str:
-    return html.escape(f"{folder.parent.name}/{folder.name}")
-
-
-def _summary(records: Sequence[dict]) -> str:
+def summary(records: Sequence[dict]) -> str:
     """Steps, time and last values of a run, in a line."""
     steps = max((record["step"] for record in records), default=0)
     seconds = sum(seconds for _, seconds in values(records, "seconds"))
-    said = [f"{steps:,} steps", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"]
+    facts = [f"{steps:,} steps", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"]
     for name in ("smoothed_loss", "val_bpb", "smoothed_reward", "pass@1", "chatcore"):
         if curve := values(records, name):
-            said.append(f"{name.replace('_', ' ')} {curve[-1][1]:.4g}")
+            facts.append(f"{name.replace('_', ' ')} {curve[-1][1]:.4g}")
     if skipped := sum(record.get("event") == "skipped" for record in records):
-        said.append(f"{skipped} updates skipped")
-    return html.escape(", ".join(said))
+        facts.append(f"{skipped} updates skipped")
+    return ", ".join(facts)
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an SVG file: text stays text, and the same numbers give the same bytes."""
+    """A figure as an SVG element: text stays text, and the same numbers give the same bytes."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanochat_jax"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
+    return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file
 
 
-def _inline(figure: Figure) -> str:
-    """A chart as the element of a page, without the head of a file."""
-    return "<svg" + svg(figure).partition("<svg")[2]
-
-
-def _answers(path: Path) -> str:
-    """The last problem that RL kept answers to, with some of them, the best first."""
+def last_answers(path: Path) -> str:
+    """The last problem in rollouts.jsonl with some of the answers to it, from the best to the worst, as HTML."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return ""
-    kept = []
+    records = []
     for line in lines:
-        try:
-            kept.append(json.loads(line))
-        except ValueError:  # cut off, at the front by the seek or at the end by a kill
-            continue
-    if not kept:
+        with contextlib.suppress(ValueError):  # cut off, at the front by the seek or at the end by a kill
+            records.append(json.loads(line))
+    if not records:
         return ""
-    last = [record for record in kept if (record["step"], record["example"]) == (kept[-1]["step"], kept[-1]["example"])]
-    last.sort(key=lambda record: -record["reward"])
-    spread = [last[round(i * (len(last) - 1) / (ANSWERS - 1))] for i in range(ANSWERS)] if len(last) > ANSWERS else last
-    shown = "".join(
+    step, example = records[-1]["step"], records[-1]["example"]
+    answers = [record for record in records if (record["step"], record["example"]) == (step, example)]
+    answers.sort(key=lambda record: -record["reward"])
+    count = min(SHOWN_ANSWERS, len(answers))
+    shown = [answers[round(i * (len(answers) - 1) / max(1, count - 1))] for i in range(count)]
+    title = f"<h3>Step {step}: {count} of {len(answers)} answers to one problem</h3>"
+    return f"{title}<pre>{html.escape(answers[0]['prompt'])}</pre>" + "".join(
         f"<pre class='{'right' if record['reward'] > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
         f"reward {record['reward']:g}, advantage {record['advantage']:g}</pre>"
-        for record in spread
+        for record in shown
     )
-    title = f"<h3>Step {last[0]['step']}: {len(spread)} of {len(last)} answers to one problem</h3>"
-    return f"{title}<pre>{html.escape(last[0]['prompt'])}</pre>{shown}"
 
 
 if __name__ == "__main__":
