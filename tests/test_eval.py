@@ -338,7 +338,7 @@ def test_humaneval_without_a_guard_needs_unsafe_exec(datasets, monkeypatch):
     monkeypatch.setattr(sandbox, "guard_fault", lambda: "nothing holds programs here")
     said = run(*SHORT, "-a", "Arithmetic|HumanEval", "--data-dir", str(datasets))
     assert said.startswith("error: nothing holds programs here") and "--unsafe-exec" in said
-    assert make_task("HumanEval", datasets, unsafe=True).unsafe
+    assert make_task("HumanEval", data_dir=datasets, unsafe=True).unsafe
 
 
 def test_a_nanochat_folder_is_evaluated_as_it_is(tmp_path, datasets, monkeypatch, capsys):
@@ -388,7 +388,7 @@ def test_own_tasks_run_beside_ours_and_what_is_done_survives_a_judge_that_fails(
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["-a", "ARC-easy"], "did you mean ARC-Easy?"),
+        (["-a", "ARC-eazy"], "did you mean ARC-Easy?"),
         (["-a", "GSM8K|"], "-a must name tasks among ARC-Easy, "),
         (["-a", "no_such_module_of_tasks:X"], "cannot import no_such_module_of_tasks"),
         (["-a", "GSM8K"], "dataset openai/gsm8k (subset main, split test) is not on this machine"),

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nanochat_jax import quickstart, rl
+from nanochat_jax import quickstart
 from nanochat_jax.checkpoints import find, integrity
 from nanochat_jax.cli import settings as config
 from nanochat_jax.inference import engine
 from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
+from nanochat_jax.tasks.registry import make_task
 
 
 def shorten(patch, folder):
@@ -105,7 +106,7 @@ def test_without_a_name_the_next_free_number_is_taken(short, tmp_path):
 
 def test_no_text_of_the_base_model_and_no_demonstration_is_among_the_problems():
     texts = set(documents(0))
-    demonstrations, tried = Arithmetic("train", quickstart.DEMONSTRATIONS), rl.TASKS["arithmetic"]("train", 2000, None)
+    demonstrations, tried = Arithmetic("train", quickstart.DEMONSTRATIONS), make_task("arithmetic", "train", 2000)
     shown, met = ({task[i]["messages"][0]["content"] for i in range(len(task))} for task in (demonstrations, tried))
     assert len(shown & met) < 0.1 * len(shown)  # RL meets other problems than the demonstrations
     problems = Arithmetic("test", quickstart.PROBLEMS, seed=0)

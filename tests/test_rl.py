@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from nanochat_jax.rollouts.batch_shape import plan_shape
 
 from nanochat_jax import rl
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.rollouts.batch_shape import plan_shape
 from nanochat_jax.rollouts.collector import RolloutCollector
 from nanochat_jax.rollouts.prompts import PromptStream
 from nanochat_jax.tasks.task import AdaptedTask
@@ -438,7 +438,7 @@ BAD = [
     (["--matrix-lr", "nan"], "--matrix-lr must be between 0 and 1000"),
     (["--source", "pretrained"], "--source must be sft, rl or base"),
     (["--source", "sft"], "no sft model"),
-    (["--task", "gsm9k"], "did you mean gsm8k?"),
+    (["--task", "gsm9k"], "did you mean GSM8K?"),
     (["--task", "rl_tasks:Missing"], "has no Missing"),
     (["--task", "rl_tasks:NoReward"], "cannot reward an answer to problem 0: NoReward cannot judge answers"),
     (["--task", "rl_tasks:NotANumber"], "a reward must be finite and at most 1e+30, got nan for problem 0"),

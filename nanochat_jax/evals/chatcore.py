@@ -55,7 +55,7 @@ def make_chatcore(
     for name in WITH_SPELLING:
         try:
             with processes.process_zero_first(name):
-                task = make_task(name, data_dir)
+                task = make_task(name, data_dir=data_dir)
         except (ValueError, OSError) as e:
             log(f"NOTE: {name} is not measured: {e}")
             continue
