@@ -5,8 +5,8 @@ python -m nanochat_jax.chat -i rl -t 0.8                    # one that RL has tr
 python -m nanochat_jax.chat -p "How much is 12 * 3.5?"      # one answer, and nothing else, on standard output
 printf 'Hello!\\nWho are you?\\n' | python -m nanochat_jax.chat   # a turn a line
 
-Answers go to standard output, whatever is said about them to standard error. A calculator call is shown as
-[expression = result], one without a result as [expression].
+Answers go to standard output, notes about them to standard error. A calculator call is shown as [expression = result],
+one without a result as [expression].
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any
 
 import tyro
 from rich.color import ColorSystem
@@ -33,13 +33,13 @@ from nanochat_jax.cli.settings import Maybe, require
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine, text_pieces
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible
 from nanochat_jax.train.start import check_tokenizer
 
-CALL_STYLE, NOTE_STYLE = "cyan", "dim"
-JOINERS = "\u200c\u200d"  # invisible, but Persian, the scripts of India and emoji are spelled with them
+CALL_STYLE, NOTE_STYLE = Style.parse("cyan"), "dim"
+JOINERS = "\u200c\u200d"  # invisible, but needed to spell Persian, the scripts of India and emoji
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +65,15 @@ class ChatConfig:
 class History:
     """The chat so far as token ids. A turn goes from user_start to assistant_end; answers stay as they were generated.
 
-    context: most tokens of a prompt with its answer. room: tokens of it that earlier turns leave to an answer.
+    context: most tokens of a prompt with its answer. reserved: tokens of it that earlier turns leave for an answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: int, room: int):
-        self.tokenizer, self.context, self.room = tokenizer, context, room
+    def __init__(self, tokenizer: Tokenizer, context: int, reserved: int):
+        self.tokenizer, self.context, self.reserved = tokenizer, context, reserved
         self.turns: list[list[int]] = []
 
     def question(self, message: str) -> list[int]:
-        """user_start, the message, user_end, assistant_start. ValueError where it leaves no room for an answer."""
+        """user_start, the message, user_end, assistant_start. ValueError: it leaves no room for an answer."""
         conversation = {"messages": [{"role": "user", "content": message}]}
         (_bos, *ids), _ = self.tokenizer.render_conversation(conversation, max_tokens=None)
         limit = self.context - 5  # bos, the three special tokens, and one token of the answer
@@ -85,9 +85,9 @@ class History:
         return [*ids, self.tokenizer.special("<|assistant_start|>")]
 
     def make_room(self, question: list[int]) -> int:
-        """Forget the oldest turns until question and answer fit -> how many they were."""
+        """Forget the oldest turns until question and answer fit -> how many were forgotten."""
         before = len(self.turns)
-        while self.turns and len(self.prompt(question)) + self.room > self.context:
+        while self.turns and len(self.prompt(question)) + self.reserved > self.context:
             del self.turns[0]
         return before - len(self.turns)
 
@@ -95,29 +95,29 @@ class History:
         return [self.tokenizer.bos, *itertools.chain(*self.turns), *question]
 
     def add(self, question: list[int], answer: Iterable[int]) -> None:
-        """A turn; `answer` without its end token."""
+        """Add a turn; `answer` is without its end token."""
         self.turns.append([*question, *answer, self.tokenizer.special("<|assistant_end|>")])
 
 
 class Answer:
-    """One answer as it comes: `pieces` is what is shown of it, `tokens` what came so far."""
+    """One answer while it is generated: `tokens` are those so far, `pieces` the text that is shown."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.tokens = tokenizer, []
-        self.call: int | None = None  # where the calculator call began that is not over yet
+        self.call: int | None = None  # index in `tokens` of the calculator call that is not over yet
         self._names = {i: name for name, i in tokenizer.special_tokens.items()}
 
     def pieces(self, stream: Iterable[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
         """(token, mask) pairs -> (text, whether it belongs to a calculator call). Special tokens are not shown."""
-        inside = ""  # what of a call came last: "expression", "end" (there may be no result), "result"
-        for name, run in itertools.groupby(self._taken(stream), self._name):
+        inside = ""  # the last part of a call: "expression", "end" (a result may follow or not) or "result"
+        for name, run in itertools.groupby(self._keep_tokens(stream), self._name):
             if inside == "end" and name != "<|output_start|>":
                 yield "]", True
                 inside, self.call = "", None
             if name == "":
                 for text in text_pieces(self.tokenizer, (token for token, _ in run)):
                     yield escaped(text), bool(inside)
-            elif name == "<|python_start|>":  # inside of a call it begins anew, as in the engine
+            elif name == "<|python_start|>":  # also inside of a call, which then starts again, as in the engine
                 yield "][" if inside else "[", True
                 inside, self.call = "expression", len(self.tokens) - 1
             elif name == "<|python_end|>" and inside == "expression":
@@ -132,75 +132,66 @@ class Answer:
             yield "]", True
 
     def kept(self, ended: bool) -> list[int]:
-        """What the history keeps: no end token, and of an answer that was cut no call that was cut with it."""
+        """The tokens for the history: without the end token, and without a call in which the answer was cut."""
         return self.tokens[:-1] if ended else self.tokens[: self.call]
 
-    def _taken(self, stream):
+    def _keep_tokens(self, stream):
         for token, mask in stream:
             self.tokens.append(token)
             yield token, mask
 
     def _name(self, pair: tuple[int, int]) -> str:
-        """A special token's name, "" for text; what only the engine may give means nothing where it was sampled."""
+        """A special token's name, "" for text. Output tokens have a meaning only where the engine has forced them."""
         token, sampled = pair
         name = self._names.get(token, "")
-        return "stray" if sampled and name.startswith("<|output") else name
+        return "no meaning" if sampled and name.startswith("<|output") else name
 
 
 def escaped(text: str) -> str:
-    """The text without anything that a terminal acts on but new lines and tabs: \\x1b, \\u202e, ..."""
+    """The text with escapes such as \\x1b for all that a terminal acts on, except for new lines and tabs."""
     return "".join(c if c in "\n\t" + JOINERS or unicodedata.category(c) == "Zs" else visible(c, "") for c in text)
 
 
-class CtrlC:
-    """While it is entered, a Ctrl-C that is lost on its way ends what is watched: Python may raise KeyboardInterrupt
-    in a callback of JAX's, where it is printed and dropped."""
+@contextlib.contextmanager
+def watching_interrupts() -> Iterator[Callable[[Iterable], Iterator]]:
+    """Gives watch(items): the items until Ctrl-C is pressed, then KeyboardInterrupt instead of the next one.
 
-    def __init__(self):
-        self.pressed = False
+    Where Python raises KeyboardInterrupt inside a callback of JAX, it is printed and dropped: so Ctrl-C is recorded."""
+    pressed = False
 
-    def __enter__(self):
-        self.before = None
-        raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or somebody else's
-        if raises and threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._note), sys.unraisablehook
-            sys.unraisablehook = self._dropped
-        return self
+    def record(number, frame):
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
 
-    def __exit__(self, *_):
-        if self.before:
-            signal.signal(signal.SIGINT, self.before[0])
-            sys.unraisablehook = self.before[1]
-
-    def watching(self, items: Iterable) -> Iterator:
-        """The items; KeyboardInterrupt instead of the next one after a Ctrl-C."""
+    def watch(items):
         for item in items:
-            if self.pressed:
+            if pressed:
                 raise KeyboardInterrupt
             yield item
 
-    def _note(self, number, frame):
-        self.pressed = True
-        raise KeyboardInterrupt
-
-    def _dropped(self, unraisable):
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            self.before[1](unraisable)
+    hook = sys.unraisablehook
+    with contextlib.ExitStack() as stack:
+        raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or has an owner
+        if raises and threading.current_thread() is threading.main_thread():
+            stack.callback(setattr, sys, "unraisablehook", hook)
+            stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, record))
+            sys.unraisablehook = lambda dropped: issubclass(dropped.exc_type, KeyboardInterrupt) or hook(dropped)
+        yield watch
 
 
 class Chat:
-    """A model, the chat with it, and the terminal."""
+    """The chat with a model in the terminal."""
 
-    def __init__(self, engine: Engine, sampling: SamplingParams, seed: int):
-        self.engine, self.sampling, self.seed, self.asked = engine, sampling, seed, 0
+    def __init__(self, engine: Engine, params, sampling: SamplingParams, seed: int):
+        self.engine, self.params, self.sampling, self.seed, self.asked = engine, params, sampling, seed, 0
         self.history = History(engine.tokenizer, engine.context, min(sampling.max_new_tokens, engine.context // 2))
         self.notes = Console(stderr=True)
         stdout = Console()
-        colours = ColorSystem.STANDARD if stdout.color_system and not stdout.no_color else None
-        self._paint = lambda text: Style.parse(CALL_STYLE).render(text, color_system=colours)
+        self.colours = ColorSystem.STANDARD if stdout.color_system and not stdout.no_color else None
 
     def reply(self, message: str) -> bool:
-        """Print the answer as it comes -> whether it was left to end. ValueError: the message cannot be sent."""
+        """Print the answer as it comes -> False where Ctrl-C has stopped it. ValueError: the message cannot be sent."""
         question = self.history.question(message)
         if forgotten := self.history.make_room(question):
             turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
@@ -209,12 +200,13 @@ class Chat:
         seed = (self.seed + self.asked) % 2**31
         wait = "thinking" if self.asked else "compiling, for the first answer"
         self.asked += 1
+        stream = self.engine.stream(self.params, prompt, self.sampling, seed=seed)
         try:
-            with CtrlC() as pressed, contextlib.closing(self.engine.stream(prompt, self.sampling, seed=seed)) as stream:
+            with watching_interrupts() as watch, contextlib.closing(stream):
                 with self.notes.status(wait):
                     first = list(itertools.islice(stream, 1))
-                for text, is_call in answer.pieces(pressed.watching(itertools.chain(first, stream))):
-                    self.write(self._paint(text) if is_call else text)
+                for text, is_call in answer.pieces(watch(itertools.chain(first, stream))):
+                    self.write(CALL_STYLE.render(text, color_system=self.colours) if is_call else text)
         except KeyboardInterrupt:
             stopped = True
         self.write("\n")
@@ -237,7 +229,7 @@ class Chat:
         self.notes.print(Text(f"({visible(sentence, '')})", style), soft_wrap=True)
 
     def talk(self) -> None:
-        """Until the user has enough."""
+        """Answer what the user types until the chat is ended."""
         for line in self.lines():
             message = line.strip()
             if message.lower() in ("quit", "exit"):
@@ -252,7 +244,7 @@ class Chat:
                     self.note(str(e), "red")
 
     def lines(self) -> Iterator[str]:
-        """What the user types, or a file's lines, until the end."""
+        """What the user types, or the lines of a file or pipe, until the end."""
         typed = sys.stdin.isatty()
         if typed:
             with contextlib.suppress(ImportError):  # Windows has none
@@ -275,8 +267,8 @@ class Chat:
             yield line
 
 
-def open_engine(cfg: ChatConfig) -> tuple[Engine, find.Found]:
-    """The model on one device. Its context is the length it was trained with."""
+def load_model(cfg: ChatConfig) -> tuple[Engine, Any, find.Found]:
+    """(engine, its parameters, where they were found), on one device. The context is the length trained with."""
     found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
     start_device(cfg.device_type)
     dtype = compute_dtype(cfg.dtype)
@@ -285,20 +277,19 @@ def open_engine(cfg: ChatConfig) -> tuple[Engine, find.Found]:
     model_config, params, _ = find.load_params(found)
     context = model_config.sequence_len
     engine = Engine(model_config, tokenizer, make_mesh("data=1"), dtype=dtype, slots=1, context=context)
-    engine.load(params)
-    return engine, found
+    return engine, engine.cast_params(params), found
 
 
 def main(cfg: ChatConfig) -> int:
-    """Talk -> the exit code: 0, or 130 where Ctrl-C stopped the one answer."""
+    """Talk -> the exit code: 0, or 130 where Ctrl-C has stopped the answer to --prompt."""
     sampling = SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
     require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
     require(cfg.prompt != "", "--prompt must hold a message, got an empty one")
     require(cfg.prompt is not None or sys.stdin is not None, "standard input is closed: give a message with --prompt")
     require(sys.stdout is not None, "standard output is closed: there is nowhere to print an answer to")
     with contextlib.redirect_stdout(sys.stderr):  # a warning is no part of an answer
-        engine, found = open_engine(cfg)
-    chat = Chat(engine, sampling, cfg.seed)
+        engine, params, found = load_model(cfg)
+    chat = Chat(engine, params, sampling, cfg.seed)
     if cfg.source == "base":
         chat.note("a base model has not learned to take turns: expect it to go on with any text")
     if cfg.prompt is not None:

@@ -4,19 +4,17 @@ python -m nanochat_jax.eval                                 # the newest SFT mod
 python -m nanochat_jax.eval -i rl -a "GSM8K|Arithmetic" -n 8 -t 1.0 --json gsm8k.json
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,15 +23,16 @@ from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import Maybe, require
-from nanochat_jax.distributed import mesh as distributed_mesh
-from nanochat_jax.distributed import processes, sharding
+from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.sharding import param_shardings
 from nanochat_jax.evals.chatcore import BASELINES, NEW_TOKENS, WITH_SPELLING, chatcore
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, write_atomically
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.tasks.registry import TASKS, find_name, make_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -48,7 +47,7 @@ def short(*names: str):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Put tasks to a model and print how many problems it solves. One-letter flags are those of nanochat."""
+    """Evaluate a model on tasks: which share of their problems it solves. One-letter flags are those of nanochat."""
 
     # which model, which tasks
     source: Annotated[str, short("-i")] = "sft"  # base, sft or rl
@@ -79,10 +78,12 @@ class EvalConfig:
     config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
 
 
+LESS_MEMORY = "Lower --slots or --max-new-tokens, for multiple choice --batch-size, or use more devices"
+
+
 def check(cfg: EvalConfig) -> SamplingParams:
-    """How to sample. ValueError for a setting that cannot work whatever the model and the tasks are."""
-    at_least_1 = ("max_problems", "num_samples", "batch_size", "slots")
-    for name in at_least_1:
+    """How to sample. ValueError for a setting that cannot work, whatever the model and the tasks are."""
+    for name in ("max_problems", "num_samples", "batch_size", "slots"):
         value = getattr(cfg, name)
         require(value is None or 1 <= value < 2**31, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to 2147483647, got {cfg.seed}")
@@ -91,8 +92,8 @@ def check(cfg: EvalConfig) -> SamplingParams:
         f"--num-samples={cfg.num_samples} at --temperature 0 would be the same answer each time: give a --temperature",
     )
     if cfg.json:
-        require(not bucket.place(cfg.json).exists(), f"--json {cfg.json} exists: name a new file")
-    if cfg.json and not bucket.in_bucket(bucket.place(cfg.json)):
+        require(not bucket.as_path(cfg.json).exists(), f"--json {cfg.json} exists: name a new file")
+    if cfg.json and not bucket.in_bucket(bucket.as_path(cfg.json)):
         folder = cfg.json.absolute().parent
         folder.mkdir(parents=True, exist_ok=True)
         require(os.access(folder, os.W_OK), f"--json {cfg.json} must be in a folder with write access")
@@ -100,14 +101,15 @@ def check(cfg: EvalConfig) -> SamplingParams:
 
 
 def task_names(flag: str | None) -> list[str]:
-    """What -a asks for, each once. ValueError: there is no such task."""
+    """The tasks that -a names, each once; default: all. ValueError: there is no such task."""
     if flag is None:
         return list(TASKS)
     return list(dict.fromkeys(find_name(name.strip()) for name in flag.split("|")))
 
 
 def make_eval_sets(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[EvalSet], dict[str, str]]:
-    """The problems of every task that can be run, and why the others cannot. A task that -a names must be runnable."""
+    """The problems of every task that can be run, and why the others cannot. ValueError, OSError: a task that -a names
+    cannot be run, or none can."""
     eval_sets, not_run = [], {}
     for name in task_names(cfg.task_name):
         try:
@@ -126,114 +128,106 @@ def make_eval_sets(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[EvalSet]
 
 def main(cfg: EvalConfig) -> int:
     sampling = check(cfg)
-    task_names(cfg.task_name)
+    task_names(cfg.task_name)  # a wrong name is found before anything is loaded
     start_device(cfg.device_type, cfg)
-    mesh = distributed_mesh.make_mesh(cfg.mesh or "")
+    mesh = make_mesh(cfg.mesh or "")
     check_attention(cfg.attention, mesh, packed=False)
     describe_device(mesh, print0)
     dtype = compute_dtype(cfg.dtype)
 
-    # Model and problems; its weights come last
+    # Problems and model; what can fail without the weights comes before they are read
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
     check_tokenizer(tokenizer, find.peek_meta(found))
     with processes.process_zero_first("the problems"):
         eval_sets, not_run = make_eval_sets(cfg, tokenizer)
-    sizes = [f"{problems.name}: {len(problems.prompts)}" for problems in eval_sets]
-    facts = {"model": find.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
-    processes.agree("the problems", facts)
+    sizes = ", ".join(f"{eval_set.name}: {len(eval_set.prompts)}" for eval_set in eval_sets)
+    processes.agree("the problems", {"model": find.identity(found), "tokenizer": tokenizer.digest(), "problems": sizes})
     print0(f"Model: {found}")
     model_config, params, _ = find.load_params(found)
-    how = {"mesh": mesh, "dtype": dtype}
-    longest = max(len(prompt) for problems in eval_sets for prompt in problems.prompts)
-    alone = {"packed": False, "training": False}
-    how["attention"] = choose_attention(cfg.attention, model_config, longest, **alone, **how)
+    longest = max(len(prompt) for eval_set in eval_sets for prompt in eval_set.prompts)
+    attention = choose_attention(
+        cfg.attention, model_config, longest, mesh=mesh, dtype=dtype, packed=False, training=False
+    )
+    own = own_devices(mesh)  # each process evaluates its part of the problems by itself
+    evaluator = Evaluator(
+        model_config,
+        tokenizer,
+        own,
+        dtype=dtype,
+        attention=attention,
+        rows=cfg.batch_size,
+        slots=max(1, cfg.slots // processes.count()),
+    )
 
-    # One task after the other; what is done is on disk
+    # One task after the other; after each, --json has the numbers so far
     report = {
         "model": str(found),
         "source": cfg.source,
         "step": found.step,
         "dtype": dtype.name,
-        "attention": how["attention"],
+        "attention": attention,
         "sampling": dataclasses.asdict(sampling) | {"samples": cfg.num_samples, "seed": cfg.seed},
         "max_problems": cfg.max_problems,
         "tasks": {},
         "not_run": not_run,
         "versions": store.versions(),
     }
-    own = how["mesh"] = distributed_mesh.own_devices(mesh)  # each process has its part of the problems
-    slots = max(1, cfg.slots // processes.count())
-    evaluator = Evaluator(model_config, tokenizer, rows=cfg.batch_size, slots=slots, **how)
     console = Console(quiet=processes.index() > 0)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         jax.set_mesh(own),
-        explaining_memory_of(cfg),
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        explaining_memory({"slots": cfg.slots}, LESS_MEMORY),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars,
     ):
-        evaluator.load(jax.device_put(params, sharding.param_shardings(params, own)))
-        for problems in eval_sets:
-            bar = progress.add_task(problems.name, total=len(problems.prompts))
-            how = {"samples": cfg.num_samples, "seed": cfg.seed, "progress": partial(move, progress, bar)}
+        params = jax.device_put(params, param_shardings(params, own))
+        for eval_set in eval_sets:
+            bar = bars.add_task(eval_set.name, total=len(eval_set.prompts))
             began = time.perf_counter()
-            verdict = evaluator.evaluate_set(problems, sampling, **how)
-            result = report["tasks"][problems.name] = record(problems, verdict, time.perf_counter() - began)
-            progress.remove_task(bar)
-            print_line(progress.console, f"{problems.name}: {spoken(result)}")
+            result = evaluator.evaluate(
+                params,
+                eval_set,
+                sampling,
+                samples=cfg.num_samples,
+                seed=cfg.seed,
+                progress=lambda done, total, bar=bar: bars.update(bar, completed=done, total=total),
+            )
+            bars.remove_task(bar)
+            record = report["tasks"][eval_set.name] = make_record(eval_set, result, time.perf_counter() - began)
+            print_line(console, f"{eval_set.name}: {summary(record)}")
             save(cfg.json, report)
-    accuracies = {name: result["accuracy"]["value"] for name, result in report["tasks"].items()}
+    accuracies = {name: record["accuracy"]["value"] for name, record in report["tasks"].items()}
     report["chatcore"] = chatcore(accuracies)
     report["chatcore_with_spelling"] = chatcore(accuracies, WITH_SPELLING)
     save(cfg.json, report)
-    conclude(console, report)
+    print_table(console, report)
     return 0
 
 
-def move(progress: Progress, bar: TaskID, done: int, total: int) -> None:
-    progress.update(bar, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def explaining_memory_of(cfg: EvalConfig):
-    """MemoryError with this stage's flags where the device runs out of memory inside."""
-    try:
-        with explaining_memory({}):
-            yield
-    except MemoryError as e:
-        if e.__cause__ is None:  # the host's
-            raise
-        said = str(e.__cause__).splitlines()[0][:300]
-        raise MemoryError(
-            f"Out of device memory: lower --slots (now {cfg.slots}) or --max-new-tokens where answers are generated, "
-            f"--batch-size for multiple choice, or use more devices. The device said: {said}"
-        ) from e
-
-
-def record(problems: EvalSet, verdict: EvalResult, seconds: float) -> dict:
-    """What the JSON file tells of a task; shares as value, low and high of the 95 % interval."""
-    generated = problems.letters is None
-    result = {
+def make_record(eval_set: EvalSet, result: EvalResult, seconds: float) -> dict:
+    """A task's entry in the JSON file; shares as value, low and high of the 95 % interval."""
+    generated = eval_set.letters is None
+    record = {
         "kind": "generated" if generated else "multiple choice",
-        "problems": len(problems.prompts),
-        "accuracy": verdict.accuracy._asdict(),
-        "right": verdict.passed.sum(1).tolist(),  # answers to each problem
+        "problems": len(eval_set.prompts),
+        "accuracy": result.accuracy._asdict(),
+        "right": result.passed.sum(1).tolist(),  # answers to each problem
         "seconds": round(seconds, 3),
     }
     if generated:
-        result["pass_at"] = {str(k): share._asdict() for k, share in verdict.pass_at().items()}
-        result |= {"cut": verdict.cut, "too_long": verdict.too_long}
-    return result
+        record["pass_at"] = {str(k): share._asdict() for k, share in result.pass_at().items()}
+        record |= {"cut": result.cut, "too_long": result.too_long}
+    return record
 
 
-def spoken(result: dict) -> str:
+def summary(record: dict) -> str:
     """A task's record in one line."""
-    parts = [f"{percent(result['accuracy'])} of {result['problems']:,} problems, {interval(result['accuracy'])}"]
-    if result.get("too_long"):
-        parts.append(f"{result['too_long']:,} do not fit into the context and count as wrong")
-    if result.get("cut"):
-        parts.append(f"{result['cut']:.1%} of the answers were cut at --max-new-tokens or the context's end")
-    return "; ".join([*parts, f"{result['seconds']:.1f} s"])
+    parts = [f"{percent(record['accuracy'])} of {record['problems']:,} problems, {interval(record['accuracy'])}"]
+    if record.get("too_long"):
+        parts.append(f"{record['too_long']:,} do not fit into the context and count as wrong")
+    if record.get("cut"):
+        parts.append(f"{record['cut']:.1%} of the answers were cut at --max-new-tokens or the context's end")
+    return "; ".join([*parts, f"{record['seconds']:.1f} s"])
 
 
 def percent(share: dict) -> str:
@@ -244,16 +238,16 @@ def interval(share: dict) -> str:
     return f"{share['low']:.1%} to {share['high']:.1%}"
 
 
-def conclude(console: Console, report: dict) -> None:
+def print_table(console: Console, report: dict) -> None:
     """The table of all tasks, and ChatCORE."""
     n = report["sampling"]["samples"]
     table = Table("task", title=f"{report['source']} model, step {report['step']}")
     for header in ("problems", "accuracy", "95 % interval", *([f"pass@{n}"] if n > 1 else [])):
         table.add_column(header, justify="right")
-    for name, result in report["tasks"].items():
-        more = [percent(result["pass_at"][str(n)]) if "pass_at" in result else "-"] if n > 1 else []
-        values = f"{result['problems']:,}", percent(result["accuracy"]), interval(result["accuracy"]), *more
-        table.add_row(Text(name), *values)
+    for name, record in report["tasks"].items():
+        pass_at_n = [percent(record["pass_at"][str(n)]) if "pass_at" in record else "-"] if n > 1 else []
+        accuracy = record["accuracy"]
+        table.add_row(Text(name), f"{record['problems']:,}", percent(accuracy), interval(accuracy), *pass_at_n)
     for name in report["not_run"]:
         table.add_row(Text(name), "not run")
     console.print(table)

@@ -19,7 +19,8 @@ from nanochat_jax import chat
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
 from nanochat_jax.cli import main
 from nanochat_jax.cli import settings as cli_settings
-from nanochat_jax.inference.samples import ControlTokens, SamplingParams
+from nanochat_jax.inference.samples import ControlTokens
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tokenizer import UnsplittableText
 from tests.support import tiny
 
@@ -57,7 +58,10 @@ class Script:
         self.answers, self.context = iter(answers), context
         self.prompts, self.seeds, self.closed = [], [], 0
 
-    def stream(self, prompt, sampling, *, seed=0):
+    def cast_params(self, params):
+        return params
+
+    def stream(self, params, prompt, sampling, *, seed=0):
         self.prompts.append(list(prompt))
         self.seeds.append(seed)
         try:
@@ -95,10 +99,10 @@ def asked(question):
     return turn(question)[:-1]
 
 
-def talk(monkeypatch, engine, text, sampling=SAMPLING, seed=42):
+def talk(monkeypatch, engine, text, sampling=SAMPLING, seed=42, params=None):
     """A chat whose user types these lines."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    made = Chat(engine, sampling, seed)
+    made = Chat(engine, params, sampling, seed)
     made.talk()
     return made
 
@@ -385,7 +389,7 @@ class Interrupting(list):
 def test_ctrl_c_stops_the_answer_and_what_there_is_of_it_stays(keyboard, capsys):
     engine = Script(Interrupting(said("half")), said("ok") + sampled(END))
     keyboard("one", "two")
-    Chat(engine, SamplingParams(), 0).talk()
+    Chat(engine, None, SamplingParams(), 0).talk()
     assert engine.prompts[1] == [BOS, *turn("one", *b"half"), *asked("two")]
     out, err = capsys.readouterr()
     assert out == "half\nok\n\n" and err == "(stopped)\n"
@@ -409,7 +413,7 @@ class Careless(list):
 def test_ctrl_c_is_not_lost_where_python_drops_the_exception(keyboard, capsys):
     engine = Script(Careless(said("half")), said("ok") + sampled(END))
     keyboard("one", "two")
-    Chat(engine, SamplingParams(), 0).talk()
+    Chat(engine, None, SamplingParams(), 0).talk()
     out, err = capsys.readouterr()
     assert out == "half\nok\n\n" and err == "(stopped)\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and sys.unraisablehook is not None
@@ -418,7 +422,7 @@ def test_ctrl_c_is_not_lost_where_python_drops_the_exception(keyboard, capsys):
 def test_ctrl_c_before_the_first_token_forgets_the_message(keyboard, capsys):
     engine = Script([KeyboardInterrupt()], sampled(END))
     keyboard("one", "two")
-    Chat(engine, SamplingParams(), 0).talk()
+    Chat(engine, None, SamplingParams(), 0).talk()
     assert engine.prompts[1] == [BOS, *asked("two")]
     assert capsys.readouterr().err == "(stopped before the answer began; the message is forgotten)\n"
 
@@ -427,7 +431,7 @@ def test_ctrl_c_at_the_prompt_gives_a_hint_and_the_second_one_ends(keyboard, cap
     engine = Script(said("a") + sampled(END))
     keyboard(KeyboardInterrupt(), "one", KeyboardInterrupt(), KeyboardInterrupt(), "two")
     with pytest.raises(KeyboardInterrupt):
-        Chat(engine, SamplingParams(), 0).talk()
+        Chat(engine, None, SamplingParams(), 0).talk()
     out, err = capsys.readouterr()
     assert out == "\na\n\n" and err == 2 * "(Ctrl-C again, Ctrl-D or quit ends the chat)\n"
     assert len(engine.prompts) == 1
@@ -448,7 +452,7 @@ def test_calls_are_coloured_where_there_are_colours(monkeypatch, capsys):
 
 
 def test_the_first_answer_says_that_it_compiles(capsys):
-    made = Chat(Script(sampled(END), sampled(END)), SamplingParams(), 0)
+    made = Chat(Script(sampled(END), sampled(END)), None, SamplingParams(), 0)
     made.notes = Console(file=io.StringIO(), force_terminal=True)
     made.reply("one")
     assert "compiling" in made.notes.file.getvalue()
@@ -481,10 +485,11 @@ def in_base(base, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def engine(base):
+def model(base):
+    """(engine, parameters)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        return chat.open_engine(ChatConfig())[0]
+        return chat.load_model(ChatConfig())[:2]
 
 
 def run(*argv):
@@ -494,27 +499,30 @@ def run(*argv):
     return stop.value.code
 
 
-def test_one_prompt_prints_the_answer_and_nothing_else(engine, monkeypatch, capsys):
-    monkeypatch.setattr(chat, "open_engine", lambda cfg: (engine, None))
+def test_one_prompt_prints_the_answer_and_nothing_else(model, monkeypatch, capsys):
+    engine, params = model
+    monkeypatch.setattr(chat, "load_model", lambda cfg: (engine, params, None))
     assert run("-p", "hello", "-t", "1", "-k", "40", "--max-new-tokens", "12", "--seed", "5") == 0
     prompt = TOKENIZER.render_for_completion(
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}]}
     )
-    assert capsys.readouterr().out == shown(engine.stream(prompt, SamplingParams(1.0, 40, 12), seed=5)) + "\n"
+    answer = engine.stream(params, prompt, SamplingParams(1.0, 40, 12), seed=5)
+    assert capsys.readouterr().out == shown(answer) + "\n"
 
 
-def test_a_chat_repeats_itself_with_the_same_seed_and_not_with_another(engine, monkeypatch, capsys):
+def test_a_chat_repeats_itself_with_the_same_seed_and_not_with_another(model, monkeypatch, capsys):
+    engine, params = model
     outputs = []
     for seed in (1, 1, 2):
-        talk(monkeypatch, engine, "hello\nclear\nhello\n", SamplingParams(1.0, 0, 12), seed)
+        talk(monkeypatch, engine, "hello\nclear\nhello\n", SamplingParams(1.0, 0, 12), seed, params)
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     first, second = outputs[0][:-1].split("\n", 1)  # the same prompt, with different seeds
     assert first != second
 
 
-def test_an_answer_that_is_stopped_leaves_the_engine_usable(engine, capsys):
-    made = Chat(engine, SamplingParams(1.0, 50, 12), 3)
+def test_an_answer_that_is_stopped_leaves_the_engine_usable(model, capsys):
+    made = Chat(*model, SamplingParams(1.0, 50, 12), 3)
     write, first = made.write, iter([True])
 
     def interrupted(text):
@@ -530,7 +538,7 @@ def test_an_answer_that_is_stopped_leaves_the_engine_usable(engine, capsys):
 
 def test_what_is_said_while_the_model_loads_is_no_part_of_the_answer(monkeypatch, capsys):
     monkeypatch.setattr(chat, "Engine", lambda *args, **kwargs: Script(said("x") + sampled(END)))
-    monkeypatch.setattr(Script, "load", lambda self, params: print("loaded"), raising=False)
+    monkeypatch.setattr(Script, "cast_params", lambda self, params: print("loaded"))
     assert run("-p", "hi") == 0
     out, err = capsys.readouterr()
     assert out == "x\n" and "9 is damaged and is passed over" in err and "loaded" in err
@@ -538,7 +546,6 @@ def test_what_is_said_while_the_model_loads_is_no_part_of_the_answer(monkeypatch
 
 def test_a_terminal_is_told_what_it_talks_to(keyboard, monkeypatch, capsys):
     monkeypatch.setattr(chat, "Engine", lambda *args, **kwargs: Script())
-    monkeypatch.setattr(Script, "load", lambda self, params: None, raising=False)
     keyboard()
     assert run("--step", "7") == 0
     out, err = capsys.readouterr()
@@ -577,13 +584,13 @@ def test_a_closed_stream_is_said_before_a_model_is_loaded(monkeypatch, name, arg
 
 
 def test_ctrl_c_during_the_one_answer_is_told_by_the_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(chat, "open_engine", lambda cfg: (Script(Interrupting(said("half"))), None))
+    monkeypatch.setattr(chat, "load_model", lambda cfg: (Script(Interrupting(said("half"))), None, None))
     assert run("-p", "hi") == 130
     assert capsys.readouterr() == ("half\n", "(stopped)\n")
 
 
 def test_a_base_model_is_said_not_to_take_turns(monkeypatch, capsys):
-    monkeypatch.setattr(chat, "open_engine", lambda cfg: (Script(said("x") + sampled(END)), None))
+    monkeypatch.setattr(chat, "load_model", lambda cfg: (Script(said("x") + sampled(END)), None, None))
     assert run("-i", "base", "-p", "hi") == 0
     out, err = capsys.readouterr()
     assert out == "x\n" and "has not learned to take turns" in err

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+import time
 
 import jax
 import jax.monitoring
@@ -15,14 +16,16 @@ from flax import nnx
 from nanochat_jax import eval as evaluation
 from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed import mesh as distributed_mesh
-from nanochat_jax.distributed import sharding
-from nanochat_jax.evals import chatcore
+from nanochat_jax.distributed import processes, sharding
+from nanochat_jax.distributed.signals import Interrupted
+from nanochat_jax.evals import chatcore, multiple_choice
 from nanochat_jax.evals.chatcore import BASELINES, make_chatcore
 from nanochat_jax.evals.eval_set import make_eval_set
-from nanochat_jax.evals.evaluator import Evaluator
+from nanochat_jax.evals.evaluator import Evaluator, collect_items, judge_answers
 from nanochat_jax.evals.multiple_choice import make_letter_logits
-from nanochat_jax.inference.decode import Programs
-from nanochat_jax.inference.samples import Sample, SamplingParams, answer_text
+from nanochat_jax.inference.decode import GenerationPrograms
+from nanochat_jax.inference.samples import Sample, answer_text
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.gpt import abstract_gpt
 from nanochat_jax.tasks import HumanEval, Task, registry, sandbox
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, choice_conversation
@@ -82,22 +85,20 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def evaluator(params):
-    evaluator = Evaluator(tiny.CONFIG, TOKENIZER, ONE, rows=3, slots=6)
-    evaluator.load(params)
-    return evaluator
+def evaluator():
+    return Evaluator(tiny.CONFIG, TOKENIZER, ONE, rows=3, slots=6)
 
 
 # ------------------------------------------------------------------------------------------------- multiple choice
 @pytest.mark.parametrize(("mesh", "rows"), [("data=1", 3), ("data=4,model=2", None)])
 def test_letter_logits_are_those_of_the_plain_forward_after_the_last_token(params, mesh, rows):
-    problems = make_eval_set("quiz", Quiz(), TOKENIZER)
+    eval_set = make_eval_set("quiz", Quiz(), TOKENIZER)
     mesh, done = distributed_mesh.make_mesh(mesh), []
     letter_logits = make_letter_logits(tiny.CONFIG, mesh, TOKENIZER.bos, rows=rows)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.param_shardings(params, mesh))
-        ours = letter_logits(placed, problems.prompts, problems.letters, lambda *counts: done.append(counts))
-    for prompt, letters, logits in zip(problems.prompts, problems.letters, ours, strict=True):
+        ours = letter_logits(placed, eval_set.prompts, eval_set.letters, lambda *counts: done.append(counts))
+    for prompt, letters, logits in zip(eval_set.prompts, eval_set.letters, ours, strict=True):
         expected = forward(params, prompt[None])[0, -1, np.array(letters)]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     assert done[-1] == (len(QUESTIONS), len(QUESTIONS)) and sorted(done) == done
@@ -117,33 +118,47 @@ def with_letters_alike(params, letters):
 
 
 def test_the_first_of_equal_letters_wins_and_only_offered_ones_count(evaluator, params):
-    evaluator.load(with_letters_alike(params, "ABCDEFG12345"))
-    chosen = evaluator.choose(make_eval_set("quiz", Quiz(), TOKENIZER))
-    evaluator.load(params)
+    alike = with_letters_alike(params, "ABCDEFG12345")
+    chosen = evaluator.choose_letters(alike, make_eval_set("quiz", Quiz(), TOKENIZER))
     assert chosen == [letters[0] for _, letters, _ in QUESTIONS]
-    order = [("Which?", "DCBA", "A"), ("Which?", "ZB", "B")]
-    evaluator.load(with_letters_alike(params, "ABCD"))
-    assert evaluator.choose(make_eval_set("quiz", Quiz(order), TOKENIZER))[0] == "D"
-    evaluator.load(params)
+    order = make_eval_set("quiz", Quiz([("Which?", "DCBA", "A"), ("Which?", "ZB", "B")]), TOKENIZER)
+    assert evaluator.choose_letters(with_letters_alike(params, "ABCD"), order)[0] == "D"
 
 
-def test_accuracy_counts_the_letters_that_are_right(evaluator):
-    problems = make_eval_set("quiz", Quiz(), TOKENIZER)
-    chosen = evaluator.choose(problems)
+def test_accuracy_counts_the_letters_that_are_right(evaluator, params):
+    eval_set = make_eval_set("quiz", Quiz(), TOKENIZER)
+    chosen = evaluator.choose_letters(params, eval_set)
     asked = [(text, letters, letter) for (text, letters, _), letter in zip(QUESTIONS, chosen)]
-    assert evaluator.evaluate_set(make_eval_set("quiz", Quiz(asked), TOKENIZER), GREEDY).accuracy.value == 1.0
+    all_right = evaluator.evaluate(params, make_eval_set("quiz", Quiz(asked), TOKENIZER), GREEDY)
+    assert all_right.accuracy.value == 1.0
     text, letters, letter = asked[0]
     asked[0] = (text, letters, "ABCD"["ABCD".index(letter) - 1])
-    verdict = evaluator.evaluate_set(make_eval_set("quiz", Quiz(asked), TOKENIZER), GREEDY)
-    assert verdict.passed[:, 0].tolist() == [False] + [True] * 7 and verdict.cut is None
-    assert verdict.accuracy.low < 7 / 8 == verdict.accuracy.value < verdict.accuracy.high
+    result = evaluator.evaluate(params, make_eval_set("quiz", Quiz(asked), TOKENIZER), GREEDY)
+    assert result.passed[:, 0].tolist() == [False] + [True] * 7 and result.cut is None
+    assert result.accuracy.low < 7 / 8 == result.accuracy.value < result.accuracy.high
 
 
 def test_weights_that_are_no_numbers_are_said_instead_of_scored(evaluator, params):
-    evaluator.load(params | {"lm_head": params["lm_head"] * np.nan})
+    broken = params | {"lm_head": params["lm_head"] * np.nan}
     with pytest.raises(FloatingPointError, match="not finite"):
-        evaluator.choose(make_eval_set("quiz", Quiz(), TOKENIZER))
-    evaluator.load(params)
+        evaluator.choose_letters(broken, make_eval_set("quiz", Quiz(), TOKENIZER))
+
+
+def test_an_interrupt_after_a_pass_leaves_one_more_on_the_devices(evaluator, params, monkeypatch):
+    dispatched, to_global = [], multiple_choice.to_global
+
+    def dispatch(batch, mesh):
+        dispatched.append(batch)
+        return to_global(batch, mesh)
+
+    monkeypatch.setattr(multiple_choice, "to_global", dispatch)
+    with pytest.raises(Interrupted):
+        evaluator.choose_letters(params, make_eval_set("quiz", Quiz(), TOKENIZER), interrupt)
+    assert len(dispatched) == 2 < -(-len(QUESTIONS) // 3)
+
+
+def interrupt(done, total):
+    raise Interrupted
 
 
 # -------------------------------------------------------------------------------------------------- what is prepared
@@ -190,43 +205,66 @@ def test_the_judged_text_lacks_the_end_token_and_nothing_else():
     assert answer_text(TOKENIZER, tool) == "<|python_start|>1"
 
 
-def test_each_answer_is_judged_with_its_own_problem_and_what_does_not_fit_is_wrong(evaluator):
+def test_each_answer_is_judged_with_its_own_problem_and_what_does_not_fit_is_wrong(evaluator, params):
     task = Even((5, 2000, 9, 3))
     task.evaluate = lambda conversation, answer: len(answer + conversation["messages"][0]["content"]) % 2 == 0
-    problems = make_eval_set("even", task, TOKENIZER)
-    assert len(problems.prompts[1]) > evaluator.engine.context
+    eval_set = make_eval_set("even", task, TOKENIZER)
+    assert len(eval_set.prompts[1]) > evaluator.engine.context
     sampling = SamplingParams(temperature=1.0, max_new_tokens=6)
-    verdict = evaluator.evaluate_set(problems, sampling, samples=3, seed=5)
+    result = evaluator.evaluate(params, eval_set, sampling, samples=3, seed=5)
     fitting = [0, 2, 3]
-    groups = evaluator.engine.generate(
-        [problems.prompts[i] for i in fitting], sampling, samples=3, seed=5, examples=fitting
-    )
+    prompts = [eval_set.prompts[i] for i in fitting]
+    groups = evaluator.engine.generate(params, prompts, sampling, samples=3, seed=5, examples=fitting)
     expected = np.zeros((4, 3), bool)
     for i, group in zip(fitting, groups):
         for k, sample in enumerate(group):
-            expected[i, k] = task.evaluate(problems.conversations[i], answer_text(TOKENIZER, sample))
-    assert verdict.too_long == 1 and not verdict.passed[1].any()
-    np.testing.assert_array_equal(verdict.passed, expected)
-    assert verdict.cut == np.mean([not sample.ended for group in groups for sample in group])
-    assert list(verdict.pass_at()) == [1, 2, 3] and verdict.accuracy.value == pytest.approx(expected.mean())
-    assert verdict.pass_at()[3].value == expected.any(1).mean()  # nanochat's accuracy
+            expected[i, k] = task.evaluate(eval_set.conversations[i], answer_text(TOKENIZER, sample))
+    assert result.too_long == 1 and not result.passed[1].any()
+    np.testing.assert_array_equal(result.passed, expected)
+    assert result.cut == np.mean([not sample.ended for group in groups for sample in group])
+    assert list(result.pass_at()) == [1, 2, 3] and result.accuracy.value == pytest.approx(expected.mean())
+    assert result.pass_at()[3].value == expected.any(1).mean()  # nanochat's accuracy
 
 
-def test_a_task_none_of_whose_problems_fits_is_all_wrong(evaluator):
-    verdict = evaluator.evaluate_set(make_eval_set("even", Even((2000,)), TOKENIZER), GREEDY)
-    assert verdict.too_long == 1 and verdict.passed.tolist() == [[False]] and verdict.cut == 0.0
+def test_a_task_none_of_whose_problems_fits_is_all_wrong(evaluator, params):
+    result = evaluator.evaluate(params, make_eval_set("even", Even((2000,)), TOKENIZER), GREEDY)
+    assert result.too_long == 1 and result.passed.tolist() == [[False]] and result.cut == 0.0
 
 
 @pytest.mark.skipif(sandbox.guard_fault() is not None, reason=f"no sandbox here: {sandbox.guard_fault()}")
 def test_programs_of_humaneval_are_run(evaluator, datasets, monkeypatch):
-    problems = make_eval_set("HumanEval", HumanEval(data_dir=datasets), TOKENIZER)
+    eval_set = make_eval_set("HumanEval", HumanEval(data_dir=datasets), TOKENIZER)
     right = ["```python\ndef inc(x):\n    return x + 1\n```" if i else "def inc(x): return x" for i in range(3)]
 
-    def generate(prompts, sampling, **_):
+    def generate(params, prompts, sampling, **_):
         return [[sample_of(right[0]), sample_of(right[1])], [sample_of(right[2], False), sample_of("def inc(")]]
 
     monkeypatch.setattr(evaluator.engine, "generate", generate)
-    assert evaluator.evaluate_set(problems, GREEDY, samples=2).passed.tolist() == [[False, True], [True, False]]
+    assert evaluator.evaluate(None, eval_set, GREEDY, samples=2).passed.tolist() == [[False, True], [True, False]]
+
+
+def test_an_interrupt_ends_generating_and_judging(evaluator, params, datasets, monkeypatch):
+    even = make_eval_set("even", Even(), TOKENIZER)
+    with pytest.raises(Interrupted):
+        evaluator.evaluate(params, even, GREEDY, progress=interrupt)
+    with pytest.raises(Interrupted):
+        judge_answers(even, [(0, "a"), (1, "b")], interrupt)
+    programs = make_eval_set("HumanEval", HumanEval(data_dir=datasets, unsafe=True), TOKENIZER)
+    monkeypatch.setattr(HumanEval, "evaluate", lambda self, conversation, answer: time.sleep(3) or 1)
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        judge_answers(programs, [(0, "a"), (1, "b")], interrupt)
+    assert time.monotonic() - began < 2.5  # what runs is not waited for
+
+
+def test_processes_put_their_parts_together_or_are_all_interrupted(monkeypatch):
+    monkeypatch.setattr(processes, "exchange", lambda what, own: [own, ["b"]])
+    assert collect_items("letters", lambda: ["a", "c"]) == ["a", "b", "c"]
+    with pytest.raises(Interrupted):
+        collect_items("letters", lambda: interrupt(0, 0))
+    monkeypatch.setattr(processes, "exchange", lambda what, own: [own, None])
+    with pytest.raises(Interrupted):
+        collect_items("letters", lambda: ["a", "c"])
 
 
 # --------------------------------------------------------------------------------------------------------- ChatCORE
@@ -419,9 +457,10 @@ def test_a_device_without_memory_is_told_with_the_flags_of_this_stage(monkeypatc
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate 9 bytes")
 
-    monkeypatch.setattr(Evaluator, "evaluate_set", full)
+    monkeypatch.setattr(Evaluator, "evaluate", full)
     said = run(*SHORT, "-a", "Arithmetic", "-x", "1", "--slots", "77")
-    assert said.startswith("error: Out of device memory: lower --slots (now 77)") and "9 bytes" in said
+    assert said.startswith("error: Out of device memory with --slots=77. Lower --slots or --max-new-tokens")
+    assert "9 bytes" in said
 
 
 # ------------------------------------------------------------------------------------------------ while SFT runs
@@ -449,7 +488,7 @@ def test_measured_in_training_with_limits_and_compiled_once(params, datasets, mo
     cat = [(accuracies[name] - 0.25) / 0.75 for name in CHOICE]
     assert found["chatcore_cat"] == pytest.approx(np.mean(cat))
 
-    monkeypatch.setattr(Programs, "place", lambda self, params: params)  # which the engine's own tests are about
+    monkeypatch.setattr(GenerationPrograms, "cast_params", lambda self, params: params)  # test_engine.py is about it
 
     def note(event, *_, **__):
         compiled.append(event)

@@ -13,19 +13,19 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.evals.eval_set import make_eval_set
 from nanochat_jax.evals.evaluator import Evaluator
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks.registry import make_task
 
 BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0}
 WITH_SPELLING = BASELINES | {"SpellingBee": 0.0}
-NEW_TOKENS = 512
+NEW_TOKENS = 512  # of a generated answer, as in nanochat
 
 
 def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float] = BASELINES) -> float | None:
     """Mean over the tasks of `baselines` of (accuracy - baseline) / (1 - baseline): 0 is guessing, 1 is perfect.
 
-    None where a task is missing: a mean of fewer tasks would be another number."""
+    None where a task is missing, because a mean over fewer tasks could not be compared."""
     if any(name not in accuracies for name in baselines):
         return None
     return float(np.mean([(accuracies[name] - base) / (1 - base) for name, base in baselines.items()]))
@@ -47,9 +47,10 @@ def make_chatcore(
     """-> measure(params): ChatCORE on the first max_cat problems of each multiple-choice task (-1: all) and the first
     max_sample of the others; greedy, with nanochat's 512 new tokens. None where no task can be run.
 
-    measure gives chatcore (not where one of the five tasks cannot be run, which `log` says), chatcore_cat (of the
-    multiple-choice tasks alone), chatcore_with_spelling, and each task's accuracy as chatcore/<task>. progress(problems
-    done, problems in all) is called as a task goes on; what it raises ends the measurement, on all processes.
+    measure gives chatcore, chatcore_cat (of the multiple-choice tasks alone), chatcore_with_spelling, and each task's
+    accuracy as chatcore/<task>; of the means only those whose tasks can all be run, `log` says which cannot. All
+    processes must call it together. progress(problems done, problems in all) is called several times during a task; if
+    it raises Interrupted on one process, measure raises it on all.
     """
     eval_sets = []
     for name in WITH_SPELLING:
@@ -65,26 +66,20 @@ def make_chatcore(
         log(f"NOTE: no ChatCORE without {', '.join(missing)}; the tasks that are there are measured")
     if not eval_sets:
         return None
-    eval_sets.sort(
-        key=lambda eval_set: -max(map(len, eval_set.prompts))
-    )  # the engine keeps room for the longest so far
-    own = own_devices(mesh)
+    # The longest prompts come first: the engine's caches then have room for the others, and it compiles once.
+    eval_sets.sort(key=lambda eval_set: -max(map(len, eval_set.prompts)))
+    own = own_devices(mesh)  # each process evaluates its part of the problems by itself
     evaluator = Evaluator(model_config, tokenizer, own, dtype=dtype, attention=attention)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
-    letters = {name: BASELINES[name] for name in BASELINES if BASELINES[name]}
-    sums = {"chatcore": BASELINES, "chatcore_cat": letters, "chatcore_with_spelling": WITH_SPELLING}
+    categorical = {name: baseline for name, baseline in BASELINES.items() if baseline}
+    means = {"chatcore": BASELINES, "chatcore_cat": categorical, "chatcore_with_spelling": WITH_SPELLING}
 
     def measure(params) -> dict[str, float]:
         with jax.set_mesh(own):
-            evaluator.load(own_copy(params, mesh))
-            try:
-                accuracies = {
-                    eval_set.name: evaluator.evaluate_set(eval_set, sampling, progress=progress).accuracy.value
-                    for eval_set in eval_sets
-                }
-            finally:
-                evaluator.load(None)
-        found = {name: chatcore(accuracies, baselines) for name, baselines in sums.items()}
+            params = own_copy(params, mesh)
+            results = {x.name: evaluator.evaluate(params, x, sampling, progress=progress) for x in eval_sets}
+        accuracies = {name: result.accuracy.value for name, result in results.items()}
+        found = {name: chatcore(accuracies, baselines) for name, baselines in means.items()}
         found |= {f"chatcore/{name}": accuracies.get(name) for name in WITH_SPELLING}
         return {name: value for name, value in found.items() if value is not None}
 

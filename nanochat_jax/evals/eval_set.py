@@ -1,4 +1,4 @@
-"""A task's problems as the model sees them, and how an answer to one of them is judged."""
+"""A task's problems as the model gets them, and whether an answer to one of them is right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from nanochat_jax.tasks import Task
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A task's problems as the model sees them."""
+    """A task's problems as the model gets them."""
 
     name: str
     task: Task
     conversations: list[dict]
     prompts: list[np.ndarray]  # int32 [T] each, up to assistant_start
-    letters: list[list[int]] | None  # of multiple choice: token ids of each problem's letters
+    letters: list[list[int]] | None  # token ids of each problem's letters; None: the answers are generated
 
 
 def make_eval_set(name: str, task: Task, tokenizer, limit: int | None = None) -> EvalSet:
-    """The first `limit` problems (None: all). They are multiple choice where the conversations carry letters.
+    """The first `limit` problems (None: all). They are multiple choice if the conversations have letters.
 
-    ValueError names the problem: it cannot be rendered, a letter is not one token, or its answer cannot be judged.
+    ValueError names a problem that cannot be rendered, a letter that is not one token, or a task that cannot judge.
     """
     conversations, prompts, letters = [], [], []
     choice = False
@@ -38,13 +38,13 @@ def make_eval_set(name: str, task: Task, tokenizer, limit: int | None = None) ->
             raise ValueError(f"{name}, problem {i}: {error_text(e)}") from e
     if not conversations:
         raise ValueError(f"{name} has no problems to put to the model")
-    problems = EvalSet(name, task, conversations, prompts, letters if choice else None)
-    judge(problems, 0, conversations[0]["letters"][0] if choice else "")  # a task without a judge is found out now
-    return problems
+    eval_set = EvalSet(name, task, conversations, prompts, letters if choice else None)
+    judge(eval_set, 0, conversations[0]["letters"][0] if choice else "")  # fails now, before any answer is generated
+    return eval_set
 
 
 def letter_tokens(letters: Sequence[str], tokenizer) -> list[int]:
-    """The token of each letter. ValueError: there is none, or the tokenizer splits one."""
+    """The token of each letter. ValueError: there are no letters, or one is not a single token."""
     if not letters:
         raise ValueError("a multiple-choice question must offer at least one letter")
     split = [tokenizer.encode(letter) for letter in letters]
@@ -54,18 +54,18 @@ def letter_tokens(letters: Sequence[str], tokenizer) -> list[int]:
     return [ids[0] for ids in split]
 
 
-def judge(problems: EvalSet, i: int, answer: str) -> bool:
-    """Whether the task takes `answer` to problem i as right. ValueError: it fails to say."""
+def judge(eval_set: EvalSet, i: int, answer: str) -> bool:
+    """Whether the task accepts the answer to problem i. ValueError: `evaluate` fails, or returns neither 0 nor 1."""
     try:
-        score = problems.task.evaluate(problems.conversations[i], answer)
+        score = eval_set.task.evaluate(eval_set.conversations[i], answer)
         known = bool(score in (0, 1))
     except (Exception, SystemExit) as e:
-        raise ValueError(f"{problems.name} cannot judge the answer to problem {i}: {error_text(e)}") from e
+        raise ValueError(f"{eval_set.name} cannot judge the answer to problem {i}: {error_text(e)}") from e
     if not known:
-        raise ValueError(f"{problems.name}: evaluate must return 0 or 1, got {score!r:.40} for problem {i}")
+        raise ValueError(f"{eval_set.name}: evaluate must return 0 or 1, got {score!r:.40} for problem {i}")
     return bool(score)
 
 
 def error_text(e: BaseException) -> str:
-    """What went wrong in a task, in words: with the error's class unless its sentence was made to be read."""
+    """The error as a sentence: with its class, unless the message was written for a user to read."""
     return str(e) if isinstance(e, ValueError | NotImplementedError) else f"{type(e).__name__}: {e}"

@@ -1,4 +1,4 @@
-"""Chat models on tasks: problems are put to the model, its answers are judged, and ChatCORE sums it up.
+"""Evaluate a model on tasks: how many of its answers are right.
 
 Multiple choice: the offered letter with the largest logit after the prompt, the first of equals, without generating.
 Every other task: a text is generated, with the calculator, and `task.evaluate` judges it. Facts of nanochat, 2026: its
@@ -7,7 +7,7 @@ five tasks and their baselines, the test splits, 512 new tokens, greedy. Until 2
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -15,22 +15,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.signals import Interrupted
 from nanochat_jax.evals.eval_set import EvalSet, judge
 from nanochat_jax.evals.intervals import Share, pass_at_k
 from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import SamplingParams, answer_text
+from nanochat_jax.inference.samples import answer_text
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks import HumanEval
 
 JUDGES = min(8, os.cpu_count() or 1)  # programs run at once: each has seconds of wall clock, which more would take away
 
+Progress = Callable[[int, int], None]  # (answers done, answers in all), of this process
+
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What became of a task's problems."""
+    """Which answers to a task's problems are right."""
 
-    passed: np.ndarray  # bool [P,n]: which of the n answers are right
+    passed: np.ndarray  # bool [P,n]: which of the n answers
     too_long: int = 0  # problems whose prompt does not fit into the model's context: wrong
     cut: float | None = None  # share of the answers that did not end by themselves; None for multiple choice
 
@@ -45,9 +49,10 @@ class EvalResult:
 
 
 class Evaluator:
-    """Puts problems to the model that was loaded last; programs are compiled once for all models of this config.
+    """Evaluates models of one config; its programs are compiled once for all parameters.
 
-    rows: multiple-choice questions in a pass, per device; slots: answers generated together.
+    rows: multiple-choice questions in a pass, per device; slots: answers generated together. With several processes
+    the mesh is one of `own_devices`: each evaluates its part of the problems, and all must make the same calls.
     """
 
     def __init__(
@@ -61,68 +66,99 @@ class Evaluator:
         rows: int | None = None,
         slots: int = 256,
     ):
-        self.tokenizer, how = tokenizer, {"dtype": dtype, "attention": attention}
-        self.engine = Engine(config, tokenizer, mesh, slots=slots, **how)
-        self._letter_logits = make_letter_logits(config, mesh, tokenizer.bos, rows=rows, **how)
-        self.load(None)
+        self.tokenizer = tokenizer
+        self.engine = Engine(config, tokenizer, mesh, dtype=dtype, attention=attention, slots=slots)
+        self.letter_logits = make_letter_logits(
+            config, mesh, tokenizer.bos, dtype=dtype, attention=attention, rows=rows
+        )
 
-    def load(self, params) -> None:
-        """Take these parameters, sharded in any way; None lets go of the last ones."""
-        self._params, self._in_engine = params, False
-        self.engine.load(None)
-
-    def evaluate_set(
+    def evaluate(
         self,
-        problems: EvalSet,
+        params,
+        eval_set: EvalSet,
         sampling: SamplingParams,
         *,
         samples: int = 1,
         seed: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> EvalResult:
-        """Judge `samples` answers to each problem, or the one letter. progress(answers done, answers in all)."""
-        if problems.letters is None:
-            return self._generated(problems, sampling, samples, seed, progress)
-        chosen = self.choose(problems, progress)
-        return EvalResult(np.array([[judge(problems, i, letter)] for i, letter in enumerate(chosen)]))
+        """Judge `samples` generated answers to each problem, or the one letter of multiple choice.
 
-    def choose(self, problems: EvalSet, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        params: a tree as GPT's, on the mesh. If `progress` raises Interrupted on one process, all processes raise it.
+        """
+        if eval_set.letters is None:
+            return self._evaluate_generated(params, eval_set, sampling, samples, seed, progress)
+        letters = self.choose_letters(params, eval_set, progress)
+        return EvalResult(np.array([[judge(eval_set, i, letter)] for i, letter in enumerate(letters)]))
+
+    def choose_letters(self, params, eval_set: EvalSet, progress: Progress | None = None) -> list[str]:
         """The letter that the model prefers for each problem."""
-        own = [processes.mine(x) for x in (problems.prompts, problems.letters, problems.conversations)]
-        logits = self._letter_logits(self._params, *own[:2], progress) if own[0] else []
-        return _merged([c["letters"][int(np.argmax(row))] for c, row in zip(own[2], logits)])
 
-    def _generated(self, problems, sampling, samples, seed, progress) -> EvalResult:
-        if not self._in_engine:
-            self.engine.load(self._params)
-            self._in_engine = True
-        fitting = [i for i, prompt in enumerate(problems.prompts) if len(prompt) < self.engine.context]
-        own = processes.mine(fitting)
-        prompts = [problems.prompts[i] for i in own]
-        how = {"samples": samples, "seed": seed, "examples": own, "progress": progress}
-        groups = self.engine.generate(prompts, sampling, **how) if prompts else []
-        answers = [(i, answer_text(self.tokenizer, sample)) for i, group in zip(own, groups) for sample in group]
-        judged = np.reshape(self._judged(problems, answers), (len(own), samples)).tolist()
-        judged = _merged([(row, [sample.ended for sample in group]) for row, group in zip(judged, groups)])
-        passed = np.zeros((len(problems.prompts), samples), bool)
-        passed[fitting] = np.reshape([row for row, _ in judged], (len(fitting), samples))
-        ended = [end for _, ends in judged for end in ends]
-        return EvalResult(passed, len(problems.prompts) - len(fitting), 1 - float(np.mean(ended)) if ended else 0.0)
+        def choose_own():
+            logits = self.letter_logits(
+                params, processes.mine(eval_set.prompts), processes.mine(eval_set.letters), progress
+            )
+            conversations = processes.mine(eval_set.conversations)
+            return [c["letters"][int(np.argmax(row))] for c, row in zip(conversations, logits)]
 
-    def _judged(self, problems: EvalSet, answers: list[tuple[int, str]]) -> list[bool]:
-        if not isinstance(problems.task, HumanEval):  # a user's judge may be made for one thread
-            return [judge(problems, *answer) for answer in answers]
-        pool = ThreadPoolExecutor(JUDGES)
-        try:
-            return list(pool.map(lambda answer: judge(problems, *answer), answers))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return collect_items("the chosen letters", choose_own)
+
+    def _evaluate_generated(self, params, eval_set, sampling, samples, seed, progress) -> EvalResult:
+        fitting = [i for i, prompt in enumerate(eval_set.prompts) if len(prompt) < self.engine.context]
+
+        def answer_own():
+            own = processes.mine(fitting)
+            prompts = [eval_set.prompts[i] for i in own]
+            groups = self.engine.generate(
+                params, prompts, sampling, samples=samples, seed=seed, examples=own, progress=progress
+            )
+            answers = [(i, answer_text(self.tokenizer, sample)) for i, group in zip(own, groups) for sample in group]
+            passed = np.reshape(judge_answers(eval_set, answers, progress), (len(own), samples)).tolist()
+            return [(row, [sample.ended for sample in group]) for row, group in zip(passed, groups)]
+
+        found = np.array(collect_items("the judged answers", answer_own), bool).reshape(len(fitting), 2, samples)
+        passed = np.zeros((len(eval_set.prompts), samples), bool)
+        passed[fitting] = found[:, 0]
+        cut = 1 - float(np.mean(found[:, 1])) if fitting else 0.0
+        return EvalResult(passed, len(eval_set.prompts) - len(fitting), cut)
 
 
-def _merged(own: list) -> list:
-    """What every process found of its part (see `processes.mine`), in the order of the whole."""
-    parts = processes.exchange("what became of the problems", own)
-    merged = [None] * sum(map(len, parts))
+def judge_answers(eval_set: EvalSet, answers: list[tuple[int, str]], progress: Progress | None = None) -> list[bool]:
+    """Whether each answer (number of the problem, text) is right. progress(n, n), with the number of answers, is called
+    after each one or at least once a second, so that it can interrupt the judging too."""
+
+    def interruptible():
+        if progress:
+            progress(len(answers), len(answers))
+
+    if not isinstance(eval_set.task, HumanEval):  # a user's task may not be made for several threads
+        passed = []
+        for i, text in answers:
+            passed.append(judge(eval_set, i, text))
+            interruptible()
+        return passed
+    pool = ThreadPoolExecutor(JUDGES)
+    try:
+        futures = [pool.submit(judge, eval_set, i, text) for i, text in answers]
+        while wait(futures, timeout=1).not_done:
+            interruptible()
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def collect_items(what: str, compute: Callable[[], list]) -> list:
+    """What every process computes for its part of the items (see `processes.mine`), in the order of all items.
+
+    Where compute raises Interrupted on one process, all processes raise it."""
+    try:
+        own = compute()
+    except Interrupted:
+        own = None
+    parts = processes.exchange(what, own)
+    if None in parts:
+        raise Interrupted
+    items = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
-        merged[i :: len(parts)] = part
-    return merged
+        items[i :: len(parts)] = part
+    return items

@@ -1,4 +1,4 @@
-"""Shares with honest intervals: accuracies, and pass@k from several samples a problem."""
+"""Shares with confidence intervals: accuracies, and pass@k from several samples of each problem."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Z95 = 1.959963984540054  # of the normal distribution, 95 % lie within this many standard deviations
+Z95 = 1.959963984540054  # standard deviations around the mean that hold 95 % of the normal distribution
 
 
 class Share(NamedTuple):
@@ -18,12 +18,12 @@ class Share(NamedTuple):
 
 
 def share(scores: Sequence[float] | np.ndarray, trials: float = 1) -> Share:
-    """The mean of scores [P] in 0..1, one a problem; the interval is over the draw of problems.
+    """The mean of scores [P] in 0..1, one for each problem; the interval is over the draw of problems.
 
-    Wilson's interval, with p (1 - p) / (variance of the mean) in place of the number of trials, as for clustered
+    This is Wilson's interval with p (1 - p) / (variance of the mean) in place of the number of trials, as for clustered
     surveys (Franco et al. 2019, J. Survey Statistics and Methodology 7(3)). A problem counts as at least 1 trial and at
-    most `trials`; with scores of 0 and 1 it is Wilson's own. Where all scores are equal a problem counts as 1: the
-    interval never has width 0. ValueError: no scores, or one outside 0..1.
+    most `trials`; with scores of 0 and 1 it is Wilson's own interval. Where all scores are equal a problem counts as 1
+    trial, so the interval never has width 0. ValueError: no scores, or one outside 0..1.
     """
     scores = np.asarray(scores, np.float64).ravel()
     if not scores.size or not ((scores >= 0) & (scores <= 1)).all():
@@ -38,8 +38,8 @@ def share(scores: Sequence[float] | np.ndarray, trials: float = 1) -> Share:
 def pass_at_k(passed: np.ndarray) -> dict[int, Share]:
     """passed bool [P,n] -> {k: share of problems that k samples solve at least once} for k = 1..n.
 
-    The unbiased estimator 1 - C(n - c, k) / C(n, k) for a problem that c of n samples solve (arXiv 2107.03374);
-    interval as in `share`, where n / k groups of k samples are the most that a problem counts for.
+    For a problem that c of n samples solve, 1 - C(n - c, k) / C(n, k) is an unbiased estimate (arXiv 2107.03374). The
+    interval is that of `share`; a problem counts as at most n / k trials, its groups of k samples.
     """
     passed = np.asarray(passed, bool)
     if passed.ndim != 2 or not passed.size:

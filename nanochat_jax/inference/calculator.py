@@ -1,11 +1,12 @@
 """The calculator tool: arithmetic and letter counts that a model writes, read by a small parser and never by eval.
 
-An expression of digits, + - * / // . ( ) and spaces is arithmetic. Any other is made of letters, digits, quotes,
-( ) . _ and spaces, calls .count( and knows literals, string methods, `and or not in is if else`. Values and their text
-are Python's. Every expression ends within a few milliseconds and a few hundred kilobytes, on any thread.
+An expression of digits, + - * / // . ( ) and spaces is arithmetic. Any other is a count: it is made of letters, digits,
+quotes, ( ) . _ and spaces, calls .count( and may use literals, methods and `and or not in is if else`. Values and their
+text are Python's. Every expression takes a few milliseconds and a few hundred kilobytes at the most, on any thread.
 """
 
 import keyword
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -15,12 +16,12 @@ MAX_CHARS = 10_000  # of the expression
 MAX_TOKENS = 1_000
 MAX_PARENTHESES = 200  # nested in arithmetic, as in Python
 MAX_NESTING = 32  # of parentheses, arguments and else branches in a count
-MAX_INTEGER = 10**4300  # Python refuses to print longer ones
+MAX_INTEGER = 10**4300  # Python refuses to print integers of more digits
 MAX_WORK = 1 << 16  # sum over method calls of (receiver's length + 1) x (argument's length or value + 1)
 
 ARITHMETIC = frozenset("0123456789+-*/.() ")
 COUNTING = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'\"()._ ")
-# nanochat's list, which protects its eval. Here it keeps `1 or open` without a result; text in quotes may hold it.
+# Names that nanochat refuses, to protect its eval. Here an expression with one outside of quotes has no result.
 REFUSED = re.compile(
     "import|exec|eval|compile|open|file|input|globals|locals|vars|dir|getattr|setattr|delattr|hasattr", re.IGNORECASE
 )
@@ -31,7 +32,7 @@ ATTRIBUTE = re.compile(
     "title|upper|zfill|real|imag|numerator|denominator|bit_length|bit_count|conjugate"
 )
 CONSTANTS = {"True": True, "False": False, "None": None}
-NO_VALUE = SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError
+NO_VALUE = SyntaxError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError
 RESULTS = {int, float, bool, str, bytes, tuple, list}  # anything else has no text worth showing
 
 TOKEN = re.compile(
@@ -49,9 +50,9 @@ TOKEN = re.compile(
 def calculate(expression: str) -> str | None:
     """The text of an expression's value, None where it has none. Never raises.
 
-    Equal to nanochat's calculator (golden/calculator.jsonl) but for: names that nanochat's filter finds inside quotes
-    are counted ('profile'.count('i') is 1); `...`, bound methods and generators have no result; nor have an integer
-    longer than 4300 digits, also on the way, and an expression beyond the limits above.
+    The results are those of nanochat's calculator, except that names which nanochat refuses are allowed inside quotes
+    ('profile'.count('i') is 1), and that these have no result: `...`, bound methods and generators, an expression with
+    an integer of more than 4300 digits, also as an intermediate value, and an expression beyond the limits above.
     """
     if len(expression) > MAX_CHARS:
         return None
@@ -70,7 +71,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _tokens(text: str) -> list[tuple[str, object]]:
-    """(kind, value) pairs, kind is "value" (a literal), "name" or "sign"; ("end", None) comes last."""
+    """Pairs (kind, value), where the kind is "value" (a literal), "name" or "sign"; the last one is ("end", None)."""
     tokens, at = [], 0
     while at < len(text):
         match = TOKEN.match(text, at)
@@ -111,7 +112,7 @@ OPEN = (0, None)
 
 def _arithmetic(tokens: list[tuple[str, object]]):
     """The value, by operator precedence; () is the empty tuple, as in Python."""
-    values, pending, depth = [], [], 0  # pending: (precedence, function) of operators still without right operand
+    values, pending, depth = [], [], 0  # pending: (precedence, function) of operators that wait for their right operand
 
     def apply(precedence: int) -> None:
         while pending and pending[-1][0] >= precedence:
@@ -147,11 +148,11 @@ def _arithmetic(tokens: list[tuple[str, object]]):
     return values.pop()
 
 
-# ---- counts: recursive descent into closures, because `a if b else c`, `and` and `or` leave parts without evaluation
+# ---- counts: recursive descent that builds closures, because `if`, `and` and `or` do not evaluate all their parts
 
 
 class _Count:
-    """One expression of the second kind: Python's grammar without operators of arithmetic, subscripts and loops."""
+    """A parser of one count. Methods are named as in Python's grammar; arithmetic and subscripts are left out."""
 
     def __init__(self, tokens: list[tuple[str, object]]):
         self.tokens, self.at, self.depth, self.work = tokens, 0, 0, 0
@@ -163,7 +164,7 @@ class _Count:
         return evaluate()
 
     def _accept(self, *words: str) -> bool:
-        """Steps over these names or signs if they come next."""
+        """Step over these names or signs, if they come next."""
         ahead = self.tokens[self.at : self.at + len(words)]
         if [kind != "value" and token for kind, token in ahead] != list(words):
             return False
@@ -175,13 +176,9 @@ class _Count:
             raise SyntaxError
 
     def _spend(self, *operands) -> None:
-        """Counts the work of an operation before it is done: its time and its result are at most this long."""
-        work = 1
-        for operand in operands:
-            work *= 1 + (
-                abs(operand) if isinstance(operand, int) else len(operand) if hasattr(operand, "__len__") else 0
-            )
-        self.work += work
+        """Count an operation's work before it is done: a bound of its time and of its result's length."""
+        sizes = [abs(x) if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 0 for x in operands]
+        self.work += math.prod(1 + size for size in sizes)
         if self.work > MAX_WORK:
             raise OverflowError
 
@@ -189,9 +186,9 @@ class _Count:
         self.depth += 1
         if self.depth > MAX_NESTING:
             raise SyntaxError
-        evaluate = value = self._any()
+        evaluate = value = self._disjunction()
         if self._accept("if"):
-            condition = self._any()
+            condition = self._disjunction()
             self._expect("else")
             other = self._expression()
 
@@ -201,14 +198,14 @@ class _Count:
         self.depth -= 1
         return evaluate
 
-    def _any(self) -> Callable:
-        return self._chain("or", self._all, lambda value: value)
+    def _disjunction(self) -> Callable:
+        return self._chain("or", self._conjunction, lambda value: value)
 
-    def _all(self) -> Callable:
-        return self._chain("and", self._not, operator.not_)
+    def _conjunction(self) -> Callable:
+        return self._chain("and", self._inversion, operator.not_)
 
     def _chain(self, word: str, part: Callable, decides: Callable) -> Callable:
-        """Parts joined by `word`: the value of the first that decides, else of the last."""
+        """Parts joined by `word`: the first value that decides, else the last one."""
         parts = [part()]
         while self._accept(word):
             parts.append(part())
@@ -222,7 +219,7 @@ class _Count:
 
         return evaluate if len(parts) > 1 else parts[0]
 
-    def _not(self) -> Callable:
+    def _inversion(self) -> Callable:
         count = 0
         while self._accept("not"):
             count += 1
@@ -230,9 +227,9 @@ class _Count:
         return (lambda: bool(value()) == (count % 2 == 0)) if count else value
 
     def _comparison(self) -> Callable:
-        first, rest = self._postfix(), []
-        while compare := self._compare():
-            rest.append((compare, self._postfix()))
+        first, rest = self._primary(), []
+        while compare := self._comparison_operator():
+            rest.append((compare, self._primary()))
 
         def evaluate():
             left = first()
@@ -245,7 +242,7 @@ class _Count:
 
         return evaluate if rest else first
 
-    def _compare(self) -> Callable | None:
+    def _comparison_operator(self) -> Callable | None:
         def inside(left, right):
             self._spend(left, right)
             return left in right
@@ -258,7 +255,7 @@ class _Count:
             return operator.is_not
         return operator.is_ if self._accept("is") else None
 
-    def _postfix(self) -> Callable:
+    def _primary(self) -> Callable:
         """An atom with the attributes and calls behind it."""
         atom, steps = self._atom(), []
         while True:
@@ -305,10 +302,11 @@ class _Count:
             return inside
         kind, token = self.tokens[self.at]
         if kind == "name":
-            if token not in CONSTANTS:
-                return _unknown(self._name())
-            self.at += 1
-            return lambda: CONSTANTS[token]
+            if token in CONSTANTS:
+                self.at += 1
+            else:
+                self._name()
+            return lambda: CONSTANTS[token]  # of an unknown name a KeyError, but only where it is evaluated
         if kind != "value":
             raise SyntaxError
         self.at += 1
@@ -322,12 +320,3 @@ def _attribute(value, name: str):
     if type(value) not in RESULTS or not ATTRIBUTE.fullmatch(name):
         raise AttributeError
     return getattr(value, name)
-
-
-def _unknown(name: str) -> Callable:
-    """A name that has no value: an error only where it is reached."""
-
-    def evaluate():
-        raise NameError(name)
-
-    return evaluate

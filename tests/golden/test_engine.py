@@ -10,7 +10,7 @@ import pytest
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.tokenizer import Tokenizer
 from tests.golden import data, models
@@ -38,9 +38,8 @@ def greedy(file: str):
     # Two calls where the second is told the token before (smear), else one, which is two programs less to compile: how
     # keys and values go from call to call does not depend on the era, and tests/inference/test_engine.py is about it.
     engine = Engine(config, tokenizer(name), chunk=16 if config.smear else longest, **MESH)
-    engine.load(params)
     with models.rotary_tables_of(file):
-        rows = engine.generate([*prompts.values()], SamplingParams(temperature=0.0, max_new_tokens=longest))
+        rows = engine.generate(params, [*prompts.values()], SamplingParams(temperature=0.0, max_new_tokens=longest))
     return golden, {n: row[0] for n, row in zip(prompts, rows)}
 
 
@@ -75,7 +74,7 @@ def test_samples_hold_what_the_batch_interface_returns_and_the_end_token(file):
 
 @pytest.fixture(scope="module")
 def scripted():
-    """-> (engine of a tokenizer's name, traces with the number of their first row in the script)."""
+    """-> (tokenizer's name -> (engine, parameters), traces with the number of their first row in the script)."""
     traces = data.rows("tool_traces.jsonl")
     rows = [row for trace in traces for row in trace["sampled_by_step"]]
     script = np.zeros((len(rows), max(map(len, rows))), np.int32)
@@ -84,38 +83,37 @@ def scripted():
     first = np.cumsum([0] + [len(trace["sampled_by_step"]) for trace in traces])
     sizes = jnp.array([len(trace["prompt"]) for trace in traces for _ in trace["sampled_by_step"]], jnp.int32)
 
-    def choose(logits, draws, temperature, top_k):
+    def choose_tokens(logits, draws, temperature, top_k):
         row, column = jnp.moveaxis(draws, 1, 0).astype(jnp.int32)
         column = jnp.clip(column, 0, script.shape[1] - 1)
         return jnp.asarray(script)[jnp.clip(row, 0, len(rows) - 1), column], jnp.zeros(len(logits))
 
     @functools.cache
-    def engine(name):
+    def model(name):
         V = tokenizer(name).vocab_size
         sizes = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 48, "windows": (-1,), "sequence_len": 256}
         config = GPTConfig(vocab_size=V, padded_vocab=V, **sizes)
-        made = Engine(config, tokenizer(name), slots=4, chunk=5, **MESH)
-        made.load(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_gpt(config)[1]))
-        return made
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_gpt(config)[1])
+        return Engine(config, tokenizer(name), slots=4, chunk=5, **MESH), params
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "row_keys", lambda seed, step, examples, samples: seed + examples + samples)
+        patch.setattr(sampling, "sample_keys", lambda seed, step, examples, samples: seed + examples + samples)
         patch.setattr(
             sampling,
-            "uniforms",
+            "uniform_draws",
             lambda rows, positions: jnp.stack([rows, positions - sizes[rows]], -1).astype(jnp.float32),
         )
-        patch.setattr(sampling, "choose", choose)
+        patch.setattr(sampling, "choose_tokens", choose_tokens)
         patch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 1)))
-        yield engine, list(zip(traces, first.tolist()))
+        yield model, list(zip(traces, first.tolist()))
 
 
 def test_rollouts_with_tool_calls_are_nanochats(scripted):
-    engine, traces = scripted
+    model, traces = scripted
     for trace, first in traces:
-        rollouts = engine(trace["tokenizer"])
-        how = SamplingParams(max_new_tokens=trace["max_tokens"])
-        (samples,) = rollouts.generate([trace["prompt"]], how, samples=trace["num_samples"], seed=first)
+        engine, params = model(trace["tokenizer"])
+        sampling = SamplingParams(max_new_tokens=trace["max_tokens"])
+        (samples,) = engine.generate(params, [trace["prompt"]], sampling, samples=trace["num_samples"], seed=first)
         for n, sample in enumerate(samples):
             size = len(sample.tokens) - sample.ended
             assert [*trace["prompt"], *sample.tokens[:size]] == trace["batch_results"][n], trace["name"]
@@ -125,14 +123,13 @@ def test_rollouts_with_tool_calls_are_nanochats(scripted):
 
 def test_streams_with_tool_calls_are_nanochats(scripted):
     """nanochat goes on showing a row that has ended until all have; ours are one row each and stop."""
-    engine, traces = scripted
+    model, traces = scripted
     for trace, first in traces:
+        engine, params = model(trace["tokenizer"])
+        sampling = SamplingParams(max_new_tokens=trace["max_tokens"])
         for n in range(trace["num_samples"]):
-            stream = engine(trace["tokenizer"]).stream(
-                trace["prompt"], SamplingParams(max_new_tokens=trace["max_tokens"]), seed=first + n
-            )
-            shown = list(stream)
+            shown = list(engine.stream(params, trace["prompt"], sampling, seed=first + n))
             columns = [(column[n], mask[n]) for column, mask in zip(trace["columns"], trace["column_masks"])]
             assert shown == columns[: len(shown)], trace["name"]
-            ended = shown[-1][0] in engine(trace["tokenizer"]).control_tokens.ends and shown[-1][1] == 1
+            ended = shown[-1][0] in engine.control_tokens.ends and shown[-1][1] == 1
             assert ended or len(shown) == len(columns) == trace["max_tokens"], trace["name"]

@@ -1,5 +1,6 @@
 """Schedules, the defaults of nanochat's flags, bits per byte, multiple choice and ChatCORE."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.schedules import rl_lr_multiplier, sft_lr_multiplier, sft_muon_momentum
-from nanochat_jax.sft import INHERITED, SFTConfig
+from nanochat_jax.sft import SFTConfig
 from nanochat_jax.tasks.multiple_choice import is_right
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.tokenizer import Tokenizer
@@ -47,9 +48,10 @@ def test_every_sft_flag_of_nanochat_exists_with_its_default():
     named_otherwise = {"device_type": {"": "auto"}}
     for flag, default in theirs.items():
         assert ours[flag] == named_otherwise.get(flag, {}).get(default, default), flag
-    assert all(theirs[flag] is None for flag in INHERITED)
+    inherited = {field.name: field.metadata.get("inherited") for field in dataclasses.fields(SFTConfig)}
+    assert all(theirs[flag] is None for flag, fallback in inherited.items() if fallback is not None)
     fallbacks = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02}  # OPTIMIZER.md
-    assert fallbacks.items() <= INHERITED.items()
+    assert fallbacks.items() <= inherited.items()
 
 
 def cases_of(prefix: str) -> list[str]:
@@ -93,7 +95,7 @@ class Quiz:
 
 
 def quiz(name: str) -> tuple[dict, EvalSet, GPTConfig, dict, Tokenizer]:
-    """(the golden case, its items as problems, the model's config and parameters, the tokenizer)."""
+    """(the golden case, its items as an eval set, the model's config and parameters, the tokenizer)."""
     config, params, _ = models.load(name)
     tokenizer = Tokenizer.load(data.path(f"checkpoints/{name}/tokenizer"))
     golden = data.load_json("eval.json")[f"categorical_{name}"]
@@ -102,26 +104,25 @@ def quiz(name: str) -> tuple[dict, EvalSet, GPTConfig, dict, Tokenizer]:
 
 @pytest.mark.parametrize("name", cases_of("categorical_"))
 def test_prompts_and_the_letters_logits_are_nanochats(name):
-    golden, problems, config, params, tokenizer = quiz(name)
+    golden, eval_set, config, params, tokenizer = quiz(name)
     rows = max(run["batch_size"] for run in golden["runs"])  # a program that the test below needs, too
     letter_logits = make_letter_logits(config, make_mesh("data=1"), tokenizer.bos, rows=rows)
     with models.rotary_tables_of(name):
-        ours = letter_logits(params, problems.prompts, problems.letters)
-    for prompt, logits, item in zip(problems.prompts, ours, golden["per_item"], strict=True):
+        ours = letter_logits(params, eval_set.prompts, eval_set.letters)
+    for prompt, logits, item in zip(eval_set.prompts, ours, golden["per_item"], strict=True):
         assert prompt.tolist() == item["prompt_ids"]
         np.testing.assert_allclose(logits, item["letter_logits"], rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", cases_of("categorical_"))
 def test_letters_and_accuracies_are_nanochats_whatever_the_batch(name):
-    golden, problems, config, params, tokenizer = quiz(name)
+    golden, eval_set, config, params, tokenizer = quiz(name)
     sizes = [run["batch_size"] for run in golden["runs"]]
     for rows in {min(sizes), max(sizes)}:
         evaluator = Evaluator(config, tokenizer, make_mesh("data=1"), rows=rows)
-        evaluator.load(params)
         with models.rotary_tables_of(name):
-            chosen = evaluator.choose(problems)
-        right = [judge(problems, i, letter) for i, letter in enumerate(chosen)]
+            chosen = evaluator.choose_letters(params, eval_set)
+        right = [judge(eval_set, i, letter) for i, letter in enumerate(chosen)]
         for run in golden["runs"]:
             assert chosen[: run["max_problems"]] == run["predicted"]
             assert np.mean(right[: run["max_problems"]]) == pytest.approx(run["accuracy"], abs=1e-12)

@@ -14,8 +14,9 @@ from flax import nnx
 
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
-from nanochat_jax.inference.engine import Engine, arrange_slots, padded_size, text_pieces
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.engine import Engine, text_pieces
+from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.shapes import arrange_slots, padded_size
 from nanochat_jax.model.gpt import GPT, abstract_gpt
 from tests.support import tiny
 from tests.support.models import random_params, tiny_config
@@ -24,16 +25,14 @@ TOKENIZER = tiny.tokenizer()
 CONFIG = tiny_config(vocab_size=265, padded_vocab=320, n_layer=2, windows=(7, -1))  # a ring that turns, grouped heads
 PARAMS = random_params(CONFIG)
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (1, 5, 33, 2, 20)]
-HOW = SamplingParams(temperature=0.8, top_k=40, max_new_tokens=36)
-# All rows at once, in six calls: the first layer's ring of 22 turns amid one of them, but own parts keep their size, as
-# each is a program. They grow with chunks of 1 and 5. Several tests share these programs.
+SAMPLING = SamplingParams(temperature=0.8, top_k=40, max_new_tokens=36)
+# All rows at once, in six calls: the first layer's ring of 22 columns turns in the middle of one. Continuations keep
+# their size, as each size is a program; they grow with chunks of 1 and 5. Several tests share these programs.
 ROOMY = {"slots": 64, "chunk": 6}
 
 
-def make(mesh="data=1", config=CONFIG, params=PARAMS, **settings):
-    engine = Engine(config, TOKENIZER, make_mesh(mesh), **settings)
-    engine.load(params)
-    return engine
+def make(mesh="data=1", config=CONFIG, **settings):
+    return Engine(config, TOKENIZER, make_mesh(mesh), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def rollouts(engine):
-    return engine.generate(PROMPTS, HOW, samples=3, seed=5, step=2)
+    return engine.generate(PARAMS, PROMPTS, SAMPLING, samples=3, seed=5, step=2)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -60,7 +59,8 @@ def differences(rollouts, params=PARAMS, dtype=jnp.float32):
             n, ids = len(sample.tokens), [*prompt, *sample.tokens]
             padded = np.pad(np.asarray(ids, np.int32), (0, size - len(ids)))[None]
             logits = np.asarray(training_logits(params, padded, dtype), np.float64)[0, len(prompt) - 1 :][:n]
-            logits = np.where(logits < np.sort(logits)[:, -HOW.top_k, None], -np.inf, logits) / HOW.temperature
+            kth = np.sort(logits)[:, -SAMPLING.top_k, None]
+            logits = np.where(logits < kth, -np.inf, logits) / SAMPLING.temperature
             logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             found.append(np.abs(logp[np.arange(n), sample.tokens] - sample.logprobs))
     return np.concatenate(found)
@@ -82,9 +82,9 @@ def test_samples_have_the_types_and_ends_that_are_promised(rollouts):
     for sample in itertools.chain(*rollouts):
         n = len(sample.tokens)
         assert (sample.tokens.dtype, sample.mask.dtype, sample.logprobs.dtype) == (np.int32, np.uint8, np.float32)
-        assert sample.mask.shape == sample.logprobs.shape == (n,) and 0 < n <= HOW.max_new_tokens
+        assert sample.mask.shape == sample.logprobs.shape == (n,) and 0 < n <= SAMPLING.max_new_tokens
         ends = np.isin(sample.tokens, [TOKENIZER.bos, TOKENIZER.special("<|assistant_end|>")])
-        assert not ends[:-1].any() and ends[-1] == sample.ended and (sample.ended or n == HOW.max_new_tokens)
+        assert not ends[:-1].any() and ends[-1] == sample.ended and (sample.ended or n == SAMPLING.max_new_tokens)
     firsts = {tuple(sample.tokens[:8]) for sample in itertools.chain(*rollouts)}
     assert len(firsts) == 15  # every sample has its own key
 
@@ -101,49 +101,56 @@ def test_samples_have_the_types_and_ends_that_are_promised(rollouts):
     ids=str,
 )
 def test_slots_chunks_refills_and_devices_change_nothing(rollouts, settings):
-    assert_same(make(**settings).generate(PROMPTS, HOW, samples=3, seed=5, step=2), rollouts)
+    assert_same(make(**settings).generate(PARAMS, PROMPTS, SAMPLING, samples=3, seed=5, step=2), rollouts)
 
 
 def test_the_order_of_prompts_changes_nothing_where_they_keep_their_numbers(engine, rollouts):
     order = [3, 0, 4, 2, 1]
-    mixed = engine.generate([PROMPTS[n] for n in order], HOW, samples=3, seed=5, step=2, examples=order)
+    mixed = engine.generate(PARAMS, [PROMPTS[n] for n in order], SAMPLING, samples=3, seed=5, step=2, examples=order)
     assert_same([mixed[order.index(n)] for n in range(5)], rollouts)
 
 
 def test_seed_and_step_change_the_draws(engine, rollouts):
     for change in ({"seed": 6, "step": 2}, {"seed": 5, "step": 3}):
-        other = engine.generate(
-            PROMPTS, SamplingParams(temperature=0.8, top_k=40, max_new_tokens=24), samples=3, **change
-        )
+        shorter = SamplingParams(temperature=0.8, top_k=40, max_new_tokens=24)
+        other = engine.generate(PARAMS, PROMPTS, shorter, samples=3, **change)
         assert not np.array_equal(other[2][0].tokens[:10], rollouts[2][0].tokens[:10])
 
 
 def test_a_second_call_compiles_nothing_also_with_other_parameters_and_settings(engine, rollouts):
     events = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
-    before = engine.stats["compiles"]
-    engine.load(jax.tree.map(lambda leaf: leaf + 0.01, PARAMS))
+    before, stats = engine.compiles, []
+    params = jax.tree.map(lambda leaf: leaf + 0.01, PARAMS)
+    sampling = SamplingParams(temperature=1.2, top_k=7, max_new_tokens=24)
     events.clear()
-    other = engine.generate(PROMPTS, SamplingParams(temperature=1.2, top_k=7, max_new_tokens=24), samples=3, step=9)
-    assert [name for name in events if "compile" in name] == [] and engine.stats["compiles"] == before
+    other = engine.generate(params, PROMPTS, sampling, samples=3, step=9)
+    assert [name for name in events if "compile" in name] == [] and engine.compiles == before
     assert not np.array_equal(other[2][0].tokens, rollouts[2][0].tokens)
-    engine.load(PARAMS)
-    assert_same(engine.generate(PROMPTS, HOW, samples=3, seed=5, step=2), rollouts)
-    assert engine.stats["generated_tokens"] == sum(len(s.tokens) for s in itertools.chain(*rollouts))
+    again = engine.generate(PARAMS, PROMPTS, SAMPLING, samples=3, seed=5, step=2, report=stats.append)
+    assert_same(again, rollouts)
+    assert stats[0].generated_tokens == sum(len(s.tokens) for s in itertools.chain(*rollouts))
+
+
+def test_parameters_that_were_cast_are_not_copied_again_and_others_are(engine):
+    cast = engine.cast_params(PARAMS)
+    assert engine.cast_params(cast) is cast
+    half = make(dtype=jnp.bfloat16, **ROOMY).cast_params(cast)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half) if leaf.ndim > 1} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half) if leaf.ndim == 1} == {"float32"}
 
 
 def test_prompts_within_the_length_to_expect_share_the_decoding_programs():
     engine = make(slots=4, chunk=4, prompt_tokens=len(PROMPTS[2]))
-    engine.generate([PROMPTS[1]], SamplingParams(max_new_tokens=2))
-    before = engine.stats["compiles"]
-    engine.generate([PROMPTS[2]], SamplingParams(max_new_tokens=2))
-    assert engine.stats["compiles"] == before + 1  # the longer prefill
+    engine.generate(PARAMS, [PROMPTS[1]], SamplingParams(max_new_tokens=2))
+    before = engine.compiles
+    engine.generate(PARAMS, [PROMPTS[2]], SamplingParams(max_new_tokens=2))
+    assert engine.compiles == before + 1  # the longer prefill
 
 
 def test_bfloat16_rollouts_stay_near_the_bfloat16_training_forward():
     params = random_params(CONFIG, scale=0.05)
-    engine = make(params=params, dtype=jnp.bfloat16, **ROOMY)
-    rollouts = engine.generate(PROMPTS, HOW, samples=3)
+    rollouts = make(dtype=jnp.bfloat16, **ROOMY).generate(params, PROMPTS, SAMPLING, samples=3)
     found = differences(rollouts, params, jnp.bfloat16)
     same_floor = np.isfinite(found)  # bfloat16 noise may put another token in the k-th place
     assert same_floor.mean() > 0.99 and found[same_floor].mean() < 5e-3
@@ -151,16 +158,16 @@ def test_bfloat16_rollouts_stay_near_the_bfloat16_training_forward():
 
 def test_a_sample_is_cut_where_the_context_ends():
     prompts = [PROMPTS[4], PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[4]]
-    rollouts = make(context=24, **ROOMY).generate(prompts, SamplingParams(0.0, 0, 10), samples=3)
+    rollouts = make(context=24, **ROOMY).generate(PARAMS, prompts, SamplingParams(0.0, 0, 10), samples=3)
     assert [[len(sample.tokens) for sample in row] for row in rollouts] == [[n] * 3 for n in (4, 10, 10, 10, 4)]
     assert not any(sample.ended for sample in itertools.chain(*rollouts))
 
 
 def test_a_stream_is_the_first_sample_of_the_first_example_and_may_be_left(engine):
-    whole = engine.generate([PROMPTS[2], *PROMPTS[:2], *PROMPTS[3:]], HOW, samples=3, seed=3)[0][0]
-    streamed = list(engine.stream(PROMPTS[2], HOW, seed=3))
+    whole = engine.generate(PARAMS, [PROMPTS[2], *PROMPTS[:2], *PROMPTS[3:]], SAMPLING, samples=3, seed=3)[0][0]
+    streamed = list(engine.stream(PARAMS, PROMPTS[2], SAMPLING, seed=3))
     assert streamed == list(zip(whole.tokens.tolist(), whole.mask.tolist()))
-    stream = engine.stream(PROMPTS[2], HOW, seed=3)
+    stream = engine.stream(PARAMS, PROMPTS[2], SAMPLING, seed=3)
     assert next(stream) == streamed[0]
     stream.close()
 
@@ -172,10 +179,10 @@ def test_a_stream_is_the_first_sample_of_the_first_example_and_may_be_left(engin
 def test_prompts_that_cannot_be_continued_are_refused_before_anything_is_compiled(prompts, sentence):
     engine = make()
     with pytest.raises(ValueError, match=sentence):
-        engine.generate(prompts, HOW)
+        engine.generate(PARAMS, prompts, SAMPLING)
     with pytest.raises(ValueError, match="example number"):
-        engine.generate([[1]], HOW, examples=[1, 2])
-    assert engine._batch.compiles == 0
+        engine.generate(PARAMS, [[1]], SAMPLING, examples=[1, 2])
+    assert engine.compiles == 0
 
 
 def test_settings_that_make_no_sense_are_refused():
@@ -185,37 +192,36 @@ def test_settings_that_make_no_sense_are_refused():
             SamplingParams(**bad)
     with pytest.raises(ValueError, match="slots must be at least 1"):
         make(slots=0)
-    with pytest.raises(RuntimeError, match="load"):
-        Engine(CONFIG, TOKENIZER, make_mesh("data=1")).generate([[1]], HOW)
 
 
 def test_no_prompts_give_no_samples(engine):
-    assert engine.generate([], HOW) == []
+    assert engine.generate(PARAMS, [], SAMPLING) == []
 
 
 # ---- a scripted model: example e, sample s draws the token SCRIPT[e][s][column]; the loop is the engine's own
 
 
 def scripted(monkeypatch, script, **settings):
-    """script: [examples][samples][columns] of ids -> an engine that draws them behind prompts of one token."""
+    """script: [examples][samples][columns] of ids -> generate(prompts, ...) of an engine that draws them behind prompts
+    of one token."""
     ids = np.full((len(script), max(map(len, script)), 200), 7, np.int32)
     for e, samples in enumerate(script):
         for s, row in enumerate(samples):
             ids[e, s, : len(row)] = row
 
-    def choose(logits, draws, temperature, top_k):
+    def choose_tokens(logits, draws, temperature, top_k):
         example, sample, column = jnp.moveaxis(draws, 1, 0)
         return jnp.asarray(ids)[example, sample, column], jnp.full(len(logits), -0.5)
 
-    def uniforms(keys, positions):
+    def uniform_draws(keys, positions):
         return jnp.concatenate([keys, positions[:, None] - 1], 1)
 
-    monkeypatch.setattr(sampling, "row_keys", lambda seed, step, *numbers: jnp.stack(numbers, -1).astype(jnp.int32))
-    monkeypatch.setattr(sampling, "uniforms", uniforms)
-    monkeypatch.setattr(sampling, "choose", choose)
+    monkeypatch.setattr(sampling, "sample_keys", lambda seed, step, *numbers: jnp.stack(numbers, -1).astype(jnp.int32))
+    monkeypatch.setattr(sampling, "uniform_draws", uniform_draws)
+    monkeypatch.setattr(sampling, "choose_tokens", choose_tokens)
     monkeypatch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 1)))
     config = tiny_config(vocab_size=265, padded_vocab=320, n_layer=1, windows=(-1,))
-    return make(config=config, params=random_params(config), **settings)
+    return functools.partial(make(config=config, **settings).generate, random_params(config))
 
 
 def call(expression):
@@ -228,7 +234,7 @@ END = TOKENIZER.special("<|assistant_end|>")
 
 def test_the_calculator_answers_and_what_was_sampled_there_is_thrown_away(monkeypatch):
     script = [[[*call("2*21"), END, END, END, END, 9, END], [*call("2/0"), 8, END]]]
-    ((good, bad),) = scripted(monkeypatch, script, chunk=3).generate([[1]], SamplingParams(), samples=2)
+    ((good, bad),) = scripted(monkeypatch, script, chunk=3)([[1]], SamplingParams(), samples=2)
     answer = [TOKENIZER.special("<|output_start|>"), *TOKENIZER.encode("42"), TOKENIZER.special("<|output_end|>")]
     assert good.tokens.tolist() == [*call("2*21"), *answer, 9, END]
     assert good.mask.tolist() == [1] * 6 + [0] * 4 + [1] * 2 and good.ended
@@ -240,16 +246,16 @@ def test_the_calculator_answers_and_what_was_sampled_there_is_thrown_away(monkey
 
 def test_a_result_longer_than_a_call_of_the_device_is_cut_at_the_limit_only(monkeypatch):
     script = [[[*call("11111111*10001"), 9]]]
-    engine = scripted(monkeypatch, script, chunk=3)
+    generate = scripted(monkeypatch, script, chunk=3)
     for limit in (18, 20, 27, 40):
-        (sample,) = engine.generate([[1]], SamplingParams(max_new_tokens=limit))[0]
+        (sample,) = generate([[1]], SamplingParams(max_new_tokens=limit))[0]
         expected = [*call("11111111*10001"), 261 + 2, *b"111122221111", 261 + 3] + [7] * 40
         assert sample.tokens.tolist() == expected[:limit] and not sample.ended
         assert sample.mask.tolist() == ([1] * 16 + [0] * 14 + [1] * 40)[:limit]
 
 
 def test_without_tools_a_block_is_text(monkeypatch):
-    (sample,) = scripted(monkeypatch, [[[*call("1+1"), 9, END]]], tools=False).generate([[1]], SamplingParams())[0]
+    (sample,) = scripted(monkeypatch, [[[*call("1+1"), 9, END]]], tools=False)([[1]], SamplingParams())[0]
     assert sample.tokens.tolist() == [*call("1+1"), 9, END] and sample.mask.all() and not sample.tool_calls
 
 
@@ -258,29 +264,34 @@ def test_a_long_sample_does_not_hold_up_the_others(monkeypatch, samples):
     """144 samples of 5 tokens and one of 150, on 12 rows: no longer than the long one and a little."""
     script = [[[7] * 4 + [END] for _ in range(samples)] for _ in range(144 // samples)]
     script[0][0] = [7] * 149 + [END]
-    engine = scripted(monkeypatch, script, slots=12, chunk=8)
-    seen = []
-    rollouts = engine.generate(
-        [[1]] * len(script), SamplingParams(), samples=samples, progress=lambda done, total: seen.append((done, total))
+    generate = scripted(monkeypatch, script, slots=12, chunk=8)
+    seen, stats = [], []
+    rollouts = generate(
+        [[1]] * len(script),
+        SamplingParams(),
+        samples=samples,
+        progress=lambda done, total: seen.append((done, total)),
+        report=stats.append,
     )
     assert [len(s.tokens) for s in itertools.chain(*rollouts)] == [150] + [5] * 143
-    assert engine.stats["decode_steps"] <= 150 + 16
+    assert stats[0].decode_steps <= 150 + 16
     assert seen == sorted(seen) and seen[-1] == (144, 144)
 
 
 def test_rows_that_wait_for_the_calculator_do_not_idle_while_long_ones_run_on(monkeypatch):
     caller = [*call("1+1"), 0, 0, 0, *call("2+2"), 0, 0, 0, END]
     script = [[caller] * 8 + [[7] * 59 + [END]] * 4]
-    engine = scripted(monkeypatch, script, chunk=64)
-    ((*samples,),) = engine.generate([[1]], SamplingParams(), samples=12)
+    stats = []
+    generate = scripted(monkeypatch, script, chunk=64)
+    ((*samples,),) = generate([[1]], SamplingParams(), samples=12, report=stats.append)
     assert all(len(s.tokens) == 17 and len(s.tool_calls) == 2 for s in samples[:8])
-    assert engine.stats["decode_steps"] == 60
+    assert stats[0].decode_steps == 60
 
 
 # ---- layout and text
 
 
-def test_rows_are_shared_out_so_that_everything_fits_or_a_group_is_small():
+def test_slots_hold_all_samples_at_once_or_small_groups():
     assert arrange_slots(16, 16, 256) == (16, 16)
     assert arrange_slots(32, 16, 256) == (8, 32)
     assert arrange_slots(1000, 16, 256) == (4, 64)

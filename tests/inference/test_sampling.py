@@ -10,7 +10,7 @@ import pytest
 
 from nanochat_jax.inference import sampling
 
-threshold, choose = jax.jit(sampling.threshold), jax.jit(sampling.choose)
+top_k_threshold, choose_tokens = jax.jit(sampling.top_k_threshold), jax.jit(sampling.choose_tokens)
 
 
 def logits_of(kind, V, R=4, seed=0):
@@ -27,7 +27,7 @@ def logits_of(kind, V, R=4, seed=0):
 
 
 def distribution(logits, temperature, top_k):
-    """What `choose` promises, in float64, for one row."""
+    """What `choose_tokens` promises, in float64, for one row."""
     x = np.asarray(logits, np.float64)
     p = np.exp((x - x.max()) / temperature)
     if top_k:
@@ -41,7 +41,7 @@ def test_the_threshold_separates_the_k_largest_and_their_ties(kind, V):
     x = logits_of(kind, V)
     for k in (1, 2, 50, V - 1, V):
         kth = np.sort(x, -1)[:, -k]
-        np.testing.assert_array_equal(x >= np.asarray(threshold(x, k))[:, None], x >= kth[:, None])
+        np.testing.assert_array_equal(x >= np.asarray(top_k_threshold(x, k))[:, None], x >= kth[:, None])
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.0, 5), (0.5, 20), (3.0, 1), (1.0, 1000)])
@@ -49,7 +49,7 @@ def test_draws_have_the_frequencies_and_log_probabilities_of_the_distribution(te
     n, V = 40_000, 150
     logits = logits_of("wide", V, R=1, seed=3) / 2
     draws = jax.random.uniform(jax.random.key(1), (n, 2))
-    tokens, logprobs = choose(jnp.broadcast_to(jnp.asarray(logits), (n, V)), draws, temperature, top_k)
+    tokens, logprobs = choose_tokens(jnp.broadcast_to(jnp.asarray(logits), (n, V)), draws, temperature, top_k)
     p = distribution(logits[0], temperature, min(top_k, V))
     counts = np.bincount(tokens, minlength=V)
     assert counts[p == 0].sum() == 0
@@ -62,7 +62,7 @@ def test_draws_have_the_frequencies_and_log_probabilities_of_the_distribution(te
 
 def test_temperature_0_takes_the_first_of_the_largest_and_is_sure_of_it():
     logits = np.asarray([[1, 3, 3, 2], [-1, -5, -1, -1]], np.float32)
-    tokens, logprobs = choose(logits, np.full((2, 2), 0.99, np.float32), 0.0, 0)
+    tokens, logprobs = choose_tokens(logits, np.full((2, 2), 0.99, np.float32), 0.0, 0)
     assert tokens.tolist() == [1, 0] and logprobs.tolist() == [0, 0]
 
 
@@ -71,7 +71,7 @@ def test_a_token_of_weight_0_is_never_drawn_even_at_the_ends_of_the_unit_interva
     for top_k in (1, 3, 7):
         logits = logits_of("wide", 130, R=200, seed=top_k)
         draws = rng.choice([0.0, np.float32(1 - 2**-24), 0.5], (200, 2)).astype(np.float32)
-        tokens, logprobs = choose(logits, draws, 1.0, top_k)
+        tokens, logprobs = choose_tokens(logits, draws, 1.0, top_k)
         kept = logits >= np.sort(logits, -1)[:, -top_k][:, None]
         assert kept[np.arange(200), tokens].all() and np.isfinite(logprobs).all()
 
@@ -79,17 +79,17 @@ def test_a_token_of_weight_0_is_never_drawn_even_at_the_ends_of_the_unit_interva
 def test_logits_that_are_not_numbers_do_not_hang_and_are_seen_in_the_log_probability():
     logits = np.full((2, 100), np.nan, np.float32)
     for temperature in (0.0, 1.0):
-        tokens, logprobs = choose(logits, np.full((2, 2), 0.5, np.float32), temperature, 5)
+        tokens, logprobs = choose_tokens(logits, np.full((2, 2), 0.5, np.float32), temperature, 5)
         assert ((tokens >= 0) & (tokens < 100)).all() and (temperature == 0 or np.isnan(logprobs).all())
 
 
 def test_a_draw_depends_on_run_step_example_sample_and_position_and_not_on_the_row():
     def draw(seed, step, example, sample, position):
         numbers = [jnp.asarray([0, n], jnp.uint32) for n in (example, sample)]
-        keys = sampling.row_keys(seed, step, *numbers)
-        return tuple(np.asarray(sampling.uniforms(keys, jnp.asarray([0, position])))[1].tolist())
+        keys = sampling.sample_keys(seed, step, *numbers)
+        return tuple(np.asarray(sampling.uniform_draws(keys, jnp.asarray([0, position])))[1].tolist())
 
     known = {draw(*numbers) for numbers in np.concatenate([np.full((1, 5), 3), 3 + np.eye(5, dtype=int)]).tolist()}
     assert len(known) == 6
-    keys = sampling.row_keys(3, 3, jnp.full(1, 3, jnp.uint32), jnp.full(1, 3, jnp.uint32))
-    assert tuple(np.asarray(sampling.uniforms(keys, jnp.full(1, 3)))[0].tolist()) in known
+    keys = sampling.sample_keys(3, 3, jnp.full(1, 3, jnp.uint32), jnp.full(1, 3, jnp.uint32))
+    assert tuple(np.asarray(sampling.uniform_draws(keys, jnp.full(1, 3)))[0].tolist()) in known
