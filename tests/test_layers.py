@@ -19,7 +19,8 @@ FOLDERS = [  # a folder imports itself and those before it in this list; command
 ]
 TOURS = {"quickstart"}  # commands that run other commands
 WITHOUT_JAX = {  # folders, or modules of other folders, that must not load JAX: host code starts in a blink
-    *("files", "tasks", "data", "tokenizer", "distributed.processes", "distributed.coordinator", "distributed.cluster"),
+    *("files", "tasks", "data", "tokenizer", "distributed.cluster", "distributed.coordinator", "distributed.processes"),
+    *("distributed.rendezvous", "distributed.signals"),
     *("cli.settings", "inference.calculator", "inference.samples", "evals.intervals"),
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -1,4 +1,4 @@
-"""Whether this process is one of several, and which: from flags, the environment, SLURM, Open MPI or a TPU slice."""
+"""Finds out whether this process is one of several: from flags, the environment, SLURM, Open MPI or a TPU slice."""
 
 import os
 from collections.abc import Mapping
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 
 FLAGS = "--coordinator HOST:PORT --num-processes N --process-id I"
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-ADDRESS_SECONDS = 300  # until a TPU slice knows the name of its first worker
+ADDRESS_SECONDS = 300  # the longest that a TPU slice may take to learn the name of its first worker
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among the others."""
+class ClusterInfo:
+    """How many processes a run has, where they meet, and which of them this one is."""
 
-    coordinator: str  # HOST:PORT where process 0 listens
-    count: int
-    index: int
-    local_devices: tuple[int, ...] | None = None  # of this machine, where its processes share them; None: all it sees
-    source: str = "flags"
+    coordinator: str  # HOST:PORT at which process 0 listens
+    process_count: int
+    process_index: int
+    local_devices: tuple[int, ...] | None = None  # the devices of this process; None: all that it sees
+    source: str = "flags"  # what gave these values, as the user reads it
 
     def __post_init__(self):
-        host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not self.host or not 0 < self.port < 65536:
             raise ValueError(f"--coordinator must be HOST:PORT of process 0, got {self.coordinator!r:.100}")
-        if self.count < 1 or not 0 <= self.index < self.count:
+        if not 0 <= self.process_index < self.process_count:
             raise ValueError(
-                f"--process-id must be from 0 to --num-processes - 1, got {self.index} of {self.count} processes"
+                "--process-id must be from 0 to --num-processes - 1, "
+                f"got {self.process_index} of {self.process_count} processes"
             )
 
     @property
@@ -34,26 +34,28 @@ class Place:
 
     @property
     def port(self) -> int:
-        return int(self.coordinator.rpartition(":")[2])
+        """0 where the address has none."""
+        port = self.coordinator.rpartition(":")[2]
+        return int(port) if port.isdigit() else 0
 
     @property
     def loopback(self) -> bool:
-        """All processes are on this machine, and nobody else must be able to connect."""
+        """Whether all processes are on this machine, so that no other machine may connect."""
         return self.host in ("localhost", "127.0.0.1")
 
 
-def find_place(
+def find_cluster(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
     tpu: bool = True,
     environ: Mapping[str, str] = os.environ,
-) -> Place | None:
-    """Where this process stands, by the flags, else by the environment, else as JAX detects it; None: it is alone.
+) -> ClusterInfo | None:
+    """The processes of this run by the flags, else by VARIABLES, else as JAX detects them; None for a single process.
 
-    tpu: whether the run may use one. A shell inside a cluster's job that is no task of several counts as alone.
-    ValueError: only some of the flags, a value that cannot be, or a cluster that JAX cannot read.
+    tpu: whether the run may use a TPU. Raises ValueError where some of the flags are missing, a value is not valid, or
+    JAX detects a cluster that it cannot read.
     """
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     source = "flags"
@@ -67,49 +69,40 @@ def find_place(
             count, index = map(int, numbers)
         except ValueError:
             raise ValueError(f"{' and '.join(list(given)[1:])} must be numbers, got {numbers}") from None
-        place = Place(address, count, index, source=source)
-        return place if place.count > 1 else None
-    if alone_in_slurm(environ):
+        cluster = ClusterInfo(address, count, index, source=source)
+        return cluster if count > 1 else None
+    # An interactive shell in a SLURM job of many tasks is a step of one task.
+    if environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS")) == "1":
         return None
-    return _detected(tpu, environ)
+    return _detect_cluster(tpu, environ)
 
 
-def alone_in_slurm(environ: Mapping[str, str]) -> bool:
-    """A step of SLURM with one task, whatever the job around it has: an interactive shell, a single-node run."""
-    return environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "")) == "1"
-
-
-def _detected(tpu: bool, environ: Mapping[str, str]) -> Place | None:
-    """As JAX's own cluster classes find it. They have no public name: jax.distributed keeps the address to itself."""
+def _detect_cluster(tpu: bool, environ: Mapping[str, str]) -> ClusterInfo | None:
+    """Ask JAX's own cluster classes, which are private: jax.distributed does not tell the coordinator's address."""
     from jax._src.clusters import ClusterEnv
 
     wanted = {"slurm", "ompi", *(("gcetpu", "gketpu") if tpu else ())}
     try:
-        for cluster in ClusterEnv._cluster_types:
-            if cluster.name in wanted and cluster.is_env_present():
-                count = cluster.get_process_count()
-                if count == 1:
-                    return None
-                where = {
-                    "timeout_secs": ADDRESS_SECONDS,
-                    "override_coordinator_port": environ.get("JAX_COORDINATOR_PORT"),
-                }
-                local = (
-                    None if cluster.name.endswith("tpu") else _local_devices(cluster.get_local_process_id(), environ)
-                )
-                address = cluster.get_coordinator_address(**where)
-                return Place(address, count, cluster.get_process_id(), local, cluster.name)
+        for env in ClusterEnv._cluster_types:
+            if env.name not in wanted or not env.is_env_present():
+                continue
+            if (count := env.get_process_count()) == 1:
+                return None
+            local = None if env.name.endswith("tpu") else _local_devices(env.get_local_process_id(), environ)
+            port = environ.get("JAX_COORDINATOR_PORT")
+            address = env.get_coordinator_address(timeout_secs=ADDRESS_SECONDS, override_coordinator_port=port)
+            return ClusterInfo(address, count, env.get_process_id(), local, env.name)
     except (RuntimeError, KeyError, OSError) as e:
-        raise ValueError(f"{cluster.name} was detected but cannot be used ({e}): give {FLAGS}") from e
+        raise ValueError(f"{env.name} was detected but cannot be used ({e}): give {FLAGS}") from e
     return None
 
 
 def _local_devices(local_index: int | None, environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """One GPU for each task of a machine; all of them for its only task, or where the cluster shows each its own."""
+    """One GPU for each task of a machine; all that it sees where it is the only task, or has been given its own GPU."""
     nodes = environ.get("SLURM_STEP_NUM_NODES")
-    only = nodes is not None and nodes == environ.get("SLURM_STEP_NUM_TASKS")
-    only = only or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-    shown = environ.get("CUDA_VISIBLE_DEVICES", "")
-    if only or local_index is None or (shown and "," not in shown):
+    only_task = nodes is not None and nodes == environ.get("SLURM_STEP_NUM_TASKS")
+    only_task = only_task or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    if only_task or local_index is None or (visible and "," not in visible):
         return None
     return (local_index,)

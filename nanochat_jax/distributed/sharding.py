@@ -1,8 +1,4 @@
-"""Devices: the mesh, the table from parameter path to PartitionSpec, and host batches as global arrays.
-
-Mesh axes: `data` (batch rows, and FSDP shards of parameters and optimizer state) and `model` (tensor parallel). A mesh
-may have a third one before them, `replica`: rows are split over it too, and each of its groups holds all parameters.
-"""
+"""How parameters and batches lie on the mesh: the table from parameter path to PartitionSpec, and global arrays."""
 
 import re
 from typing import Any
@@ -15,8 +11,7 @@ from nanochat_jax.distributed.mesh import own_devices, row_axes
 
 P = PartitionSpec
 
-
-# Parameter path -> mesh axes of a (out, in) matrix. To try another strategy, edit this table and nothing else.
+# Parameter path -> mesh axes of a matrix (out, in). To try another strategy, edit this table and nothing else.
 PARAM_SPECS = [
     (r"wte|lm_head|.*/value_embed", P("model", "data")),
     (r".*/c_(q|k|v|fc)", P("model", "data")),
@@ -25,93 +20,98 @@ PARAM_SPECS = [
 ]
 
 
+def path_name(path: tuple) -> str:
+    """A path of jax.tree_util as text: "blocks/0/attn/c_q"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten_by_path(tree: Any) -> dict[str, Any]:
+    """{"blocks/0/attn/c_q": leaf, ...}"""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def map_by_path(tree: Any, table: list[tuple[str, Any]]) -> Any:
-    """Replace each leaf by the value of the first pattern that matches the whole of its path ("blocks/0/attn/c_q").
-
-    ValueError names a leaf that no pattern matches."""
-
-    return jax.tree.map_with_path(lambda path, leaf: _lookup(path_name(path), table, np.shape(leaf)), tree)
+    """Replace each leaf by the value of the first pattern that matches its whole path; ValueError where none does."""
+    return jax.tree.map_with_path(lambda path, leaf: _find(path_name(path), table, np.shape(leaf)), tree)
 
 
-def _lookup(name: str, table: list[tuple[str, Any]], shape: tuple[int, ...]) -> Any:
+def param_spec(path: str) -> PartitionSpec:
+    """The entry of PARAM_SPECS for the parameter with this path; ValueError where there is none."""
+    return _find(path, PARAM_SPECS, ())
+
+
+def _find(name: str, table: list[tuple[str, Any]], shape: tuple[int, ...]) -> Any:
     for pattern, value in table:
         if re.fullmatch(pattern, name):
             return value
     raise ValueError(f"no rule matches parameter {name!r} of shape {shape}; add one to the table")
 
 
-def param_spec(path: str) -> PartitionSpec:
-    """What PARAM_SPECS says of the parameter with this path; ValueError: nothing."""
-    return _lookup(path, PARAM_SPECS, ())
+def without_data(spec: PartitionSpec) -> PartitionSpec:
+    """The spec without the data axis: whole copies of what it split."""
+    return P(*(axis if axis != "data" else None for axis in spec))
 
 
-def path_name(path: tuple) -> str:
-    """A path of jax.tree_util as text: "blocks/0/attn/c_q"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """`spec` on `mesh`, without the axes that do not divide their dimension (a factored moment, a small matrix)."""
+def fit_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The spec on this mesh, without the axes that do not divide their dimension (factored moments, small matrices)."""
     padded = (*spec, *[None] * len(shape))[: len(shape)]
     return NamedSharding(mesh, P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(padded, shape))))
 
 
-def nearest(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """`spec` on `mesh` for a parameter: an axis that does not divide its side goes to the other one, if that is whole
-    and divides, and is left out otherwise."""
-    axes = [*fit(spec, shape, mesh).spec, *[None] * len(shape)][: len(shape)]
+def fit_param_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """As `fit_spec`, but an axis that does not divide its dimension moves to another one that it divides and that is
+    not split, if there is one."""
+    axes = [*fit_spec(spec, shape, mesh).spec, *[None] * len(shape)][: len(shape)]
     for axis in spec:
         if axis and axis not in axes:
-            whole = [i for i, other in enumerate(axes) if not other or mesh.shape[other] == 1]
-            for i in [i for i in whole if shape[i] % mesh.shape[axis] == 0][:1]:
+            whole = (i for i, other in enumerate(axes) if not other or mesh.shape[other] == 1)
+            if (i := next((i for i in whole if shape[i] % mesh.shape[axis] == 0), None)) is not None:
                 axes[i] = axis
     return NamedSharding(mesh, P(*axes))
 
 
 def param_shardings(params: Any, mesh: Mesh, replicate: bool = False) -> Any:
-    """A NamedSharding for each parameter, by PARAM_SPECS; `replicate` keeps whole copies over the data axis."""
-    specs = map_by_path(params, PARAM_SPECS)
-    if replicate:
-        specs = jax.tree.map(without_data, specs, is_leaf=_is_spec)
-    return jax.tree.map(lambda leaf, spec: nearest(spec, leaf.shape, mesh), params, specs)
+    """A NamedSharding for each parameter by PARAM_SPECS; replicate: with whole copies over the data axis."""
 
+    def shard(path, leaf):
+        spec = _find(path_name(path), PARAM_SPECS, leaf.shape)
+        return fit_param_spec(without_data(spec) if replicate else spec, leaf.shape, mesh)
 
-def _is_spec(x) -> bool:
-    return isinstance(x, PartitionSpec)
+    return jax.tree.map_with_path(shard, params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole of an array on every device."""
+    """Whole arrays on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a training batch: leaves [A,B,T], rows over `row_axes`."""
+    """For the leaves [A,B,T] of a training batch: rows split over `row_axes`."""
     return NamedSharding(mesh, P(None, row_axes(mesh)))
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's share of the rows as global arrays: leaves [A,B_local,T] -> [A,B,T], [B_local,T] -> [B,T]."""
+    """Global arrays [A,B,T] or [B,T] from the rows [A,B_local,T] or [B_local,T] that this process has (`row_part`)."""
 
     def put(array):
-        spec = P(*[None] * (array.ndim - 2), row_axes(mesh))
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+        sharding = NamedSharding(mesh, P(*[None] * (array.ndim - 2), row_axes(mesh)))
+        return jax.make_array_from_process_local_data(sharding, array)
 
     return {name: put(array) for name, array in batch.items()}
 
 
 def own_copy(params: Any, mesh: Mesh) -> Any:
-    """Parameters on `mesh`, whole on the devices of each process, there split by the same table: what a process needs
-    to compute by itself. All processes must call this together."""
+    """The parameters, sharded over `mesh`, as a copy on `own_devices(mesh)`, sharded over these by the same table: what
+    a process needs to compute by itself. All processes must call it together."""
     if jax.process_count() == 1:
         return params
     own = own_devices(mesh)
     names = ("process", *own.axis_names)
     groups = Mesh(mesh.devices.reshape(-1, *own.devices.shape), names, axis_types=(AxisType.Auto,) * len(names))
     shardings = param_shardings(params, own)
-    spread = jax.tree.map(lambda sharding: NamedSharding(groups, sharding.spec), shardings)
+    in_groups = jax.tree.map(lambda sharding: NamedSharding(groups, sharding.spec), shardings)
     with jax.set_mesh(groups):
-        copies = jax.jit(lambda tree: tree, out_shardings=spread)(params)
+        copies = jax.jit(lambda tree: tree, out_shardings=in_groups)(params)
 
     def local(copy, sharding):
         parts = {part.device: part.data for part in copy.addressable_shards}
@@ -120,11 +120,4 @@ def own_copy(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(local, copies, shardings)
 
 
-def without_data(spec: PartitionSpec) -> PartitionSpec:
-    """The same, whole over the data axis."""
-    return P(*(axis if axis != "data" else None for axis in spec))
-
-
-def flatten_by_path(tree: Any) -> dict[str, Any]:
-    """{"blocks/0/attn/c_q": leaf, ...}"""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+fit = fit_spec  # until the stages are rewritten

@@ -1,49 +1,65 @@
-"""Signals that ask a run to stop: noted, told to its other processes, and looked at where it can stop."""
+"""SIGTERM and SIGINT ask a run to stop: they are recorded, shared among the processes, and obeyed where it can stop."""
 
 import contextlib
 import signal
+from collections.abc import Callable
+from typing import Any, Self
 
 from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.coordinator import STOP_SIGNALS
 
 
 class Interrupted(Exception):
-    """A signal has come, and what is going on, a batch in the making or a measurement, takes too long to wait for."""
+    """A signal has come during work that takes too long to be finished: the making of a batch, or a measurement."""
 
 
 class Signals:
-    """While it is entered, SIGTERM and SIGINT are noted instead of ending the process; a second SIGINT ends it. Of
-    several processes each learns of the signal that any of them got."""
+    """Inside, SIGTERM and SIGINT are recorded instead of ending the process; a second SIGINT ends it. Each of several
+    processes learns of a signal that any of them got."""
 
     def __init__(self):
-        self._own = 0
+        self._own = 0  # the signal that this process got, where it is the only one
+        self._stack = contextlib.ExitStack()
 
     @property
     def received(self) -> int:
-        """The signal's number, 0 for none; among several processes not the same everywhere at the same moment."""
+        """The signal's number, 0 for none; among several processes it changes at another moment on each."""
         return self._own or processes.signal_noticed()
 
     def stop(self) -> bool:
-        """Whether to stop here, the same answer on all processes: all must ask equally often."""
+        """Whether to stop here. All processes must call it equally often, and get the same answer."""
         return processes.stop_here() if processes.count() > 1 else bool(self._own)
 
-    def check(self, *_) -> None:
-        """Interrupted where a signal was received: for whatever makes batches slowly."""
+    def check(self, *_: Any) -> None:
+        """Raise Interrupted if a signal was received."""
         if self.received:
             raise Interrupted
 
-    def __enter__(self):
-        self.context = contextlib.ExitStack()
+    def __enter__(self) -> Self:
         if processes.count() > 1:
-            self.context.enter_context(processes.stopping_in_order())
-            return self
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.context.callback(signal.signal, number, signal.signal(number, self._note))
+            self._stack.enter_context(processes.stopping_in_order())
+        else:
+            for number in STOP_SIGNALS:
+                self._stack.callback(signal.signal, number, signal.signal(number, self._record))
         return self
 
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
+    def __exit__(self, *error: Any) -> bool:
+        return self._stack.__exit__(*error)
 
-    def _note(self, number, frame):
+    def _record(self, number: int, _frame: Any) -> None:
         if self._own and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._own = number
+
+
+def collect[T](what: str, compute: Callable[[], T]) -> list[T]:
+    """What compute() returns on each process, by their numbers; the values travel as JSON.
+
+    Where compute raises Interrupted on one process, all raise it, so that they give up a measurement together."""
+    try:
+        values = processes.exchange(what, [compute()])
+    except Interrupted:
+        values = processes.exchange(what, None)
+    if None in values:
+        raise Interrupted
+    return [value for (value,) in values]

@@ -1,8 +1,8 @@
-"""Token log-probabilities under soft-capped logits, without ever holding the logits of a whole batch.
+"""Token log-probabilities under soft-capped logits, and sums of a loss over them, without the logits of a whole batch.
 
-`summed_token_loss` is the only seam between SFT, RL and pretraining: they differ in the function of one token's
-log-probability that is summed. Its gradient is computed in the forward pass, chunk by chunk, while a chunk's logits
-are at hand: nothing is recomputed, and what stays in memory is one chunk.
+SFT, RL and pretraining differ in one function, the loss of one token's log-probability; `summed_token_loss` sums it.
+Its gradient is computed in the forward pass, chunk by chunk, while a chunk's logits are there: nothing is computed
+twice, and memory holds the logits of one chunk.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.distributed.collectives import scattered, spec_in_force
+from nanochat_jax.distributed.collectives import reduce_scatter, spec_in_force
 from nanochat_jax.distributed.mesh import platform, row_axes, row_shards
 
-# Float32 logits in memory at a time, per device: what stays in a CPU's cache (four times more takes 1.4 times as long),
-# and 256 MiB elsewhere, where a chunk must fill the matrix units.
+# Float32 logits of a chunk, per device: on a CPU what stays in its cache (four times more takes 1.4 times as long), and
+# elsewhere 256 MiB, to fill the matrix units.
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS = 1 << 20, 1 << 26
 
 
@@ -28,38 +28,31 @@ def capped_logits(x: jax.Array, head: jax.Array, cap: float) -> tuple[jax.Array,
 
 
 def pick_logprob(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """logits float32 [...,V], targets int32 [...] -> (log p of each target, log-normaliser), float32 [...].
+    """Capped logits float32 [...,V], targets int32 [...] -> (log p of each target, log-normalizer), float32 [...].
 
-    Capped logits lie within +-cap: exp needs no shift by the maximum."""
-    normaliser = jnp.log(jnp.sum(jnp.exp(logits), -1))
-    return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - normaliser, normaliser
+    They lie within +-cap, so that exp needs no shift by the maximum."""
+    normalizer = jnp.log(jnp.sum(jnp.exp(logits), -1))
+    return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - normalizer, normalizer
 
 
 def token_logprobs(x: jax.Array, lm_head: jax.Array, targets: jax.Array, *, cap: float, vocab_size: int) -> jax.Array:
     """log p(target), float32 [B,T], from hidden states x [B,T,D], lm_head [>=V,D], targets int32 [B,T] in 0..V-1.
 
     No gradient flows: to train on log-probabilities, give `summed_token_loss` a function of them."""
-    return _summed(_nothing, cap, vocab_size, x, lm_head, targets, None)[1]
+    return _loss_and_logprobs(_zero_loss, cap, vocab_size, x, lm_head, targets, None)[1]
 
 
 def summed_token_loss(
-    token_loss: Callable[[jax.Array, Any], jax.Array],
-    x: jax.Array,
-    lm_head: jax.Array,
-    targets: jax.Array,
-    aux: Any,
-    *,
-    cap: float,
-    vocab_size: int,
+    token_loss: Callable, x: jax.Array, lm_head: jax.Array, targets: jax.Array, aux: Any, *, cap: float, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum over tokens of token_loss(log p(target), aux), and the log-probabilities themselves (no gradient).
+    """(sum over tokens of token_loss(log p(target), aux), float32 scalar; log p(target), float32 [B,T], no gradient).
 
-    x [B,T,D] in the compute type, lm_head float32 [>=V,D] (rows beyond vocab_size take no part), targets int32 [B,T] in
-    0..V-1, aux a pytree of arrays [B,T] (weights, advantages, ...; constants for the gradient). token_loss maps float32
-    [..] and aux [..] to float32 [..], element by element. Returns (float32 scalar, float32 [B,T]). Gradients flow to
-    x and lm_head. With a mesh in force each device works on its own rows.
+    x [B,T,D] in the compute type; lm_head float32 [>=V,D], whose rows from vocab_size on take no part; targets int32
+    [B,T] in 0..V-1; aux a pytree of arrays [B,T] (weights, advantages, ...), constants for the gradient. token_loss
+    maps float32 [...] and aux [...] to float32 [...], element by element. Gradients flow to x and lm_head. With a mesh
+    in force each device works on its own rows.
     """
-    return _summed(token_loss, cap, vocab_size, x, lm_head, targets, aux)
+    return _loss_and_logprobs(token_loss, cap, vocab_size, x, lm_head, targets, aux)
 
 
 def weighted_nll(logp: jax.Array, aux: dict[str, jax.Array]) -> jax.Array:
@@ -67,46 +60,45 @@ def weighted_nll(logp: jax.Array, aux: dict[str, jax.Array]) -> jax.Array:
     return -aux["weights"] * logp
 
 
-def _nothing(logp, aux):
+def _zero_loss(logp, aux):
     """The token loss of `token_logprobs`."""
     return jnp.zeros_like(logp)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _summed(token_loss, cap, vocab_size, x, lm_head, targets, aux):
-    (loss, logp), _ = _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, False)
-    return loss, logp
+def _loss_and_logprobs(token_loss, cap, vocab_size, x, lm_head, targets, aux):
+    return _per_device(token_loss, cap, vocab_size, x, lm_head, targets, aux, False)[0]
 
 
-def _summed_fwd(token_loss, cap, vocab_size, x, lm_head, targets, aux):
-    return _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, True)
+def _loss_and_gradients(token_loss, cap, vocab_size, x, lm_head, targets, aux):
+    return _per_device(token_loss, cap, vocab_size, x, lm_head, targets, aux, True)
 
 
-def _summed_bwd(token_loss, cap, vocab_size, gradients, cotangents):
+def _scale_gradients(token_loss, cap, vocab_size, gradients, cotangents):
     dx, dhead = gradients
-    scale = cotangents[0]
+    scale = cotangents[0]  # of the loss; the log-probabilities have none
     return (dx * scale.astype(dx.dtype), dhead * scale, None, None)
 
 
-_summed.defvjp(_summed_fwd, _summed_bwd)
+_loss_and_logprobs.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradient):
-    """Scan the chunks of this device's rows; gradients of the head are added up over devices once, not per chunk."""
+def _per_device(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradient):
+    """`_scan_chunks` of each device's rows; the head's gradients are summed over devices once, not per chunk."""
     scan = partial(_scan_chunks, token_loss, cap, vocab_size, with_gradient)
     if row_shards() == 1 or x.shape[0] % row_shards():
         return scan(x, lm_head, targets, aux)
 
     spec = spec_in_force("lm_head", lm_head.shape)
     axes = row_axes()
-    side = spec.index("data") if "data" in spec else None  # of the head: its gradient is scattered as it is split
+    side = spec.index("data") if "data" in spec else None  # along which the head, and so its gradient, is split
 
     def local(x, lm_head, targets, aux):
         (loss, logp), gradients = scan(x, lm_head, targets, aux)
         loss = jax.lax.psum(loss, axes)
         if with_gradient:
             dx, dhead = gradients
-            gradients = dx, jax.lax.psum(dhead, axes) if side is None else scattered(dhead, side)
+            gradients = dx, jax.lax.psum(dhead, axes) if side is None else reduce_scatter(dhead, side)
         return (loss, logp), gradients
 
     rows, split = P(axes), {None: P(), 0: P("data"), 1: P(None, "data")}[side]
@@ -118,27 +110,27 @@ def _per_shard(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradi
 
 
 def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets, aux):
+    """((loss, logp [B,T]), (dx [B,T,D], dhead float32 like lm_head) or None) of the rows at hand."""
     B, T = targets.shape
     head = lm_head[:vocab_size].astype(x.dtype)
     cpu = platform() == "cpu"
-    elements = CHUNK_ELEMENTS_CPU if cpu else CHUNK_ELEMENTS
-    # dhead as [D,V]: so a CPU multiplies it in two thirds of the time, and in bfloat16 not at all
-    turned = cpu and x.dtype == jnp.float32
-    chunk = min(T, max(1, elements // (B * vocab_size)))
+    # dhead as [D,V]: a CPU multiplies this in two thirds of the time, but in bfloat16 not at all
+    transposed = cpu and x.dtype == jnp.float32
+    chunk = min(T, max(1, (CHUNK_ELEMENTS_CPU if cpu else CHUNK_ELEMENTS) // (B * vocab_size)))
     count = -(-T // chunk)
     chunk = -(-T // count)
 
-    def split(a):  # [B,T,...] -> [count,B,chunk,...]; tokens that fill up the last chunk are cut off again below
+    def split(a):  # [B,T,...] -> [count,B,chunk,...]; `join` cuts off again what fills up the last chunk
         a = jnp.pad(a, [(0, 0), (0, count * chunk - T)] + [(0, 0)] * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(B, count, chunk, *a.shape[2:]), 1, 0)
 
     def join(a):
         return jnp.moveaxis(a, 0, 1).reshape(B, count * chunk, *a.shape[3:])[:, :T]
 
-    def body(carry, piece):
-        x, targets, real, aux = piece
+    def body(carry, chunk):
+        x, targets, real, aux = chunk
         logits, t = capped_logits(x, head, cap)
-        logp, normaliser = pick_logprob(logits, targets)
+        logp, normalizer = pick_logprob(logits, targets)
         losses, pullback = jax.vjp(lambda logp: token_loss(logp, aux), logp)
         loss, dhead = carry
         loss = loss + jnp.sum(jnp.where(real, losses, 0.0))
@@ -146,21 +138,21 @@ def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets
             return (loss, dhead), (logp, None)
         dlogp = jnp.where(real, pullback(jnp.ones_like(losses))[0], 0.0)
         # d logp / d z = (onehot - p)(1 - tanh^2); a weight of 0 gives exact zeros
-        hit = jnp.arange(vocab_size)[None, None] == targets[..., None]
-        p = jnp.exp(logits) * jnp.exp(-normaliser)[..., None]  # the exponentials that the normaliser has added up
-        dz = (dlogp[..., None] * (hit - p) * (1 - t * t)).astype(x.dtype)
+        onehot = jnp.arange(vocab_size)[None, None] == targets[..., None]
+        p = jnp.exp(logits) * jnp.exp(-normalizer)[..., None]  # the exponentials that the normalizer has summed
+        dz = (dlogp[..., None] * (onehot - p) * (1 - t * t)).astype(x.dtype)
         dx = jnp.einsum("BCV,VD->BCD", dz, head)
-        if turned:  # dhead is [D,V] here
+        if transposed:
             dhead = dhead + jnp.einsum("BCD,BCV->DV", x, dz, preferred_element_type=jnp.float32)
         else:
             dhead = dhead + jnp.einsum("BCV,BCD->VD", dz, x, preferred_element_type=jnp.float32)
         return (loss, dhead), (logp, dx)
 
-    real = jnp.ones((B, T), bool)
-    dhead = jnp.zeros(head.shape[::-1] if turned else head.shape, jnp.float32) if with_gradient else None
-    pieces = jax.tree.map(split, (x, targets, real, aux))
-    (loss, dhead), (logp, dx) = jax.lax.scan(body, (jnp.float32(0), dhead), pieces)
+    real = jnp.ones((B, T), bool)  # after `split`: not the padding
+    dhead = jnp.zeros(head.shape[::-1] if transposed else head.shape, jnp.float32) if with_gradient else None
+    chunks = jax.tree.map(split, (x, targets, real, aux))
+    (loss, dhead), (logp, dx) = jax.lax.scan(body, (jnp.float32(0), dhead), chunks)
     if not with_gradient:
         return (loss, join(logp)), None
-    dhead = jnp.pad(dhead.T if turned else dhead, [(0, lm_head.shape[0] - vocab_size), (0, 0)])
+    dhead = jnp.pad(dhead.T if transposed else dhead, [(0, lm_head.shape[0] - vocab_size), (0, 0)])
     return (loss, join(logp)), (join(dx), dhead)

@@ -15,8 +15,9 @@ import pytest
 
 from nanochat_jax import rl
 from nanochat_jax.cli import settings
-from nanochat_jax.distributed import describe, sharding
-from nanochat_jax.distributed import mesh as distributed_mesh
+from nanochat_jax.distributed.describe import heads_note, parameter_table, replicas_note
+from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_part
+from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.optim import groups
 from nanochat_jax.train import step
 from nanochat_jax.train.metrics import read_metrics
@@ -82,8 +83,8 @@ def abstract(mesh, model=tiny.CONFIG, replicate=False):
 
 
 def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
-    mesh = distributed_mesh.make_mesh("data=4,model=2")
-    lines, notes = describe.table(abstract(mesh)[1].params, mesh)
+    mesh = make_mesh("data=4,model=2")
+    lines, notes = parameter_table(abstract(mesh)[1].params, mesh)
     (row,) = [line.split() for line in lines if line.startswith("blocks/*/attn/c_q")]
     assert row == ["blocks/*/attn/c_q", "x", "2", "64", "x", "64", "(model,", "data)", f"{2 * 4 * 64 * 64 // 8:,}"]
     assert notes == []
@@ -92,30 +93,30 @@ def test_the_table_tells_how_parameters_are_split_and_what_does_not_divide():
         for leaf in jax.tree.leaves(abstract(mesh)[1].params)
     )
     odd = dataclasses.replace(tiny.CONFIG, n_embd=60, n_head=3, n_kv_head=3)
-    mesh = distributed_mesh.make_mesh("data=8")
-    lines, notes = describe.table(abstract(mesh, odd)[1].params, mesh)
+    mesh = make_mesh("data=8")
+    lines, notes = parameter_table(abstract(mesh, odd)[1].params, mesh)
     said = "60 is no multiple of the mesh's data=8, so"
     named = {how: names.split(", ") for how, names in (note.split(": ") for note in notes)}
     moved, whole = named.pop(f"{said} split along the other side"), named.pop(f"{said} not split")
     assert not named
     assert "wte" in moved and "blocks/*/mlp/c_fc" in moved
     assert "blocks/*/attn/c_q" in whole and not any("lambda" in name for name in moved + whole)
-    assert describe.table(abstract(mesh, odd, True)[1].params, mesh, True)[1] == []  # whole copies were wanted
+    assert parameter_table(abstract(mesh, odd, True)[1].params, mesh, True)[1] == []  # whole copies were wanted
 
 
 def test_heads_that_the_model_axis_does_not_divide_are_told_of():
-    assert describe.heads_note(4, distributed_mesh.make_mesh("data=4,model=2")) == []
-    (note,) = describe.heads_note(17, distributed_mesh.make_mesh("data=4,model=2"))
+    assert heads_note(4, make_mesh("data=4,model=2")) == []
+    (note,) = heads_note(17, make_mesh("data=4,model=2"))
     assert note == "17 kv heads are no multiple of the mesh's model=2, so attention is computed 2 times"
 
 
 def test_replicas_that_nobody_asked_for_are_told_of():
-    (note,) = describe.replicas_note(60, distributed_mesh.make_mesh("", n_embd=60))
+    (note,) = replicas_note(60, make_mesh("", n_embd=60))
     assert note.startswith("parameters are split over 4 devices and kept 2 times (--mesh replica=2,data=4)")
-    assert describe.replicas_note(64, distributed_mesh.make_mesh("", n_embd=64)) == []
+    assert replicas_note(64, make_mesh("", n_embd=64)) == []
 
 
 def test_a_process_holds_whole_rows_of_a_batch():
-    mesh = distributed_mesh.make_mesh("data=4,model=2")
-    assert distributed_mesh.row_part(mesh) == (0, 1)
-    assert distributed_mesh.own_devices(mesh) is mesh and sharding.own_copy({"a": 1}, mesh) == {"a": 1}
+    mesh = make_mesh("data=4,model=2")
+    assert row_part(mesh) == (0, 1)
+    assert own_devices(mesh) is mesh and own_copy({"a": 1}, mesh) == {"a": 1}

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable
 
 from nanochat_jax.cli.settings import require
-from nanochat_jax.distributed.coordinator import LOST
+from nanochat_jax.distributed.coordinator import LOST_EXIT_CODE
 from tpu_vm.gcloud import Unreachable
 from tpu_vm.machine import DEAD, HALTED, Lost, Machine, Unanswered, numbers
 
 STAGE = re.compile(r"nanochat_jax\.(base|sft|rl)")
-AGAIN = {128 + 15, LOST}  # exit codes of a stage that SIGTERM made save and end, and of one that lost another process
+# exit codes of a stage that SIGTERM made save and end, and of one that lost another process
+AGAIN = {128 + 15, LOST_EXIT_CODE}
 KILLED = 128 + 9
 MISSED = 5  # polls in a row without an answer of every worker, after which the TPU counts as lost
 MOST_RESTARTS = 10  # on one machine
