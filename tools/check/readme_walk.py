@@ -49,6 +49,7 @@ ELSEWHERE = {  # what is run by other means
     "sbatch": "needs a SLURM cluster",
     "sky": "needs SkyPilot and a cloud",
 }
+LONGEST_SECONDS = 600  # of a command: one whose predecessor failed may begin a run of hours
 SERVED_AS = {"HuggingFaceTB--smol-smoltalk": "sgd-dialogues"}  # the hub's dataset is not in the folder
 TALKS = [
     [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "A number."}] for n in range(9)
@@ -157,7 +158,7 @@ def main(out: Path, shared: Path = ROOT.parent / "shared", pages: tuple[Path, ..
         with open(out / "log.txt", "a", encoding="utf-8") as log:
             print(f"$ {sized(command)}", file=log, flush=True)
             done = subprocess.run(
-                ["bash", "-c", sized(command)],
+                ["timeout", f"{LONGEST_SECONDS}", "bash", "-c", sized(command)],
                 input="Hello!\nquit\n",
                 cwd=out,
                 env=environment,
