@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nanochat_jax import quickstart
+from nanochat_jax import quickstart, rl
 from nanochat_jax.checkpoints import find, integrity
-from nanochat_jax.cli import settings as config
+from nanochat_jax.cli import settings
 from nanochat_jax.inference import engine
 from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
@@ -122,12 +122,14 @@ def test_the_bundled_files_are_conversations_and_words():
 
 
 def test_the_flags_are_such_as_a_user_can_type():
-    for stage, settings, flags in (
-        (quickstart.base, quickstart.base.BaseConfig, quickstart.BASE),
-        (quickstart.sft, quickstart.sft.SFTConfig, quickstart.SFT),
-        (quickstart.rl, quickstart.rl.RLConfig, quickstart.RL),
+    for kind, flags in (
+        (quickstart.base.BaseConfig, quickstart.BASE),
+        (quickstart.sft.SFTConfig, quickstart.SFT),
+        (rl.RLConfig, quickstart.RL),
     ):
-        stage.check(config.parse(settings, [*flags, "--seed=1"]))
+        cfg = settings.parse(kind, [*flags, "--seed=1"])
+        settings.check_bounds(cfg)
+    rl.check(cfg)
 
 
 def test_output_goes_to_the_log_and_whole_lines_to_the_bar(tmp_path):

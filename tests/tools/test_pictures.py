@@ -46,8 +46,9 @@ def finished(folder):
         0,
     )
     tour.say("making .venv")
+    shares = {}
     for number, name in enumerate(("base model", "after SFT", "after RL"), start=2):
-        tour.shares[name] = [Share(0.5, 0.4, 0.6), Share(number / 5, number / 5 - 0.1, number / 5 + 0.1)]
+        shares[name] = [Share(0.5, 0.4, 0.6), Share(number / 5, number / 5 - 0.1, number / 5 + 0.1)]
         tour.heading(f"{number}. {name}", "because")
         tour.say(tour.command("base", ("--depth=2",)), "dim")
         with StepBar(tour.console) as bar:
@@ -61,10 +62,10 @@ def finished(folder):
     for name in ("first", "second"):
         tour.say(f"{name} question?")
         tour.say(f"  {name} <answer> & so on\n  #### 4", "green")
-    tour.show_shares()
+    tour.show_shares(shares)
     tour.say(f"Talk to it:  {tour.command('chat', ())}")
     (folder / "screen.txt").write_bytes(file.getvalue().encode())
-    (folder / "shares.json").write_text(json.dumps(tour.shares))
+    (folder / "shares.json").write_text(json.dumps(shares))
     (folder / "preflight.txt").write_text(PREFLIGHT)
     return folder
 

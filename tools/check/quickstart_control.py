@@ -12,7 +12,12 @@ import tyro
 from rich.console import Console
 
 from nanochat_jax import quickstart, sft
+from nanochat_jax.checkpoints import find
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.evals.eval_set import make_eval_set
+from nanochat_jax.evals.evaluator import Evaluator
 from nanochat_jax.quickstart import QuickstartConfig, Tour
+from nanochat_jax.tasks import Arithmetic
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.metrics import read_metrics
 
@@ -41,16 +46,22 @@ def main(out: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
             flags = [flag for flag in quickstart.SFT if flag != number]
             os.environ["NANOCHAT_BASE_DIR"] = str(folder.absolute())
             tour = Tour(Console(file=sys.stderr), folder, seed)
-            if code := tour.stage(sft, sft.SFTConfig, (*flags, f"--num-iterations={longer}", "--output-tag=control")):
+            if code := tour.run_stage(
+                sft, sft.SFTConfig, (*flags, f"--num-iterations={longer}", "--output-tag=control")
+            ):
                 raise SystemExit(code)
-            tour.shares = dict(shares)
-            tour.judge("sft", "control", Tokenizer.load(folder / "tokenizer"), "control")
+            tokenizer = Tokenizer.load(folder / "tokenizer")
+            config, params, _ = find.load_params(find.find_model("sft", "control"))
+            task = Arithmetic("test", quickstart.PROBLEMS, seed=seed)
+            evaluator = Evaluator(config, tokenizer, make_mesh(""), slots=quickstart.PROBLEMS)
+            problems = make_eval_set("Arithmetic", task, tokenizer)
+            shares["control"] = tour.evaluate(evaluator, params, problems)
         finally:
             sys.stdout = stdout
         names = ("value", "low", "high")
         result = {
             stage: {how: dict(zip(names, share)) for how, share in zip(("greedy", "temperature 1"), pair)}
-            for stage, pair in tour.shares.items()
+            for stage, pair in shares.items()
         }
         print(
             json.dumps({"seed": seed, "sft_steps": steps, "control_steps": longer, "seconds": spent, **result}),
