@@ -30,8 +30,7 @@ class Backend(NamedTuple):
 
     module: str  # in nanochat_jax.model.attention; imported when it is used, as kernels' libraries take a second
     platform: str | None = None  # the one of JAX's platforms whose kernel it is; None: plain XLA, for any
-    compute_capability: str = ""  # the one that it needs of an NVIDIA GPU
-    gpu: str = ""  # the name of such GPUs
+    gpu: tuple[str, str] | None = None  # compute capability of the NVIDIA GPUs that it needs, and their name
     documents: bool = True  # takes packed rows, that is, looks at where k_start lets documents begin
     repeats: bool = True  # gradients repeat bit for bit, as a resumed run must
     needs_shard_map: bool = True  # not split by XLA's partitioner: see `sharded`
@@ -41,7 +40,7 @@ BACKENDS = {  # the kernels of a platform: the fastest first
     "reference": Backend("reference", needs_shard_map=False),
     # XLA's partitioner could split it, but then all devices would visit the blocks that any of them needs.
     "chunked": Backend("chunked"),
-    "mosaic_gpu": Backend("hopper.forward", "gpu", compute_capability="9.0", gpu="Hopper GPU (H100, H200)"),
+    "mosaic_gpu": Backend("hopper.forward", "gpu", gpu=("9.0", "Hopper GPU (H100, H200)")),
     "splash": Backend("splash", "tpu"),
     "cudnn": Backend("cudnn", "gpu", documents=False, repeats=False, needs_shard_map=False),
 }
@@ -138,8 +137,8 @@ def device_refuses(name: str, device: Any, packed: bool) -> str | None:
     needs = BACKENDS[name]
     if needs.platform not in (None, device.platform):
         return f"{name} needs a {needs.platform.upper()}, this is a {device.platform.upper()}"
-    if needs.compute_capability and getattr(device, "compute_capability", "") != needs.compute_capability:
-        return f"{name} needs a {needs.gpu}, this is {device.device_kind}"
+    if needs.gpu and getattr(device, "compute_capability", "") != needs.gpu[0]:
+        return f"{name} needs a {needs.gpu[1]}, this is {device.device_kind}"
     if packed and not needs.documents:
         return f"{name} takes one document a row, but rows hold several (training: --no-document-mask)"
     return None

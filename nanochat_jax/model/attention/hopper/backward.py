@@ -76,15 +76,9 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
         hopper.split_roles(w, copy, compute)
 
     own, ring = hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), hopper.tiled(stages, step, H, dtype=q.dtype)
-    memory = {
-        "q_sm": own,
-        "do_sm": own,
-        "k_sm": ring,
-        "v_sm": ring,
-        "q_in": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-        "ready": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-    }
+    ready, free = hopper.ring_barriers(stages, copies=2)
+    q_in = plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)
+    memory = {"q_sm": own, "do_sm": own, "k_sm": ring, "v_sm": ring, "q_in": q_in, "ready": ready, "free": free}
     interpreter_memory = {"ds_sm": hopper.tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
     out_type, grid = jax.ShapeDtypeStruct(q.shape, q.dtype), {"b": B, "n": N, "i": T // BLOCK}
     kernel = hopper.hopper_kernel(attention_dq, out_type, grid, memory, interpreter_memory, interpret)
@@ -174,18 +168,11 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
 
     own, ring = hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), hopper.tiled(stages, step, H, dtype=q.dtype)
     vector = plgpu.SMEM((stages, step), jnp.float32)
-    memory = {
-        "k_sm": own,
-        "v_sm": own,
-        "q_sm": ring,
-        "do_sm": ring,
-        "start_sm": plgpu.SMEM((stages, step), jnp.int32),
-        "lse_sm": vector,
-        "delta_sm": vector,
-        "k_in": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-        "ready": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-    }
+    start = plgpu.SMEM((stages, step), jnp.int32)
+    ready, free = hopper.ring_barriers(stages, copies=5)
+    barriers = {"k_in": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS), "ready": ready, "free": free}
+    memory = {"k_sm": own, "v_sm": own, "q_sm": ring, "do_sm": ring} | barriers
+    memory |= {"start_sm": start, "lse_sm": vector, "delta_sm": vector}
     interpreter_memory = dict.fromkeys(("p_sm", "ds_sm"), hopper.tiled(WARPGROUPS, ROWS, step, dtype=q.dtype))
     out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype))
     grid = {"b": B, "m": K, "j": T // BLOCK}

@@ -72,23 +72,7 @@ def _attend(scale, interpret, q, k, v, k_start):
 
 
 def _forward(scale, interpret, q, k, v, k_start):
-    o, lse = forward(q, k, v, k_start, scale, interpret)
-    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
-    return o, (q, k, v, k_start, o, lse)
-
-
-def _backward(scale, interpret, residuals, do):
-    q, k, v, k_start, o, lse = residuals
-    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32)
-    arguments = (q, k, v, k_start, do, lse, delta, scale, interpret)
-    return grad_queries(*arguments), *grad_keys(*arguments), None
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def forward(q, k, v, k_start, scale, interpret):
-    """-> o [B,T,N,H] in q's type and lse [B,N,T], the base-2 logarithm of each query's sum of exponentials."""
+    """-> (o [B,T,N,H] in q's type, residuals with lse, the base-2 logarithm of each query's sum of exponentials)."""
     B, T, N, H = q.shape
     G = N // k.shape[2]
     step, stages = FORWARD[H]
@@ -162,22 +146,25 @@ def forward(q, k, v, k_start, scale, interpret):
 
         hopper.split_roles(w, copy, compute)
 
-    ring, arrived = hopper.tiled(stages, step, H, dtype=q.dtype), plgpu.Barrier(num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-    memory = {
-        "q_sm": hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype),
-        "k_sm": ring,
-        "v_sm": ring,
-        "lse_sm": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        "q_in": plgpu.Barrier(num_barriers=WARPGROUPS),
-        "k_in": arrived,
-        "v_in": arrived,
-        "k_free": free,
-        "v_free": free,
-        "turns": plgpu.Barrier(num_arrivals=WARPGROUPS),
-    }
+    own, ring = hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), hopper.tiled(stages, step, H, dtype=q.dtype)
+    ready, free = hopper.ring_barriers(stages, copies=1)
+    barriers = {"k_in": ready, "v_in": ready, "k_free": free, "v_free": free}
+    barriers |= {"q_in": plgpu.Barrier(num_barriers=WARPGROUPS), "turns": plgpu.Barrier(num_arrivals=WARPGROUPS)}
+    memory = {"q_sm": own, "k_sm": ring, "v_sm": ring, "lse_sm": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)}
     interpreter_memory = {"p_sm": hopper.tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
     out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
     grid = {"b": B, "n": N, "i": T // BLOCK}
-    kernel = hopper.hopper_kernel(attention_forward, out_type, grid, memory, interpreter_memory, interpret)
-    return kernel(q, k, v, k_start, *ranges)
+    kernel = hopper.hopper_kernel(attention_forward, out_type, grid, memory | barriers, interpreter_memory, interpret)
+    o, lse = kernel(q, k, v, k_start, *ranges)
+    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
+    return o, (q, k, v, k_start, o, lse)
+
+
+def _backward(scale, interpret, residuals, do):
+    q, k, v, k_start, o, lse = residuals
+    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32)
+    arguments = (q, k, v, k_start, do, lse, delta, scale, interpret)
+    return grad_queries(*arguments), *grad_keys(*arguments), None
+
+
+_attend.defvjp(_forward, _backward)

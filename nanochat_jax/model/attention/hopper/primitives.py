@@ -44,8 +44,8 @@ DKV = {64: Blocks(64, 4), 128: Blocks(64, 4)}
 
 
 def hopper_kernel(body, out_type, grid, memory, interpreter_memory, interpret):
-    """A kernel of three warpgroups over `grid` (name -> size, the last one fastest), whose body is called with the
-    arrays and, by name, its shared memory and barriers: `memory`, and where it is interpreted `interpreter_memory`."""
+    """A kernel of three warpgroups over `grid` (name -> size, the last one fastest). Its body is called with the arrays
+    and, by name, with shared memory and barriers: `memory`, and where it is interpreted `interpreter_memory`."""
     used = REDUCTION_SCRATCH + sum(map(_bytes, memory.values()))
     if used > SHARED_MEMORY:
         raise ValueError(f"a kernel's blocks must fit into {SHARED_MEMORY} bytes of shared memory, got {used}")
@@ -72,6 +72,12 @@ def _bytes(memory):
 def tiled(*shape, dtype):
     """Shared memory in the layout that TMA writes and wgmma reads."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def ring_barriers(stages, copies):
+    """(ready, free) of a ring's slots: filled by so many copies, read by all warpgroups that compute."""
+    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    return ready, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
 
 
 def split_roles(w, copy, compute):
