@@ -34,7 +34,7 @@ from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_shards
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import Groups, default_groups
@@ -155,7 +155,8 @@ def main(cfg: BaseConfig) -> int:
     # Model, batch and length from the depth
     model = model_of(start.cfg, tokenizer.vocab_size)
     mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
-    cfg = sized(settings_of(start), model, mesh)
+    cfg = settings_of(start)
+    cfg = sized(cfg, recipe_of(cfg, model).total_batch_size, row_shards(mesh))
     recipe = recipe_of(cfg, model)
     plan = plan_of(cfg, model, mesh, recipe)
     print_model(model, plan.groups, recipe)
@@ -211,7 +212,7 @@ def main(cfg: BaseConfig) -> int:
         for step, state in run.steps():
             scalars = schedule(step)
             state, metrics = train_step(state, next(batches), scalars)
-            epoch, _ = rows.epoch_and_progress(rows_before(start, plan, step + 1) - 1)
+            epoch = rows.epoch(rows_before(start, plan, step + 1) - 1)
             run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
     return exit_code(run)
 
@@ -256,7 +257,7 @@ def preflight_of(cfg: BaseConfig) -> int:
         cfg = settings_of(find_run(cfg, "base", tag_of(cfg), Tokenizer.load(base_dir() / "tokenizer"), print0))
     model = model_of(cfg, vocab_size)
     mesh = make_mesh(cfg.mesh or "", devices, model.n_embd)
-    cfg = sized(cfg, model, mesh)
+    cfg = sized(cfg, recipe_of(cfg, model).total_batch_size, row_shards(mesh))
     plan = plan_of(cfg, model, mesh, recipe_of(cfg, model))
     return preflight.report(plan, [preflight.update_phase(plan)])
 
@@ -310,16 +311,15 @@ def settings_of(start: Start) -> BaseConfig:
     return dataclasses.replace(start.cfg, total_batch_size=total_batch_size)
 
 
-def sized(cfg: BaseConfig, model: GPTConfig, mesh: Mesh) -> BaseConfig:
+def sized(cfg: BaseConfig, total_batch_size: int, row_shards: int) -> BaseConfig:
     """The settings with the batch in force; a device gets 32 rows at a time, or as many as divide it.
 
-    A batch that the user has not chosen is rounded to whole passes."""
-    total_batch_size, shards = recipe_of(cfg, model).total_batch_size, row_shards(mesh)
+    A batch that the user has not chosen is rounded to whole passes. row_shards: parts that rows are split into."""
     rows = cfg.device_batch_size
     if rows is None:
-        wanted = total_batch_size // (cfg.max_seq_len * shards)
+        wanted = total_batch_size // (cfg.max_seq_len * row_shards)
         rows = next(n for n in range(max(1, min(32, wanted)), 0, -1) if n == 1 or wanted % n == 0)
-    per_pass = rows * cfg.max_seq_len * shards
+    per_pass = rows * cfg.max_seq_len * row_shards
     if cfg.total_batch_size == -1 and per_pass > 0:
         total_batch_size = max(1, round(total_batch_size / per_pass)) * per_pass
     return dataclasses.replace(cfg, device_batch_size=rows, total_batch_size=total_batch_size)
@@ -360,9 +360,9 @@ def samples(every: int, plan: Plan, tokenizer: Tokenizer) -> Measurement:
     def measure(params, progress) -> dict[str, list[str]]:
         own = own_devices(plan.mesh)
         engine = Engine(plan.model, tokenizer, own, tools=False, dtype=plan.dtype, attention=plan.attention)
-        with engine.holding(params, plan.mesh):
-            sampling = SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)
-            answers = engine.generate(prompts, sampling, progress=progress)
+        sampling = SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)
+        with engine.holding(params, plan.mesh) as held:
+            answers = engine.generate(held, prompts, sampling, progress=progress)
         return {"samples": [printable(tokenizer.decode([*p[1:], *a[0].tokens])) for p, a in zip(prompts, answers)]}
 
     return Measurement("samples", every if prompts else -1, measure)

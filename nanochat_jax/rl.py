@@ -37,7 +37,7 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import SamplingParams
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check as check_attention
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.optim.schedules import rl_lr_multiplier

@@ -176,7 +176,7 @@ def main(cfg: SFTConfig) -> int:
     print0("\n".join(describe_conversations(rows)))
     with processes.process_zero_first("the validation data"):
         held_out_rows = validation_rows(held_out, cfg, tokenizer)
-    epoch_steps = -(-rows.rows_in_epoch(0) // plan.batch.rows_per_step)
+    epoch_steps = -(-rows.plan(0).n_rows // plan.batch.rows_per_step)
     total = cfg.num_iterations if cfg.num_iterations > 0 else epoch_steps
     schedule = schedule_of(cfg, total)
 
@@ -210,7 +210,7 @@ def main(cfg: SFTConfig) -> int:
         for step, state in run.steps():
             scalars = schedule(step)
             state, metrics = train_step(state, next(batches), scalars)
-            epoch, _ = rows.epoch_and_progress(rows_before(start, plan, step + 1) - 1)
+            epoch = rows.epoch(rows_before(start, plan, step + 1) - 1)
             run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
     return exit_code(run)
 
@@ -320,7 +320,7 @@ def chatcore_measurement(cfg: SFTConfig, plan: Plan, tokenizer: Tokenizer) -> Me
             max_cat=cfg.chatcore_max_cat,
             max_sample=cfg.chatcore_max_sample,
         )
-    return Measurement("ChatCORE", cfg.chatcore_every if measure else -1, lambda params, progress: measure(params))
+    return Measurement("ChatCORE", cfg.chatcore_every if measure else -1, measure)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ import os
 import shutil
 import signal
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from nanochat_jax.rollouts.batch_shape import plan_shape
 
 from nanochat_jax import rl
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.rollouts.collector import RolloutCollector
 from nanochat_jax.rollouts.prompts import PromptStream
+from nanochat_jax.rollouts.update import rl_batch_shape
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import tiny
@@ -325,45 +323,50 @@ def test_a_step_without_a_signal_changes_nothing_and_is_counted(base):
 
 
 @pytest.mark.parametrize(
-    ("signal", "passed", "told"),
+    ("signal", "passed", "said"),
     [
         ([0, 0.25, 0.125], [0, 0.02, 0.01], ("12% differ in reward (pass rate 1.0%)", "easier")),
         ([0, 0, 0], [0.99, 1, 1], ("0% differ in reward (pass rate 99.7%)", "harder")),
         ([0, 0.25, 0.375], [0.02, 0.02, 0.02], None),
     ],
 )
-def test_the_warning_of_too_little_signal_is_about_the_first_steps_together_and_comes_once(signal, passed, told):
-    said = []
-    practice = RolloutCollector.__new__(RolloutCollector)
-    practice.first_steps, practice.reporter = [], SimpleNamespace(say=said.append)
-    for step in range(3):
-        practice._warn(step + 1, {"no_signal": 1 - signal[step], "pass_rate": passed[step]})
-    for step in range(8, 12):  # also where the run is resumed
-        practice._warn(step, {"no_signal": 1, "pass_rate": 0})
-    assert len(said) == (told is not None)
-    assert all(told[0] in line and line.endswith(f"choose {told[1]} problems") for line in said)
+def test_the_warning_of_too_little_signal_is_about_the_first_steps_together(signal, passed, said):
+    warning = rl.little_signal(list(zip(signal, passed)))
+    if said is None:
+        assert warning == ""
+    else:
+        assert said[0] in warning and warning.endswith(f"choose {said[1]} problems")
+
+
+def test_the_warning_of_too_little_signal_comes_once_and_not_in_a_run_that_is_resumed_later(base):
+    argv = ["--output-tag", "warned", "--task", "rl_tasks:Hopeless", "--save-every", "3", "--num-steps", "5"]
+    code, printed = run(*argv)
+    assert code == 0 and printed.count("too little to learn from") == 1, printed
+    shutil.rmtree(base / "chatrl_checkpoints" / "warned" / "5")
+    code, printed = run("--resume", *argv)
+    assert code == 0 and "from step 3" in printed and "too little to learn from" not in printed, printed
 
 
 def test_every_epoch_has_every_problem_once_in_an_order_of_its_own(base):
     task, tokenizer = AdaptedTask(__import__("rl_tasks").Early()), tiny.tokenizer()
-    exercises = PromptStream(task, tokenizer, 3, 100)
-    orders = [[exercises[10 * epoch + i][0] for i in range(10)] for epoch in range(3)]
+    prompts = PromptStream(task, tokenizer, 3, 100)
+    orders = [[prompts[10 * epoch + i][0] for i in range(10)] for epoch in range(3)]
     assert orders[0] == list(range(10)) and all(sorted(order) == orders[0] for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert exercises.longest == 17 and len(PromptStream(task, tokenizer, 3, 4).prompts) == 4
+    assert max(map(len, prompts.prompts)) == 17 and len(PromptStream(task, tokenizer, 3, 4).prompts) == 4
 
 
 def test_rows_are_as_many_as_the_longest_answers_can_need():
     cfg = rl.RLConfig(examples_per_step=4, num_samples=4, device_batch_size=2)
     mesh = make_mesh("data=2")
-    shape = plan_shape(cfg, mesh, 20, 64)  # 3 documents of 20 in a row of 64 and its last target
+    shape = rl_batch_shape(cfg, mesh, 20, 64)  # 3 documents of 20 in a row of 64 and its last target
     assert (shape.T, shape.rows, shape.micro_batches) == (64, 4, 2)  # 6 rows
-    shape = plan_shape(cfg, mesh, 100, 64)
+    shape = rl_batch_shape(cfg, mesh, 100, 64)
     assert (shape.T, shape.rows, shape.micro_batches) == (99, 4, 4)
-    shape = plan_shape(dataclasses.replace(cfg, device_batch_size=64), mesh, 20, 64)
+    shape = rl_batch_shape(dataclasses.replace(cfg, device_batch_size=64), mesh, 20, 64)
     assert (shape.T, shape.rows, shape.micro_batches) == (64, 6, 1)  # not 128 rows of padding
     nanochat = dataclasses.replace(cfg, objective="nanochat", device_batch_size=4)
-    shape = plan_shape(nanochat, mesh, 20, 64)
+    shape = rl_batch_shape(nanochat, mesh, 20, 64)
     assert (shape.T, shape.rows, shape.micro_batches) == (19, 4, 4)
 
 
@@ -454,7 +457,7 @@ BAD = [
 
 @pytest.mark.parametrize(("argv", "sentence"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_what_cannot_work_is_refused_in_one_sentence(argv, sentence, monkeypatch):
-    monkeypatch.setattr(rl, "session", lambda *_: pytest.fail("a model was placed on the device"))
+    monkeypatch.setattr(rl, "initial_state", lambda *_: pytest.fail("a model was placed on the device"))
     code, _ = run("--output-tag", "bad", *argv)
     assert isinstance(code, str) and sentence in code and "\n" not in code, code
 

@@ -78,9 +78,6 @@ class PackedRows(ABC):
         """The epoch that a row lies in, counted from 1."""
         return self.locate(row)[0] // self.sections_in_epoch + 1
 
-    def epoch_and_progress(self, row: int) -> tuple[int, float]:  # until the stages are rewritten
-        return self.epoch(row), 0.0
-
     def contents(self, row: int) -> list[Rendering]:
         """Everything that lies in a row, at most T + 1 tokens together."""
         section, within = self.locate(row)

@@ -41,11 +41,10 @@ def make_chatcore(
     data_dir: Path | None = None,
     max_cat: int = -1,
     max_sample: int = 24,
-    progress: Callable[[int, int], None] | None = None,
     log: Callable = print0,
-) -> Callable[[dict], dict[str, float]] | None:
-    """-> measure(params): ChatCORE on the first max_cat problems of each multiple-choice task (-1: all) and the first
-    max_sample of the others; greedy, with nanochat's 512 new tokens. None where no task can be run.
+) -> Callable[..., dict[str, float]] | None:
+    """-> measure(params, progress=None): ChatCORE on the first max_cat problems of each multiple-choice task (-1: all) and
+    the first max_sample of the others; greedy, with nanochat's 512 new tokens. None where no task can be run.
 
     measure gives chatcore, chatcore_cat (of the multiple-choice tasks alone), chatcore_with_spelling, and each task's
     accuracy as chatcore/<task>; of the means only those whose tasks can all be run, `log` says which cannot. All
@@ -74,7 +73,7 @@ def make_chatcore(
     categorical = {name: baseline for name, baseline in BASELINES.items() if baseline}
     means = {"chatcore": BASELINES, "chatcore_cat": categorical, "chatcore_with_spelling": WITH_SPELLING}
 
-    def measure(params) -> dict[str, float]:
+    def measure(params, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
         with jax.set_mesh(own):
             params = own_copy(params, mesh)
             results = {x.name: evaluator.evaluate(params, x, sampling, progress=progress) for x in eval_sets}

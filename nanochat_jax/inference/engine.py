@@ -23,10 +23,9 @@ from nanochat_jax.inference.decode import GenerationPrograms
 from nanochat_jax.inference.samples import ControlTokens, Sample
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.scheduler import SlotScheduler
-from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, arrange_slots, padded_size
+from nanochat_jax.inference.shapes import PROMPT_STEP, arrange_slots, padded_size
 from nanochat_jax.model.gpt import GPTConfig
 
-OWN_STEP = CONTINUATION_STEP  # until train/preflight.py is rewritten
 STREAM_CHUNK = 4
 
 
@@ -94,17 +93,13 @@ class Engine:
         """While it is entered, the engine's mesh is in force; gives the `cast_params` of parameters that are on `mesh`.
         With several processes the engine's mesh is one of `own_devices`, and all processes must enter together."""
         with jax.set_mesh(self.mesh):
-            self._held = self.cast_params(own_copy(params, mesh))  # until the stages pass the parameters to `generate`
-            try:
-                yield self._held
-            finally:
-                del self._held
+            yield self.cast_params(own_copy(params, mesh))
 
     def generate(
         self,
         params,
         prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams,
         *,
         samples: int = 1,
         seed: int = 0,
@@ -120,8 +115,6 @@ class Engine:
         called after each device call, report(what it took) at the end. ValueError: a prompt that is empty, or too long
         to be continued.
         """
-        if sampling is None:  # generate(prompts, sampling) inside `holding`, until the stages pass the parameters
-            params, prompts, sampling = self._held, params, prompts
         began = time.perf_counter()
         examples = range(len(prompts)) if examples is None else examples
         if len(examples) != len(prompts) or samples < 1:

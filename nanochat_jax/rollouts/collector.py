@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.signals import Interrupted
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sample, SamplingParams, answer_text
+from nanochat_jax.inference.samples import Sample, answer_text
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.rollouts.exchange import from_bytes, to_bytes
 from nanochat_jax.rollouts.objective import advantages
 from nanochat_jax.rollouts.prompts import PromptStream
@@ -85,11 +86,11 @@ class RolloutCollector:
         this process or on another."""
         groups, tokens, reward_seconds = [], 0, 0.0
         began = time.perf_counter()
-        with self.engine.holding(params, self.mesh):  # its copy of the weights makes room for the update
+        with self.engine.holding(params, self.mesh) as held:  # its copy of the weights makes room for the update
             for _ in range(RESAMPLE_ROUNDS if self.resample else 1):
                 positions = range(position, position + self.examples_per_step)
                 position = positions.stop
-                found, new_tokens, seconds = self._groups(positions, step, progress)
+                found, new_tokens, seconds = self._groups(held, positions, step, progress)
                 groups += found
                 tokens, reward_seconds = tokens + new_tokens, reward_seconds + seconds
                 if sum(group.has_signal for group in groups) >= self.examples_per_step:
@@ -97,12 +98,12 @@ class RolloutCollector:
         seconds = time.perf_counter() - began - reward_seconds
         return Rollouts(groups, position, int(tokens), seconds, reward_seconds)
 
-    def _groups(self, positions: range, step: int, progress) -> tuple[list[Group], int, float]:
+    def _groups(self, params, positions: range, step: int, progress) -> tuple[list[Group], int, float]:
         """The groups of these positions in their order, each answered and judged by one of the processes; the tokens
         of all, and the seconds that the slowest took for rewards."""
         own = processes.mine(positions)
         try:
-            answers = self._answers(own, step, progress)
+            answers = self._answers(params, own, step, progress)
             began = time.perf_counter()
             drawn = [(group, self._rewards(p, group, progress)) for p, group in zip(own, answers)]
             cost = sum(len(sample.tokens) for group in answers for sample in group), time.perf_counter() - began
@@ -125,11 +126,12 @@ class RolloutCollector:
         ]
         return groups, sum(tokens), max(seconds)
 
-    def _answers(self, positions: Sequence[int], step: int, progress) -> list[list[Sample]]:
+    def _answers(self, params, positions: Sequence[int], step: int, progress) -> list[list[Sample]]:
         """The draws depend on the position, so that a problem that comes twice is not answered twice alike."""
         if not positions:
             return []  # more processes than problems
         return self.engine.generate(
+            params,
             [self.prompts[position][1] for position in positions],
             self.sampling,
             samples=self.num_samples,

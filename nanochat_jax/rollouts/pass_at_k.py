@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.signals import Interrupted
+from nanochat_jax.distributed.signals import collect
 from nanochat_jax.evals.eval_set import EvalSet, judge
 from nanochat_jax.evals.intervals import pass_at_k
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import SamplingParams, answer_text
+from nanochat_jax.inference.samples import answer_text
+from nanochat_jax.inference.sampling import SamplingParams
 
 EVAL_STEP = -1  # in place of the step in the sampling's seeds: every evaluation draws alike, and as no step does
 
@@ -22,8 +23,9 @@ def make_pass_at_k(
 
     def passed_by_own(params, numbers, progress) -> list[list[bool]]:
         """Of the problems with these numbers, which answers are right."""
-        with engine.holding(params, mesh):
+        with engine.holding(params, mesh) as held:
             groups = engine.generate(
+                held,
                 [eval_set.prompts[i] for i in numbers],
                 sampling,
                 samples=samples,
@@ -36,13 +38,8 @@ def make_pass_at_k(
         return [[judge(eval_set, i, answer) for answer in group] for i, group in zip(numbers, answers)]
 
     def measure(params, progress) -> dict[str, float]:
-        try:
-            own = passed_by_own(params, processes.mine(range(len(eval_set.prompts))), progress)
-        except Interrupted:
-            own = None
-        parts = processes.exchange("held-out answers", own)
-        if None in parts:
-            raise Interrupted
+        own = processes.mine(range(len(eval_set.prompts)))
+        parts = collect("held-out answers", lambda: passed_by_own(params, own, progress))
         passed = [None] * len(eval_set.prompts)
         for i, part in enumerate(parts):
             passed[i :: len(parts)] = part

@@ -23,8 +23,8 @@ from nanochat_jax.distributed.device_memory import (
 from nanochat_jax.distributed.mesh import make_mesh, row_axes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir
-from nanochat_jax.inference.decode import Programs
-from nanochat_jax.inference.engine import OWN_STEP, PROMPT_STEP, arrange_slots, padded_size
+from nanochat_jax.inference.decode import GenerationPrograms
+from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, arrange_slots, padded_size
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import summed_token_loss, weighted_nll
@@ -196,9 +196,9 @@ def compile_loss(plan: Plan) -> jax.stages.Compiled:
         return step.lower(x, jax.ShapeDtypeStruct(head.shape, head.dtype), batch).compile()
 
 
-def decode_programs(plan: Plan, rollouts: Rollouts) -> Programs:
+def decode_programs(plan: Plan, rollouts: Rollouts) -> GenerationPrograms:
     """As the engine has them; which tokens end an answer or call a tool changes no size."""
-    return Programs(
+    return GenerationPrograms(
         plan.model,
         plan.mesh,
         ends=(0,),
@@ -210,11 +210,11 @@ def decode_programs(plan: Plan, rollouts: Rollouts) -> Programs:
 
 
 def decode_sizes(plan: Plan, rollouts: Rollouts) -> tuple[int, int, int, int]:
-    """Groups of rows of all devices, rows of each, tokens of a prompt part and of an own part."""
+    """Groups of rows of all devices, rows of each, tokens of a prompt and of a continuation that the caches hold."""
     shared, groups = arrange_slots(rollouts.prompts, rollouts.samples, rollouts.slots)
     groups = plan.mesh.size * padded_size(-(-groups // plan.mesh.size))
-    own = padded_size(rollouts.new_tokens + rollouts.chunk, OWN_STEP)
-    return groups, shared, padded_size(PROMPT_TOKENS, PROMPT_STEP), own
+    continuation = padded_size(rollouts.new_tokens + rollouts.chunk, CONTINUATION_STEP)
+    return groups, shared, padded_size(PROMPT_TOKENS, PROMPT_STEP), continuation
 
 
 def compile_decode(plan: Plan, rollouts: Rollouts) -> jax.stages.Compiled:
@@ -232,10 +232,10 @@ def weight_copy_bytes(plan: Plan) -> int:
 
 def cache_bytes(plan: Plan, rollouts: Rollouts) -> int:
     """Bytes of a device's share of the largest cache, and of the smaller one that it grows from."""
-    groups, shared, prompt, own = decode_sizes(plan, rollouts)
+    groups, shared, prompt, continuation = decode_sizes(plan, rollouts)
     programs = decode_programs(plan, rollouts)
-    before = programs.cache_bytes(groups, shared, 0, own * 3 // 4)
-    return (programs.cache_bytes(groups, shared, prompt, own) + before) // plan.mesh.size
+    before = programs.cache_bytes(groups, shared, 0, continuation * 3 // 4)
+    return (programs.cache_bytes(groups, shared, prompt, continuation) + before) // plan.mesh.size
 
 
 def temporaries(compiled: Callable, given: int) -> int:

@@ -1,6 +1,7 @@
 """What pretraining and fine-tuning share: both train on packed rows, and validate by bits per byte on others."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -91,13 +92,9 @@ def validation(
             process_index=process_index,
             process_count=process_count,
         )
-        numbers = iter(range(n_batches))
-
-        def on_devices(batch):
-            progress(next(numbers), n_batches)
-            return to_global(batch if document_mask else without_documents(batch), plan.mesh)
-
-        return {"val_bpb": bits_per_byte(params, map(on_devices, batches))}
+        on_devices = (to_global(b if document_mask else without_documents(b), plan.mesh) for b in batches)
+        done = itertools.count(1)
+        return {"val_bpb": bits_per_byte(params, on_devices, lambda: progress(next(done), n_batches))}
 
     return Measurement("validation", every, measure, at_start=True, in_step=True)
 

@@ -17,11 +17,10 @@ from nanochat_jax.checkpoints.store import Saver
 from nanochat_jax.distributed import mesh
 from nanochat_jax.distributed import sharding as distributed_sharding
 from nanochat_jax.interop import nanochat_optimizer
-from nanochat_jax.model.gpt import GPT
+from nanochat_jax.model.gpt import GPT, abstract_gpt
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.optim import groups as optim_groups
 from nanochat_jax.train import step as train
-from nanochat_jax.train import step as train_step
 from tests.support import tiny
 
 GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
@@ -68,7 +67,7 @@ def simple_saves(folder, steps, keep=9):
     tx = optim.make_optimizer({"embedding": optim.AdamW(0.1, 0.9, 0.9, 0.0)})
     state = train.init_state({"wte": jnp.zeros((2, 2))}, tx)
     for step in steps:
-        saver.save(step, state, {"step": step})
+        saver.save(step, train.state_items(state), {"step": step})
     saver.wait()
     return saver
 
@@ -83,10 +82,10 @@ def test_a_state_comes_back_on_every_mesh_bit_for_bit(tmp_path, saved):
         folder = tmp_path / f"{source}-{n}"
         placed = train.place(state, abstract_on(source, groups))
         saver = Saver(folder)
-        saver.save(7, placed._replace(bad_steps=placed.bad_steps + 3), tiny.meta(groups))
+        saver.save(7, train.state_items(placed._replace(bad_steps=placed.bad_steps + 3)), tiny.meta(groups))
         saver.wait()
         like = abstract_on(n, groups)
-        restored = train_step.restore_state(folder / "7", like)
+        restored = train.restore_state(folder / "7", like)
         assert_same(restored._replace(step=0, bad_steps=0), state._replace(step=0, bad_steps=0))
         assert (int(restored.step), int(restored.bad_steps)) == (7, 3)
         assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, like)
@@ -94,7 +93,7 @@ def test_a_state_comes_back_on_every_mesh_bit_for_bit(tmp_path, saved):
 
 def test_parameters_are_sharded_on_eight_devices(saved):
     folder, _, groups = saved
-    restored = train_step.restore_state(folder, abstract_on(8, groups))
+    restored = train.restore_state(folder, abstract_on(8, groups))
     assert not restored.params["wte"].is_fully_replicated
 
 
@@ -108,12 +107,12 @@ def test_a_save_holds_the_state_as_it_was_although_the_next_step_overwrites_it(t
             return jax.tree.map(lambda a: a + 1, state)
 
         saver = Saver(tmp_path / str(n))
-        saver.save(1, live, tiny.meta(groups))
+        saver.save(1, train.state_items(live), tiny.meta(groups))
         for _ in range(3):
             live = step(live)
         jax.block_until_ready(live)
         saver.wait()
-        assert_same(train_step.restore_state(tmp_path / str(n) / "1", abstract_on(n, groups)).params, state.params)
+        assert_same(train.restore_state(tmp_path / str(n) / "1", abstract_on(n, groups)).params, state.params)
 
 
 def test_meta_comes_back_as_it_was(tmp_path, saved):
@@ -155,15 +154,15 @@ def test_a_failed_background_save_raises_at_the_next_save_or_wait(tmp_path, monk
     def full(_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(integrity, "seal", full)
-    for surface in (saver.wait, lambda: saver.save(3, state, {})):
-        saver.save(2, state, {})
+    monkeypatch.setattr(integrity, "write_manifest", full)
+    for surface in (saver.wait, lambda: saver.save(3, train.state_items(state), {})):
+        saver.save(2, train.state_items(state), {})
         with pytest.raises(OSError, match=r"could not be written to .*No space left on device"):
             surface()
     saver.wait()  # it was told once
     assert saver.newest().endswith(f"{tmp_path}/1")
     monkeypatch.undo()
-    saver.save(2, state, {})
+    saver.save(2, train.state_items(state), {})
     saver.wait()
     assert integrity.steps(tmp_path) == [1, 2]
 
@@ -304,7 +303,7 @@ def test_a_meta_file_without_its_sizes_is_refused_by_name(base):
 
 
 def logits_of(params):
-    graphdef, _ = store.abstract_gpt(tiny.CONFIG)
+    graphdef, _ = abstract_gpt(tiny.CONFIG)
     model: GPT = store.nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
     return jax.jit(lambda ids: model(ids))(IDS)
 

@@ -139,7 +139,7 @@ def test_nothing_is_left_behind(guarded, tmp_path, monkeypatch):
 
 
 def test_it_dies_with_the_process_that_started_it(guarded, tmp_path):
-    code = "from nanochat_jax import sandbox; sandbox._run('import time; time.sleep(600)', 600, 256 << 20, False)"
+    code = "from nanochat_jax.tasks import sandbox; sandbox._run('import time; time.sleep(600)', 600, 256 << 20, False)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     starter = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment)
     child = None
