@@ -1,9 +1,9 @@
-"""The model: nanochat's GPT of every era, as values of one config.
+"""The model: nanochat's GPT. Its eras, which nanochat never named in a file, differ in the values of one config only.
 
-Letters, here and everywhere: B batch, T query time, S key time, D model, N query heads, K kv heads, G = N // K,
-H head size, F mlp, V vocabulary, L layers, A micro-batches. A matrix is (out, in), y = x W^T, as nanochat stores it:
-files map one to one, and XLA on CPU multiplies in this order at nearly twice the speed of (in, out).
-Master weights are float32 and are cast to the compute type where they are used.
+Letters, here and everywhere: A micro-batches, B batch rows, T query time, S key time, D model, N query heads, K kv
+heads, G = N // K, H head size, F mlp, V vocabulary, L layers, R rows of decode, C chunk. A matrix is (out, in) and
+y = x W^T, as nanochat stores it: files map one to one, and XLA on CPU multiplies in this order at nearly twice the
+speed of (in, out). Master weights are float32 and are cast to the compute type where they are used.
 
 The network (facts: nanochat as of 2026; norms have no parameters):
     e = rms(wte[token]);  x = x0 = e + smear_lambda * sigmoid(smear_gate . e[:24]) * e of the token before
@@ -21,19 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nanochat_jax.distributed.collectives import constrain_batch, embedded, gathered, summed_products
-from nanochat_jax.model.attention import attention
+from nanochat_jax.distributed.collectives import constrain_batch, gather_weight, look_up_embedding, weight_gradient
+from nanochat_jax.model.attention import attention, first_key
 from nanochat_jax.model.attention.residuals import LSE, OUT
 from nanochat_jax.model.loss import capped_logits
 
-SMEAR_CHANNELS = 24
-REMAT = ("none", "elementwise", "block")
+SMEAR_CHANNELS = 24  # of an embedding, which the gate of smear reads; nanochat's
+REMAT = ("none", "elementwise", "block")  # what the backward pass computes again, from nothing to a whole layer
 RMS_EPS = float(np.finfo(np.float32).eps)  # also for bfloat16 activations, as in nanochat
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Everything that determines the network. Eras of nanochat differ in values only (see nanochat_import)."""
+    """Everything that determines the network. interop/nanochat_model.py has the values of nanochat's eras."""
 
     sequence_len: int
     vocab_size: int
@@ -79,12 +79,12 @@ class GPTConfig:
         return self.n_kv_head * self.head_dim
 
     def has_value_embed(self, layer: int) -> bool:
-        """Layers of the last layer's parity have one, so the last always does."""
+        """Every second layer has one, counted so that the last does."""
         return self.value_embed_scale != 0 and layer % 2 == (self.n_layer - 1) % 2
 
 
 def window_sizes(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
-    """Windows per layer from nanochat's pattern letters, by the rule in force since 2026-03-14; the last layer is L.
+    """Windows per layer from nanochat's pattern letters, by its rule since 2026-03-14; the last layer is always L.
 
     L: sequence_len. S: a quarter of it, rounded up to a multiple of 128 (2048 -> 512, 256 -> 128).
     """
@@ -95,13 +95,13 @@ def window_sizes(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ..
     return tuple(sequence_len if letter == "L" else short for letter in letters)
 
 
-def weight(rngs: nnx.Rngs, init, *shape: int) -> nnx.Param:
-    """A float32 master weight; it is cast to the activation's type where it is used."""
+def weight(rngs: nnx.Rngs, init: Callable, *shape: int) -> nnx.Param:
+    """A float32 master weight."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32))
 
 
-def uniform(bound: float):
-    """U(-bound, bound); jax.nn.initializers.uniform would be U(0, bound)."""
+def uniform(bound: float) -> Callable:
+    """The initializer U(-bound, bound); jax.nn.initializers.uniform would be U(0, bound)."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -114,26 +114,27 @@ def rms_norm(x: jax.Array) -> jax.Array:
 def linear(x: jax.Array, w: nnx.Param, path: str) -> jax.Array:
     """x [B,...,in] times w [out,in] transposed -> [B,...,out], in x's type; the gradient of w is float32.
 
-    path: the parameter's name for the table in `sharding`. A device that holds a part of w gathers the others' in x's
-    type for the product, forward and backward, keeps the part only, and gets its part of the gradient."""
+    path: the end of the parameter's path, which the table in distributed/sharding.py knows. A device that holds a part
+    of w gathers the others' in x's type, for the forward and again for the backward product, and gets the gradient of
+    its own part only."""
     return _linear(path, x, w[...])
 
 
 def _product(path, x, w):
-    return jnp.einsum("...i,oi->...o", x, gathered(w.astype(x.dtype), path))
+    return jnp.einsum("...i,oi->...o", x, gather_weight(w.astype(x.dtype), path))
 
 
 _linear = jax.custom_vjp(_product, nondiff_argnums=(0,))
 
 
 def _linear_fwd(path, x, w):
-    return _product(path, x, w), (x, w)  # by its own name `rematerialised` would not see a product to keep
+    return _product(path, x, w), (x, w)  # not _linear: `rematerialized` must see the product, which it may keep
 
 
-def _linear_bwd(path, kept, dy):
-    x, w = kept
-    dx = jnp.einsum("...o,oi->...i", dy, gathered(w.astype(x.dtype), path))
-    return dx, summed_products(dy, x, path).astype(w.dtype)
+def _linear_bwd(path, residuals, dy):
+    x, w = residuals
+    dx = jnp.einsum("...o,oi->...i", dy, gather_weight(w.astype(x.dtype), path))
+    return dx, weight_gradient(dy, x, path).astype(w.dtype)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
@@ -147,7 +148,7 @@ def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array,
 
 
 def rotate_and_scale(x: jax.Array, rope: tuple[jax.Array, jax.Array], scale: float) -> jax.Array:
-    """Rotate halves (not pairs) of x [B,T,N,H] by MINUS the angle, then rms norm, then `scale`."""
+    """Rotate the halves (not pairs) of x [B,T,N,H] by MINUS the angle, then rms norm, then `scale`."""
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return (rms_norm(jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1)) * scale).astype(x.dtype)
@@ -168,25 +169,24 @@ class Attention(nnx.Module):
             self.value_embed = weight(rngs, uniform(bound), config.padded_vocab, config.kv_dim)
 
     def __call__(self, h, ids, rope, attend):
-        """h [B,T,D], ids [B,T], attend(q, k, v) -> (y, kept) as in `GPT.hidden` -> ([B,T,D], kept)."""
+        """h [B,T,D], ids [B,T], rope of `rotary`, attend(q, k, v) -> (y, kv) as in `GPT.hidden` -> ([B,T,D], kv)."""
         c = self.config
         B, T, _ = h.shape
         q = linear(h, self.c_q, "attn/c_q").reshape(B, T, c.n_head, c.head_dim)
         k = linear(h, self.c_k, "attn/c_k").reshape(B, T, c.n_kv_head, c.head_dim)
         v = linear(h, self.c_v, "attn/c_v").reshape(B, T, c.n_kv_head, c.head_dim)
         if hasattr(self, "value_embed"):
-            gate = c.value_embed_scale * jax.nn.sigmoid(
-                linear(h[..., : c.value_gate_channels], self.ve_gate, "attn/ve_gate")
-            )
-            embed = embedded(self.value_embed[...], ids, v.dtype, "attn/value_embed")
+            gate = linear(h[..., : c.value_gate_channels], self.ve_gate, "attn/ve_gate")
+            gate = c.value_embed_scale * jax.nn.sigmoid(gate)
+            embed = look_up_embedding(self.value_embed[...], ids, v.dtype, "attn/value_embed")
             v = v + gate[..., None] * embed.reshape(v.shape)
         q, k = (rotate_and_scale(x, rope, c.qk_scale) for x in (q, k))
-        y, kept = attend(q, k, v)
-        return linear(y.reshape(B, T, c.n_embd), self.c_proj, "attn/c_proj"), kept
+        y, kv = attend(q, k, v)
+        return linear(y.reshape(B, T, c.n_embd), self.c_proj, "attn/c_proj"), kv
 
 
 class MLP(nnx.Module):
-    """c_proj(relu(c_fc(h))^2), four times as wide inside."""
+    """c_proj(relu(c_fc(h))^2), with F = 4 D."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         D = config.n_embd
@@ -206,17 +206,14 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x, ids, rope, attend):
-        """The residual stream x [B,T,D] -> ([B,T,D], kept); the other arguments are those of Attention."""
-        y, kept = self.attn(rms_norm(x), ids, rope, attend)
+        """The residual stream x [B,T,D] -> ([B,T,D], kv); the other arguments are those of Attention."""
+        y, kv = self.attn(rms_norm(x), ids, rope, attend)
         x = x + y
-        return x + self.mlp(rms_norm(x)), kept
+        return x + self.mlp(rms_norm(x)), kv
 
 
 class GPT(nnx.Module):
-    """Call on ids int32 [B,T] -> logits float32 [B,T,V]. `dtype` is the compute type; weights stay float32.
-
-    attention: the backend's name (see `attention.choose`).
-    """
+    """The whole network, with new weights. dtype: the compute type. attention: a backend of `attention.NAMES`."""
 
     def __init__(self, config: GPTConfig, *, dtype=jnp.float32, attention: str = "chunked", rngs: nnx.Rngs):
         self.config, self.dtype, self.attention = config, jnp.dtype(dtype), attention
@@ -243,14 +240,15 @@ class GPT(nnx.Module):
         return capped_logits(x, head, self.config.logit_cap)[0]
 
     def hidden(self, ids, *, document_start=None, positions=None, previous=None, attend=None, remat="none"):
-        """The one forward, for training, prefill and decode -> (hidden states [B,T,D] ready for lm_head, kept).
+        """The one forward pass of training, prefill and decode -> (hidden states [B,T,D] ready for lm_head, kvs).
 
         ids int32 [B,T]. document_start int32 [B,T]: where in the row each token's document begins; attention and smear
-        do not look further back (None: the row is one document). Tokens that continue a text come with their
-        `positions` int32 [B,T] (default 0..T-1), with the token before them, `previous` int32 [B], and with `attend`,
-        which knows the keys and values of the earlier ones: attend(layer, q [B,T,N,H], k and v [B,T,K,H]) ->
-        (y [B,T,N,H], kept). Without it the T tokens attend to each other, and each layer keeps its k and v.
-        remat: one of REMAT, what the backward pass computes again (then `kept` is empty).
+        do not look further back (None: a row is one document). kvs: k and v [B,T,K,H] of each layer, for a cache.
+
+        Where the tokens continue a text, there are also their `positions` int32 [B,T] (default 0..T-1), the token
+        before them, `previous` int32 [B], and a function attend(layer, q [B,T,N,H], k and v [B,T,K,H]) -> (y [B,T,N,H],
+        the layer's entry of kvs), which has the earlier keys and values.
+        remat: one of REMAT, see `rematerialized`; then kvs are empty, as they would be kept for the backward pass.
         """
         c = self.config
         positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
@@ -268,23 +266,23 @@ class GPT(nnx.Module):
 
         def layer(i, x):
             if c.residual_lambdas:
-                x = mix(self.resid_lambdas[i], x, self.x0_lambdas[i], x0)
-            x, kept = self.blocks[i](x, ids, rope, partial(attend, i))
-            return constrain_batch(x), kept if remat == "none" else ()
+                x = scaled_sum(self.resid_lambdas[i], x, self.x0_lambdas[i], x0)
+            x, kv = self.blocks[i](x, ids, rope, partial(attend, i))
+            return constrain_batch(x), kv if remat == "none" else ()
 
-        kept = []
+        kvs = []
         for i in range(c.n_layer):
-            x, of_layer = rematerialised(partial(layer, i), remat)(x)
-            kept.append(of_layer)
+            x, kv = rematerialized(partial(layer, i), remat)(x)
+            kvs.append(kv)
             if i == c.n_layer // 2:
                 halfway = x
         if c.backout:
-            x = mix(1.0, x, -self.backout_lambda[0], halfway)
-        return rms_norm(x), tuple(kept)
+            x = scaled_sum(1.0, x, -self.backout_lambda[0], halfway)
+        return rms_norm(x), tuple(kvs)
 
     def _embed(self, ids):
-        """ids [...] -> normalised embeddings [...,D] in the compute type."""
-        return rms_norm(embedded(self.wte[...], ids, self.dtype, "wte"))
+        """ids [...] -> normalized embeddings [...,D] in the compute type."""
+        return rms_norm(look_up_embedding(self.wte[...], ids, self.dtype, "wte"))
 
     def _smear(self, e, previous, is_start):
         """Add the previous token's embedding, gated by the current one's first channels; none before a document."""
@@ -295,30 +293,23 @@ class GPT(nnx.Module):
         return (e.astype(jnp.float32) + gate * before.astype(jnp.float32)).astype(e.dtype)
 
 
-def rematerialised(layer: Callable, remat: str) -> Callable:
-    """`layer`, a function of its input, such that the backward pass computes again what `remat` says.
-
-    What attention found is kept either way: its kernel never runs twice."""
+def rematerialized(layer: Callable, remat: str) -> Callable:
+    """`layer`, a function of x, whose backward pass computes again what it would else keep: "none" of it, all that is
+    "elementwise" (products are kept), or the whole "block". Attention's results are kept: its kernel never runs twice.
+    """
     policies = jax.checkpoint_policies
-    found = policies.save_only_these_names(OUT, LSE)
+    attention_only = policies.save_only_these_names(OUT, LSE)
     if remat == "none":
         return layer
     if remat == "elementwise":
         products = policies.checkpoint_dots_with_no_batch_dims
-        return jax.checkpoint(layer, policy=policies.save_from_both_policies(found, products))
-    return jax.checkpoint(layer, policy=found)
+        return jax.checkpoint(layer, policy=policies.save_from_both_policies(attention_only, products))
+    return jax.checkpoint(layer, policy=attention_only)
 
 
-def mix(a: jax.Array | float, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
+def scaled_sum(a: jax.Array | float, x: jax.Array, b: jax.Array, y: jax.Array) -> jax.Array:
     """a x + b y in float32, in x's type: a bfloat16 lambda would lose its third digit."""
     return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
-
-
-def first_key(document_start: jax.Array, positions: jax.Array, window: int) -> jax.Array:
-    """k_start int32 [B,T]: causal attention, left window and documents as one integer a query (keys k_start..position).
-
-    document_start [B,T], positions [B or 1, T]; window -1: no limit."""
-    return document_start if window < 0 else jnp.maximum(document_start, positions - window)
 
 
 def abstract_gpt(config: GPTConfig, dtype=jnp.float32, attention: str = "chunked") -> tuple[nnx.GraphDef, dict]:
