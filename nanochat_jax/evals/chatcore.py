@@ -43,8 +43,8 @@ def make_chatcore(
     max_sample: int = 24,
     log: Callable = print0,
 ) -> Callable[..., dict[str, float]] | None:
-    """-> measure(params, progress=None): ChatCORE on the first max_cat problems of each multiple-choice task (-1: all) and
-    the first max_sample of the others; greedy, with nanochat's 512 new tokens. None where no task can be run.
+    """-> measure(params, progress=None): ChatCORE on the first max_cat problems of each multiple-choice task (-1: all),
+    and the first max_sample of the others; greedy, with nanochat's 512 new tokens. None where no task can be run.
 
     measure gives chatcore, chatcore_cat (of the multiple-choice tasks alone), chatcore_with_spelling, and each task's
     accuracy as chatcore/<task>; of the means only those whose tasks can all be run, `log` says which cannot. All
