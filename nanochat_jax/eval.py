@@ -33,7 +33,7 @@ from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, write_atomically
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.tasks.registry import TASKS, find_name, make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.loop import explaining_memory
@@ -131,7 +131,7 @@ def main(cfg: EvalConfig) -> int:
     task_names(cfg.task_name)  # a wrong name is found before anything is loaded
     start_device(cfg.device_type, cfg)
     mesh = make_mesh(cfg.mesh or "")
-    check_attention(cfg.attention, mesh, packed=False)
+    check_attention_backend(cfg.attention, mesh, packed=False)
     describe_device(mesh, print0)
     dtype = compute_dtype(cfg.dtype)
 
