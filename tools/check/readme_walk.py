@@ -31,6 +31,7 @@ SIZES = {  # flags for a command that begins so, the first that fits; a flag tha
     "nanochat_jax.base --data-dir": f"{DIALS} {STEPS}",
     "nanochat_jax.base": f"--download 3 {DIALS} {STEPS}",
     "nanochat_jax.sft --resume": "",
+    "nanochat_jax.sft --preflight v5e-8": "--total-batch-size 8192 --device-batch-size 4",
     "nanochat_jax.sft": f"{STEPS} --simple-spelling-rows 300 --spelling-bee-rows 300 --chatcore-max-cat 8 "
     "--chatcore-max-sample 2",
     "nanochat_jax.eval": "-x 4 -m 16",
@@ -41,7 +42,7 @@ ELSEWHERE = {  # what is run by other means
     "tools/quickstart.sh": "takes minutes: run it by itself",
     "tools/test.sh": "the continuous integration runs it",
     ".venv/bin/python -m pytest": "the continuous integration runs it",
-    "tools/setup.sh --extra": "needs an accelerator; without the extra the other commands' environment is made by it",
+    "tools/setup.sh --extra": "changes the environment, which the other commands use as it is",
     "tools/bench/": "measures, which takes minutes",
     ".venv/bin/python tools/": "measures or checks, which takes minutes",
     "tools/tpu_vm.py": "needs a Google Cloud project; tests drive it against a stand-in",
