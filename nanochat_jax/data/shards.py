@@ -9,8 +9,8 @@ import numpy as np
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import digest_of, file_digest
-from nanochat_jax.files.download import download_all, endpoint, locked
-from nanochat_jax.files.parquet import count_rows, read_files, read_footer
+from nanochat_jax.files.download import fetch_dataset_files, locked
+from nanochat_jax.files.parquet import count_rows, read_files
 from nanochat_jax.files.paths import kept_dir
 
 FOLDERS = ("base_data_climbmix", "base_data")  # of nanochat's base directory, today's and that of before 2026-03
@@ -97,7 +97,6 @@ def fetch_shards(n: int, folder: Path, log: Callable = print0) -> list[Path]:
     files = [Path(folder) / f"shard_{i:05d}.parquet" for i in (*range(n), LAST_SHARD)]
     if missing := [file for file in files if not file.is_file()]:
         log(f"downloading {len(missing):,} of {len(files):,} shards of {CLIMBMIX} to {folder}")
-        root = f"{endpoint()}/datasets/{CLIMBMIX}/resolve/main"
         with locked(Path(folder) / "shards", log):
-            download_all([(f"{root}/{file.name}", file) for file in missing], check=read_footer, log=log)
+            fetch_dataset_files(CLIMBMIX, "main", {file.name: file.name for file in missing}, Path(folder), log)
     return files

@@ -1,213 +1,132 @@
-"""Files over HTTP: whole under their final name or not there, however often a transfer fails or is killed.
+"""Downloads: files of the Hugging Face hub, and files of other web addresses. A file is whole under its name or absent.
 
-The hub is HF_ENDPOINT, a mirror of https://huggingface.co. Its token comes from HF_TOKEN, HUGGING_FACE_HUB_TOKEN or the
-file where `hf auth login` keeps it, and goes to the hub's own host only, not to where that redirects. HF_HUB_OFFLINE=1
-forbids every download. Proxies are those of HTTPS_PROXY, HTTP_PROXY and NO_PROXY.
+huggingface_hub does the transfers. HF_ENDPOINT names a mirror of the hub, HF_TOKEN or `hf auth login` give a token, and
+HF_HUB_OFFLINE=1 forbids all downloads. Proxies are those of HTTPS_PROXY, HTTP_PROXY and NO_PROXY. The library is only
+imported when something is downloaded, because the import takes 0.2 seconds that other runs need not spend.
 """
 
 import contextlib
-import email.utils
+import functools
 import os
-import queue
-import random
+import re
 import shutil
-import ssl
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPException
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.files.parquet import first_line
-from nanochat_jax.files.progress import progress
+from nanochat_jax.files.parquet import first_line, read_footer
+from nanochat_jax.files.paths import write_atomically
 
-HUB = "https://huggingface.co"
-ATTEMPTS = 6
-BACKOFF = 1.0  # seconds before the second attempt; doubles, with jitter
-LONGEST_WAIT = 600  # seconds that a server may ask us to wait
-TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 4
+BACKOFF = 1.0  # seconds before the second attempt; each further wait is twice as long
 PARALLEL = 4  # transfers at a time
-ROOM = "free some space, or name another base directory with NANOCHAT_BASE_DIR"
-PAGE = "log in to the network or its proxy with a browser, or check the address"
-CHUNK = 1 << 18  # bytes asked for at a time
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be another one soon
-
-_answered: set[str] = set()  # hosts that have answered this process: not reaching one of them is a passing fault
+TIMEOUT = 30.0  # seconds without a byte, for addresses outside the hub
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be different a moment later
+FREE_SPACE = "free some space, or name another base directory with NANOCHAT_BASE_DIR"
+LOGIN_PAGE = "log in to the network or its proxy with a browser, or check the address"
 
 
 class DownloadError(OSError):
-    """A file cannot be had; the message is one sentence with the reason and what to do."""
+    """A file cannot be had. The message is one sentence with the reason and what helps."""
 
 
-class _Passing(Exception):
-    """A fault that another attempt may not meet. `wait`: seconds that the server asks for."""
+def list_dataset(repo: str, revision: str, log: Callable = print0) -> tuple[str, list[str]]:
+    """The commit that a revision of a hub dataset stands for, and the sorted paths of its files. DownloadError."""
 
-    def __init__(self, message: str, wait: float | None = None):
-        super().__init__(message)
-        self.wait = wait
+    def ask() -> tuple[str, list[str]]:
+        from huggingface_hub import HfApi
+
+        commit = HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha
+        if not re.fullmatch("[0-9a-f]{40}", str(commit)):  # callers name folders after it
+            raise ValueError(f"{commit!r:.100} is no commit")
+        return commit, sorted(HfApi().list_repo_files(repo, revision=commit, repo_type="dataset"))
+
+    return _repeat(ask, f"dataset {repo} ({revision})", log)
 
 
-class _Stopped(Exception):
-    """Another transfer of the same batch has failed."""
+def fetch_dataset_files(
+    repo: str, revision: str, files: Mapping[str, str], folder: Path, log: Callable = print0
+) -> None:
+    """Download parquet files of a hub dataset, a few at a time; `files` maps paths in the dataset to names in `folder`.
 
-
-def download(
-    url: str, final: Path, *, size: int | None = None, check: Callable | None = None, log: Callable = print0
-) -> Path:
-    """The file `url` under the name `final`; one that is there already is complete, and stays.
-
-    The transfer goes to a temporary name beside it, and takes the final name when its length is Content-Length (and
-    `size` bytes) and check(path) raises no ValueError. Of several processes one downloads, the others wait.
-    DownloadError: it cannot be had, after ATTEMPTS attempts where another one may help.
+    The caller holds a lock on the folder. Files that are there already stay as they are. DownloadError: the first
+    failure ends the others; files that have arrived stay.
     """
-    final = Path(final)
-    if not final.is_file():
-        with locked(final, log), progress(log) as start:
-            _fetch(url, final, size, check, log, start, threading.Event())
-    return final
+    scratch, failed = folder / ".downloading", threading.Event()
 
+    def fetch(file: tuple[str, str]) -> Path:
+        from huggingface_hub import hf_hub_download
 
-def download_all(files: Sequence[tuple[str, Path]], *, check: Callable | None = None, log: Callable = print0) -> None:
-    """download() of (url, final) pairs, a few at a time, by a caller who holds a lock that guards them all.
+        path, final = file[0], folder / file[1]
+        get = functools.partial(hf_hub_download, repo, path, repo_type="dataset", revision=revision, local_dir=scratch)
+        if not (failed.is_set() or final.is_file()):
+            downloaded = _repeat(get, f"{path} of dataset {repo}", log)
+            try:
+                read_footer(Path(downloaded))
+            except ValueError as e:
+                raise DownloadError(f"{path} of dataset {repo} is damaged at its source: {e}") from e
+            with writing(folder):
+                os.replace(downloaded, final)
+        return final
 
-    The first DownloadError stops all; finished files stay.
-    """
-    stop, waiting, ended = threading.Event(), queue.SimpleQueue(), queue.SimpleQueue()
-    for file in files:
-        waiting.put(file)
-
-    def work() -> None:
-        with contextlib.suppress(queue.Empty):
-            while not stop.is_set():
-                url, final = waiting.get_nowait()
-                try:
-                    ended.put((final, _fetch(url, final, None, check, log, start, stop)))
-                except BaseException as e:
-                    ended.put((final, e))
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(PARALLEL)]
-    with progress(log) as start:
-        for thread in threads:
-            thread.start()
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    with ThreadPool(PARALLEL) as pool, warnings.catch_warnings():  # daemon threads, for which Ctrl-C does not wait
+        warnings.filterwarnings("error", "Not enough free disk space")  # the library warns and goes on
         try:
-            for number in range(1, len(files) + 1):
-                final, fault = ended.get()
-                if fault:
-                    raise fault
+            for number, final in enumerate(pool.imap_unordered(fetch, files.items()), start=1):
                 log(f"{final.name}: {final.stat().st_size / 1e6:,.1f} MB ({number:,} of {len(files):,} files)")
+        except DownloadError:
+            failed.set()
+            pool.close()
+            pool.join()
+            raise
         finally:
-            stop.set()
-            if not isinstance(sys.exception(), KeyboardInterrupt):  # else nobody wants to wait, and they are daemons
-                for thread in threads:
-                    thread.join()
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read(url: str, limit: int, log: Callable = print0) -> bytes:
-    """What `url` answers, at most `limit` bytes. DownloadError as for download()."""
+def download(url: str, final: Path, log: Callable = print0) -> Path:
+    """A small file of any web address under the name `final`; one that is there already stays. DownloadError."""
 
-    def attempt() -> bytes:
-        body = bytearray()
-        for chunk, _ in _chunks(url, None):
-            body += chunk
-            if len(body) > limit:
-                raise DownloadError(f"{_shown(url)} answered with more than {limit:,} bytes, which cannot be right")
-        return bytes(body)
+    def get() -> bytes:
+        from huggingface_hub.utils import get_session  # its client obeys HF_HUB_OFFLINE
 
-    return _persist(attempt, url, log, threading.Event())
+        response = get_session().get(url, timeout=TIMEOUT)
+        response.raise_for_status()
+        body, shown = response.content, url.split("?")[0]  # the query may hold a signature
+        if url.startswith("https:") and response.url.scheme != "https":
+            raise DownloadError(f"{shown} redirects to plain http, which is refused")
+        is_page = body.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html"))
+        if is_page or "text/html" in response.headers.get("Content-Type", ""):
+            raise DownloadError(f"{shown} answered with a web page, not with the file: {LOGIN_PAGE}")
+        if not body:
+            raise OSError("the answer is empty")
+        return body
 
-
-def endpoint() -> str:
-    """The hub's address, without a slash at its end. DownloadError: HF_ENDPOINT is no address."""
-    address = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    try:
-        _origin(address)
-    except ValueError:
-        raise DownloadError(f"HF_ENDPOINT must be an address like {HUB}, got {address!r:.100}") from None
-    return address
-
-
-# -------------------------------------------------------------------------------------------------------- one file
-def _fetch(url, final: Path, size, check, log, start, stop) -> None:
-    """download() by a caller who holds the lock."""
-    if final.is_file():  # by another process, while this one waited for the lock
-        return
-    with writing(final.parent):
-        final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        raise DownloadError(f"{final} is not a file: move it away, a download belongs there")
-    part = final.with_name(f".{final.name}.part")  # always the same name: what a kill leaves is overwritten
-    report = start(final.name)
-    try:
-        _persist(lambda: _transfer(url, part, size, check, report, stop), url, log, stop)
-        with writing(final.parent):
-            os.replace(part, final)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _transfer(url, part: Path, size, check, report, stop) -> None:
-    """One attempt at `url` into the new file `part`."""
-    done = 0
-    with writing(part.parent):
-        part.unlink(missing_ok=True)
-        with open(part, "xb") as file:
-            for chunk, total in _chunks(url, size):
-                if stop.is_set():
-                    raise _Stopped
-                if not done and total and shutil.disk_usage(part.parent).free < total:
-                    raise DownloadError(f"{part.parent} has no room for {total / 1e6:,.1f} MB of {_shown(url)}: {ROOM}")
-                file.write(chunk)
-                done += len(chunk)
-                report(done, total)
-            file.flush()
-            os.fsync(file.fileno())
-    if check:
-        try:
-            check(part)
-        except ValueError as e:
-            if total is None:
-                raise _Passing(f"the transfer, of unknown length, ended early: {e}") from e
-            raise DownloadError(f"{_shown(url)} is damaged at its source: {e}") from e
-
-
-def _chunks(url: str, size: int | None) -> Iterator[tuple[bytes, int | None]]:
-    """The bytes of `url` as they come, at least some, each with the number of all, None where the server tells none."""
-    with _answer(url) as response:
-        length = response.length
-        if None not in (size, length) and size != length:
-            raise DownloadError(f"{_shown(url)} has {length:,} bytes instead of {size:,}: it is another file by now")
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise DownloadError(f"{_shown(url)} came compressed, which was not asked for: a proxy's fault?")
-        total, done = size if length is None else length, 0
-        while chunk := response.read1(CHUNK if length is None else min(CHUNK, length - done)):
-            head = b"" if done else chunk.lstrip().lower()
-            if response.headers.get_content_type() == "text/html" or head.startswith((b"<!doctype html", b"<html")):
-                raise DownloadError(f"{_shown(url)} answered with a web page, not with the file: {PAGE}")
-            done += len(chunk)
-            yield chunk, total
-            if done > (total or done):
-                break
-    if not done or done != (total or done):
-        raise _Passing(f"the transfer ended after {done:,} of {f'{total:,}' if total else 'some'} bytes")
+    if not final.is_file():
+        with locked(final, log):
+            if not final.is_file():  # another process may have made it meanwhile
+                body = _repeat(get, url.split("?")[0], log)
+                with writing(final.parent):
+                    write_atomically(final, body)
+    return final
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """What goes wrong with files inside is a DownloadError with what to do about `folder`."""
+    """Turn what goes wrong with files inside the block into a DownloadError that says what to do about `folder`."""
     try:
         yield
     except DownloadError:
         raise
     except OSError as e:
-        raise DownloadError(f"{folder} cannot be written ({e.strerror or e}): {ROOM}") from e
+        raise DownloadError(f"{folder} cannot be written ({e.strerror or e}): {FREE_SPACE}") from e
 
 
 @contextlib.contextmanager
@@ -227,134 +146,50 @@ def locked(target: Path, log: Callable = print0) -> Iterator[None]:
         lock.release()
 
 
-def _persist(attempt: Callable, url: str, log: Callable, stop: threading.Event):
-    """attempt(), again where its fault is a passing one."""
+def _repeat(attempt: Callable[[], Any], what: str, log: Callable) -> Any:
+    """attempt(), again where its fault may pass: the library repeats broken transfers itself, but no listing."""
     for number in range(1, ATTEMPTS + 1):
         try:
             return attempt()
-        except _Passing as e:
-            if number == ATTEMPTS:
-                raise DownloadError(f"{_shown(url)} failed {ATTEMPTS} times, at last so: {e}; try again later") from e
-            seconds = random.uniform(0.5, 1.5) * BACKOFF * 2 ** (number - 1) if e.wait is None else e.wait
-            if seconds > LONGEST_WAIT:
-                raise DownloadError(f"{_shown(url)}: {e} and asks to wait {seconds:,.0f} s; try again later") from e
-            log(f"{_shown(url)}: {e}, trying again in {seconds:.0f} s")
-            if stop.wait(seconds):
-                raise _Stopped from None
+        except DownloadError:
+            raise
+        except Exception as e:  # of huggingface_hub, httpx, hf_xet and the file system
+            fault, transient = _explain(e)
+            if not transient or number == ATTEMPTS:
+                raise DownloadError(f"{what} {fault}" + ("; try again later" if transient else "")) from e
+            wait = BACKOFF * 2 ** (number - 1)
+            log(f"{what} {fault}, trying again in {wait:.0f} s")
+            time.sleep(wait)
 
 
-# ------------------------------------------------------------------------------------------------------ the network
-@contextlib.contextmanager
-def _answer(url: str) -> Iterator:
-    """The open response of a GET. The network's faults, inside the block too, become DownloadError or _Passing."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise DownloadError(f"{_shown(url)} is not downloaded because HF_HUB_OFFLINE is set: unset it")
-    try:
-        try:
-            redirects = _Redirects(url)
-            request = Request(url, headers={"User-Agent": "nanochat_jax", "Accept-Encoding": "identity"})
-            _authorize(request)
-            response = build_opener(redirects).open(request, timeout=TIMEOUT)
-        except ValueError as e:  # the address, a redirect's or a host name cannot be one
-            raise DownloadError(f"{_shown(url)} leads nowhere: {first_line(e)}") from e
-        _answered.add(redirects.host)
-        with response:
-            yield response
-    except (DownloadError, _Passing):
-        raise
-    except HTTPError as e:
-        _answered.add(redirects.host)
-        with e:
-            raise _refusal(url, e) from e
-    except (OSError, HTTPException) as e:
-        reason, host = getattr(e, "reason", None) or e, redirects.host
-        said = f"{type(reason).__name__}: {first_line(reason)}"
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise DownloadError(f"{host} is not trusted ({said}): name its certificates with SSL_CERT_FILE") from e
-        if isinstance(e, URLError) and host not in _answered:
-            remedy = "check the network and HTTPS_PROXY" + (", or name a mirror with HF_ENDPOINT" * _is_hub(url))
-            raise DownloadError(f"{host} cannot be reached ({said}): {remedy}") from e
-        raise _Passing(said) from e
+def _explain(e: BaseException) -> tuple[str, bool]:
+    """The rest of a sentence that begins with what was asked for, and whether another attempt may go better."""
+    import httpx
+    from huggingface_hub import errors, get_token
 
-
-class _Redirects(HTTPRedirectHandler):
-    """Follows redirects, not from https to http; the token goes along to the hub's own host only."""
-
-    def __init__(self, url: str):
-        self.host = _origin(url)[1]  # that is asked at present
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        scheme, host, _ = _origin(newurl)
-        if scheme == "http" and req.type == "https":
-            raise DownloadError(f"{_shown(req.full_url)} redirects to plain http, which is refused")
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        _answered.add(self.host)
-        self.host = host
-        _authorize(request)
-        return request
-
-
-def _refusal(url: str, e: HTTPError) -> Exception:
-    """What an HTTP answer that is no success means."""
-    said = f"{e.code} {str(e.reason).splitlines()[0][:100]}" if e.reason else f"{e.code}"
-    if e.code in PASSING:
-        return _Passing(f"HTTP {said}", _retry_after(e.headers.get("Retry-After")))
-    if e.code in (401, 403) and _is_hub(e.url):
-        _, source = _token()
-        remedy = f"the token of {source} is wrong or may not read it" if source else "set HF_TOKEN, or check the name"
-        return DownloadError(f"{_shown(url)} answered {said}, it needs a token that may read it: {remedy}")
-    if e.code in (404, 410):
-        return DownloadError(f"{_shown(url)} does not exist ({said}): check the name")
-    return DownloadError(f"{_shown(url)} answered {said}")
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds from now of a Retry-After header: a number or a date; None where it is neither."""
-    value = (value or "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port. ValueError: not an http or https address."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = None
-    if not host or parts.scheme not in ("http", "https") or not url.isprintable() or " " in url:
-        raise ValueError(f"{url!r:.200} is not an http or https address")
-    return parts.scheme, host, port or {"http": 80, "https": 443}[parts.scheme]
-
-
-def _is_hub(url: str) -> bool:
-    return _origin(url) == _origin(endpoint())
-
-
-def _shown(url: str) -> str:
-    return "".join(c for c in url.split("?")[0][:300] if c.isprintable())  # a query may hold a signature
-
-
-def _authorize(request: Request) -> None:
-    if _is_hub(request.full_url) and (token := _token()[0]):
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-
-
-def _token() -> tuple[str, str]:
-    """The hub's token and where it is from; two empty strings where there is none. DownloadError: it is no token."""
-    for source in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if token := os.environ.get(source, "").strip():
-            break
-    else:
-        home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-        path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").expanduser()
-        token, source = "", str(path)
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            token = path.read_text(encoding="utf-8").strip()
-    if not (token.isascii() and token.isprintable()) or " " in token:
-        raise DownloadError(f"{source} must hold one token and nothing else")
-    return token, source if token else ""
+    while isinstance(e, errors.LocalEntryNotFoundError) and e.__cause__:
+        e = e.__cause__  # the library has looked for the file on this disk after the failure that counts
+    said = f"{type(e).__name__}: {first_line(e).split(' (')[0]}"  # in brackets may be the end of a signed address
+    if isinstance(e, errors.OfflineModeIsEnabled):
+        return "is not downloaded because HF_HUB_OFFLINE is set: unset it", False
+    if (response := getattr(e, "response", None)) is not None:
+        answer = f"{response.status_code} {response.reason_phrase}"
+        if response.status_code in (404, 410):
+            return f"does not exist ({answer}): check the name", False
+        if response.status_code in (401, 403) and isinstance(e, errors.HfHubHTTPError):
+            remedy = "the token of HF_TOKEN or hf auth login is wrong or may not read it"
+            remedy = remedy if get_token() else "set HF_TOKEN, or check the name"
+            return f"answered {answer}, it needs a token that may read it: {remedy}", False
+        return f"answered {answer}", response.status_code in TRANSIENT
+    if isinstance(e, errors.HFValidationError):
+        return f"cannot exist ({said}): check the name", False
+    if isinstance(e, httpx.UnsupportedProtocol | httpx.InvalidURL):
+        return f"has no web address ({said}): HF_ENDPOINT must be an address like https://huggingface.co", False
+    if isinstance(e, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
+        remedy = "check the network, HTTPS_PROXY and SSL_CERT_FILE, or name a mirror with HF_ENDPOINT"
+        return f"cannot be reached ({said}): {remedy}", False
+    if isinstance(e, UserWarning) or getattr(e, "errno", None):
+        return f"cannot be written ({getattr(e, 'strerror', None) or first_line(e)}): {FREE_SPACE}", False
+    if isinstance(e, httpx.TransportError) or type(e) in (OSError, RuntimeError):  # hf_xet raises RuntimeError
+        return f"broke off ({said})", True
+    return f"is not answered as by the hub ({said}): {LOGIN_PAGE}", False

@@ -1,9 +1,9 @@
-"""Datasets of the Hugging Face hub as local parquet files: where they are found, and rows out of them.
+"""Datasets of the Hugging Face hub as parquet files on this disk: where they are found, and rows out of them.
 
-A mirror holds DIR/<owner>--<name>/<subset>/<split>/manifest.json, a list of the parquet files beside it in order. This
-is also how nanochat's own cache looks. A mirror is looked for in the `data_dir` argument, in NANOCHAT_DATA_DIR and in
-task_data/ of the base directory; each may be the folder of the <owner>--<name> folders or one with hub/ in it. What is
-in none of them is downloaded into task_data/.
+A folder of datasets has DIR/<owner>--<name>/<subset>/<split>/manifest.json, a list of the parquet files beside it in
+order. This is also how nanochat's own cache looks. Such folders are the `data_dir` argument, NANOCHAT_DATA_DIR and
+task_data/ of the base directory; each may have its datasets in hub/ instead. A split that is in none of them is
+downloaded into task_data/.
 """
 
 import bisect
@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import time
-import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -20,38 +19,30 @@ import numpy as np
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import digest_of, file_digest
-from nanochat_jax.files.download import HUB, DownloadError, download, download_all, endpoint, locked, read, writing
-from nanochat_jax.files.parquet import count_rows, read_files, read_footer
+from nanochat_jax.files.download import DownloadError, download, fetch_dataset_files, list_dataset, locked, writing
+from nanochat_jax.files.parquet import count_rows, read_files
 from nanochat_jax.files.paths import base_dir, kept_dir, write_atomically
 from nanochat_jax.tasks.custom_json import SOURCES, source_hint
 from nanochat_jax.tasks.task import Task
 
 SHUFFLE_SEED = 42  # nanochat permutes every dataset with this seed before it slices
-MAX_FILES = 1000  # of a split: the hub exports the first 5 GB of a dataset, in files of hundreds of megabytes
-STALE_SECONDS = 24 * 3600  # after so long a stopped download starts anew: the dataset may have changed
+EXPORT = "refs/convert/parquet"  # the branch of every dataset in which the hub keeps its conversion to parquet
 FETCHED = ("words_alpha.txt",)  # files that are downloaded unasked; the others are the user's choice
 
 
 def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None = None) -> list[Path]:
-    """The split's parquet files in order, downloaded where no mirror has it.
+    """The split's parquet files in order, downloaded where no folder of datasets has it.
 
-    FileNotFoundError: in no mirror, and it cannot be downloaded; ValueError: a damaged manifest.
+    FileNotFoundError: it cannot be had; the message says where it was looked for and what helps. ValueError: a damaged
+    manifest.
     """
-    folders = []
+    looked = []
     for root in (*_roots(data_dir), kept_dir() / "task_data"):
         for parent in (root, root / "hub"):
             folder = bucket.fetch(parent / repo.replace("/", "--") / subset / split)
             if (folder / "manifest.json").exists():
                 return _read_manifest(folder)
-            folders.append(folder)
-    return fetch_split(repo, subset, split, folders)
-
-
-def fetch_split(repo: str, subset: str, split: str, looked: list[Path]) -> list[Path]:
-    """What happens when no mirror has the split: the hub's parquet export of it goes to task_data/. Returns its files.
-
-    FileNotFoundError: it cannot be had; the message says where it was looked for, what was tried and what helps.
-    """
+            looked.append(folder)
     for part in (subset, split):
         if part != os.path.basename(part) or part in ("", ".", ".."):
             raise ValueError(f"the subset or split {part!r:.80} of {repo} must be the name of a folder")
@@ -72,46 +63,29 @@ def fetch_split(repo: str, subset: str, split: str, looked: list[Path]) -> list[
 def _download_split(repo: str, subset: str, split: str, final: Path) -> None:
     """Fill a folder beside `final`, manifest last, then move it there in one step. The caller holds the lock.
 
-    Files of a download that was stopped are kept where it was lately and the hub lists the same.
+    What a download has left that was stopped is used again where the dataset has not changed since.
     """
-    path = "/".join(urllib.parse.quote(part, safe="/") for part in (repo, "parquet", subset, split))
-    urls = _listed(f"{endpoint()}/api/datasets/{path}")
-    print0(f"downloading {repo} (subset {subset}, split {split}), {len(urls)} files, to {final}")
+    commit, paths = list_dataset(repo, EXPORT)
+    parts = (f"{subset}/{split}/", f"{subset}/partial-{split}/")  # partial-: the first 5 GB of a larger dataset
+    paths = [path for path in paths if path.startswith(parts) and path.endswith(".parquet")]
+    if not paths:
+        raise DownloadError(f"dataset {repo} ({EXPORT}) has no {parts[0]}: check the names of subset and split")
+    print0(f"downloading {repo} (subset {subset}, split {split}), {len(paths)} files, to {final}")
     building = final.with_name(f".{final.name}.building")
-    listing, names = building / ".listing.json", [f"{i:05d}.parquet" for i in range(len(urls))]
+    folder, names = building / commit, [f"{i:05d}.parquet" for i in range(len(paths))]
     with writing(final.parent):
-        if not (
-            listing.exists()
-            and time.time() - listing.stat().st_mtime < STALE_SECONDS
-            and listing.read_bytes() == json.dumps(urls).encode()
-        ):
-            shutil.rmtree(building, ignore_errors=True)
-            write_atomically(listing, json.dumps(urls).encode())
-    download_all([(url, building / name) for url, name in zip(urls, names)], check=read_footer)
+        if not folder.is_dir():
+            shutil.rmtree(building, ignore_errors=True)  # of another commit
+            folder.mkdir(parents=True)
+    fetch_dataset_files(repo, commit, dict(zip(paths, names)), folder)
     with writing(final.parent):
-        write_atomically(building / "manifest.json", json.dumps(names).encode())
-        listing.unlink()
+        write_atomically(folder / "manifest.json", json.dumps(names).encode())
         if final.exists() and any(final.iterdir()):  # of nanochat's download, stopped halfway, or a user's own
             aside = final.with_name(f"{final.name}.{time.time_ns()}")
             os.rename(final, aside)
             print0(f"{final} had no manifest.json: what was in it is now in {aside}")
-        os.rename(building, final)
-
-
-def _listed(url: str) -> list[str]:
-    """The addresses that the hub lists. DownloadError: it is no list of at most MAX_FILES addresses."""
-    try:
-        urls = json.loads(read(url, limit=1 << 22))
-    except (ValueError, RecursionError):
-        urls = None
-    if not isinstance(urls, list) or not all(isinstance(u, str) for u in urls) or not 1 <= len(urls) <= MAX_FILES:
-        raise DownloadError(f"{url} must answer with a JSON list of 1 to {MAX_FILES} addresses, and does not")
-    ours = endpoint()
-    urls = [ours + u.removeprefix(HUB) if u.startswith(HUB + "/") else u for u in urls]  # a mirror may list the hub's
-    scheme = urllib.parse.urlsplit(ours).scheme
-    if bad := [u for u in urls if not u.startswith(("https://", f"{scheme}://"))]:
-        raise DownloadError(f"{url} lists {bad[0]!r:.100}, which is no {scheme} address")
-    return urls
+        os.rename(folder, final)
+        building.rmdir()
 
 
 def find_file(name: str, data_dir: Path | str | None = None) -> Path:

@@ -1,9 +1,14 @@
 """A web server on loopback whose answers a test scripts: it plays the hub, its storage, a proxy's login page."""
 
 import contextlib
+import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import quote
+
+COMMIT = "c" * 40
 
 
 class Answer:
@@ -17,7 +22,11 @@ class Answer:
 
 
 class Server:
-    """answers: path -> an Answer, or a list of which each request takes one, the last one for good."""
+    """answers: path -> an Answer, or a list of which each request takes one, the last one for good.
+
+    A path is looked up with its query, then without. A HEAD request takes the answer of "HEAD path" where there is one,
+    else the headers of the path's last answer.
+    """
 
     def __init__(self):
         self.answers, self.requests, self.held = {}, [], threading.Event()
@@ -25,14 +34,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                outer.requests.append((self.path, dict(self.headers)))
-                answer = outer.answers.get(self.path, Answer(b"{}", 404))
-                if isinstance(answer, list):
-                    answer = answer.pop(0) if len(answer) > 1 else answer[0]
-                self.send_response(answer.status)
-                for name, value in answer.headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
+                answer = self.begin(self.path)
                 with contextlib.suppress(OSError):  # the client may be gone
                     self.wfile.write(answer.body[: answer.sent])
                     self.wfile.flush()
@@ -40,6 +42,23 @@ class Server:
                         outer.held.set()
                         answer.hold.wait(30)
                         self.wfile.write(answer.body[len(answer.body) if answer.sent is None else answer.sent :])
+
+            def do_HEAD(self):
+                self.begin(f"HEAD {self.path}")
+
+            def begin(self, path):
+                outer.requests.append((path, {name.title(): value for name, value in self.headers.items()}))
+                bare = path.split("?")[0]
+                tried = (path, bare, *([] if bare == path.removeprefix("HEAD ") else [bare.removeprefix("HEAD ")]))
+                answer = next((outer.answers[p] for p in tried if p in outer.answers), Answer(b"{}", 404))
+                if isinstance(answer, list):
+                    consumed = not path.startswith("HEAD ") or path in outer.answers
+                    answer = answer.pop(0) if consumed and len(answer) > 1 else answer[0 if consumed else -1]
+                self.send_response(answer.status)
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                return answer
 
             def log_message(self, *args):
                 pass
@@ -55,11 +74,35 @@ class Server:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def paths(self):
-        return [path for path, _ in self.requests]
+        """What was asked for with GET, without queries."""
+        return [path.split("?")[0] for path, _ in self.requests if not path.startswith("HEAD ")]
 
     def close(self):
         self._server.shutdown()
         self._server.server_close()
+
+
+def serve_dataset(server, repo, revision, files, commit=COMMIT):
+    """Let the server be a hub that has this dataset; files: path -> bytes. Returns its addresses."""
+    api = f"/api/datasets/{repo}"
+    addresses = SimpleNamespace(
+        revision=f"{api}/revision/{quote(revision, safe='')}",
+        tree=f"{api}/tree/{commit}",
+        file=lambda path, revision=commit: f"/datasets/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}",
+    )
+    listing = [{"type": "file", "path": path, "size": len(body), "oid": "0" * 40} for path, body in files.items()]
+    folders = [{"type": "directory", "path": path, "oid": "0" * 40} for path in {p.split("/")[0] for p in files}]
+    server.answers[addresses.revision] = Answer(json.dumps({"id": repo, "sha": commit}).encode())
+    server.answers[addresses.tree] = Answer(json.dumps(folders + listing).encode())
+    for path, body in files.items():
+        for known_as in {revision, commit}:
+            server.answers[addresses.file(path, known_as)] = file_answer(body, commit=commit)
+    return addresses
+
+
+def file_answer(body, *, commit=COMMIT, etag=None, **how):
+    """A file as the hub sends it."""
+    return Answer(body, ETag=f'"{etag or hash(body) % 10**12}"', X_Repo_Commit=commit, **how)
 
 
 @contextlib.contextmanager
@@ -86,7 +129,15 @@ def together(server, hold, start, tmp_path):
 
 
 def isolate(monkeypatch, tmp_path):
-    """No proxy, token, mirror or home of this machine; the base directory is tmp_path/base; back-off takes no time."""
+    """No proxy, token, mirror or home of this machine; the base directory is tmp_path/base; back-off takes no time.
+
+    Returns the list of seconds that downloads would have waited. The hub's library reads its variables when it is
+    imported, so they are set for processes that a test starts, and in the library for this one.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
     from nanochat_jax.files import download
 
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
@@ -95,6 +146,29 @@ def isolate(monkeypatch, tmp_path):
     for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "NANOCHAT_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    monkeypatch.setattr(download, "_answered", set())
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+        "HF_TOKEN_PATH": str(tmp_path / "hf" / "token"),
+        "HF_STORED_TOKENS_PATH": str(tmp_path / "hf" / "stored_tokens"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    use_hub(monkeypatch, "https://hub.invalid")
+    huggingface_hub.close_session()  # the next one reads the proxies' variables
+    waited = []
+    for module in (download, _http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waited.append))
+    return waited
+
+
+def use_hub(monkeypatch, address):
+    """HF_ENDPOINT, for this process and for those that the test starts."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    address = address.rstrip("/")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow.parquet as pq
 import tyro
@@ -52,6 +54,7 @@ ELSEWHERE = {  # what is run by other means
 }
 LONGEST_SECONDS = 600  # of a command: one whose predecessor failed may begin a run of hours
 SERVED_AS = {"HuggingFaceTB--smol-smoltalk": "sgd-dialogues"}  # the hub's dataset is not in the folder
+COMMIT = "c" * 40
 TALKS = [
     [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "A number."}] for n in range(9)
 ]
@@ -87,29 +90,35 @@ class Hub(ThreadingHTTPServer):
 
 
 class HubRequest(BaseHTTPRequestHandler):
-    """The two addresses of the hub that are asked for: a split's listing, and a file."""
+    """As much of the hub as huggingface_hub asks for: a dataset's commit, the list of its files, and a file."""
 
     def do_GET(self):
-        data, parts = self.server.data, self.path.strip("/").split("/")
-        if parts[:2] == ["api", "datasets"] and parts[4] == "parquet":
-            folder = "--".join(parts[2:4])
-            path = data / "hub" / SERVED_AS.get(folder, folder) / parts[5] / parts[6]
-            names = json.loads((path / "manifest.json").read_text()) if path.is_dir() else []
-            here = f"http://{self.headers['Host']}/file"
-            self.answer(json.dumps([f"{here}/{path.relative_to(data)}/{name}" for name in names]).encode())
-        elif parts[0] == "file":
-            self.answer((data / "/".join(parts[1:])).read_bytes())
+        data, parts = self.server.data, [unquote(part) for part in self.path.partition("?")[0].strip("/").split("/")]
+        name = "--".join(parts[2:4] if parts[0] == "api" else parts[1:3])
+        folder = data / "hub" / SERVED_AS.get(name, name)
+        if parts[4:5] == ["revision"]:
+            self.answer(json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT}).encode())
+        elif parts[4:5] == ["tree"]:
+            paths = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*/*.parquet"))]
+            self.answer(json.dumps([{"type": "file", "path": p, "size": 0, "oid": COMMIT} for p in paths]).encode())
         elif number := re.fullmatch(r"shard_(\d+)\.parquet", parts[-1]):
             shard = min(int(number[1]), 4)  # the validation shard has the largest number
             self.answer((data / f"corpus/shard_{shard:05d}.parquet").read_bytes())
+        elif parts[3:4] == ["resolve"]:
+            self.answer(folder.joinpath(*parts[5:]).read_bytes())
         else:
             self.send_error(404)
 
+    do_HEAD = do_GET
+
     def answer(self, body: bytes):
         self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        headers = {"Content-Length": str(len(body)), "ETag": f'"{zlib.crc32(body)}"', "X-Repo-Commit": COMMIT}
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def log_message(self, *args):
         pass
