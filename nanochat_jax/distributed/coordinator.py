@@ -76,7 +76,7 @@ class Peer:
 class Coordinator(threading.Thread):
     """A process's connections, on process 0 to all others and else to process 0, and the thread that serves them.
 
-    The main thread calls `exchange`, `stopping_in_order`, `stop_here` and `fail`.
+    The main thread calls `fail`, and `exchange`, `stopping_in_order` and `stop_here`, which `processes` describes.
     """
 
     def __init__(self, cluster: ClusterInfo, peers: dict[int, Peer], hosts: list[str], jax_port: int, listener=None):
@@ -147,7 +147,10 @@ class Coordinator(threading.Thread):
                 if ready is self._signals:
                     self._on_signal(ready.recv(1)[0])
                 elif ready is self._listener:
-                    self._turn_away()
+                    with contextlib.suppress(OSError):
+                        latecomer = Peer(self._listener.accept()[0])
+                        latecomer.send(refused=f"the {len(self.hosts)} processes of this run have begun already")
+                        latecomer.socket.close()
                 else:
                     self._receive(processes[ready])
             now = time.monotonic()
@@ -188,19 +191,19 @@ class Coordinator(threading.Thread):
                     if len(parts) < self.cluster.process_count:
                         return
                     del self._parts[key]
-                names, values = zip(*(part for _, part in sorted(parts.items())))
-                for i, name in enumerate(names):
-                    if name != names[0]:
-                        self._exit(f"{self._name(i)} is at {name!r} while process 0 is at {names[0]!r}")
+                for i, (name, _) in sorted(parts.items()):
+                    if name != parts[0][0]:
+                        self._exit(f"{self._process_name(i)} is at {name!r} while process 0 is at {parts[0][0]!r}")
+                values = [value for _, (_, value) in sorted(parts.items())]
                 if key == "stop" and None in values:
-                    sentence = f"{self._name(self._signalled)} got signal {self.signal_number}: all stop"
+                    sentence = f"{self._process_name(self._signalled)} got signal {self.signal_number}: all stop"
                     self._exit(sentence, 128 + self.signal_number)
-                self._order(results=key, what=what, values=list(values))
+                self._order(results=key, what=what, values=values)
             case {"signal": number} if not self.signal_number:
                 self._signalled = sender
                 self._order(stop=number)
             case {"failed": reason}:
-                self._exit(f"{self._name(sender)} has stopped: {reason}")
+                self._exit(f"{self._process_name(sender)} has stopped: {reason}")
 
     def _follow_order(self, message: dict) -> None:
         match message:
@@ -227,7 +230,7 @@ class Coordinator(threading.Thread):
     def _on_loss(self, i: int, how: str) -> None:
         self._peers[i].closed = True
         if not self._at_end:
-            self._exit(f"{self._name(i)} is lost ({how}); start all again with --resume", LOST_EXIT_CODE)
+            self._exit(f"{self._process_name(i)} is lost ({how}); start all again with --resume", LOST_EXIT_CODE)
 
     def _on_abort(self, _: int) -> None:
         """JAX aborts every process as soon as process 0 is gone: report that loss instead. An abort for another reason
@@ -240,13 +243,7 @@ class Coordinator(threading.Thread):
         if gone:
             self._on_loss(0, "its connection is closed")
 
-    def _turn_away(self) -> None:
-        with contextlib.suppress(OSError):
-            visitor, _ = self._listener.accept()
-            Peer(visitor).send(refused=f"the {self.cluster.process_count} processes of this run have begun already")
-            visitor.close()
-
-    def _name(self, i: int) -> str:
+    def _process_name(self, i: int) -> str:
         return f"process {i} on {self.hosts[i]}"
 
     def _exit(self, sentence: str, code: int = 1) -> None:

@@ -23,7 +23,8 @@ from nanochat_jax.distributed.cluster import find_cluster
 from nanochat_jax.distributed.coordinator import LOST_SECONDS, Coordinator
 from nanochat_jax.distributed.rendezvous import accept_processes, connect, describe_difference
 
-PER_PROCESS = {"process_id", "coordinator", "config", "data_dir", "json", "verbose"}  # settings that may differ
+# Settings that may differ between processes; `given` is which of them the user has set.
+PER_PROCESS = {"process_id", "coordinator", "config", "data_dir", "json", "verbose", "given"}
 VERSIONS = ("nanochat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 _coordinator: Coordinator | None = None  # set by `join`; None in a run of one process

@@ -48,9 +48,8 @@ def accept_processes(cluster: ClusterInfo, facts: dict[str, str]) -> Coordinator
             if not isinstance(i, int) or i < 1 or not isinstance(its_facts, dict):
                 peer.socket.close()
             elif i >= cluster.process_count or i in peers:
-                reason = f"there are {cluster.process_count} of them"
-                if i in peers:
-                    reason = f"process {i} on {hosts[i]} has come already"
+                twice = f"process {i} on {hosts.get(i)} has come already"
+                reason = twice if i in peers else f"there are {cluster.process_count} of them"
                 peer.send(refused=f"process {i} on {host} is refused: {reason}")
                 peer.socket.close()
             else:
