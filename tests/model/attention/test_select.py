@@ -3,6 +3,7 @@
 Run: python -m pytest tests/model/attention/test_select.py
 """
 
+import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -176,6 +177,22 @@ def kernels_of(**how):
 def test_the_model_calls_the_backend_that_it_was_made_with():
     assert kernels_of(attention="splash") == tiny.CONFIG.n_layer
     assert kernels_of() == 0
+
+
+def test_a_backend_is_a_module_and_a_row_of_the_table(monkeypatch):
+    name = "nanochat_jax.model.attention.doubled"
+    module = SimpleNamespace(doubled=lambda *arrays: 2 * select.backend("reference")(*arrays))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(select.BACKENDS, "doubled", select.Backend("doubled"))
+    q, k, v, k_start = draw(4, 4, 2)
+    with jax.set_mesh(make_mesh("data=2,model=2")):
+        got, want = (attention(q, k, v, k_start, impl=impl) for impl in ("doubled", "reference"))
+    np.testing.assert_allclose(got, 2 * want, atol=1e-5)
+
+
+def test_kernels_are_not_imported_before_they_are_used():
+    code = "import sys, nanochat_jax.model.gpt; print([m for m in sys.modules if m.endswith(('splash', 'hopper'))])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_attention_of_an_unknown_name_is_an_error_that_names_the_others():
