@@ -62,7 +62,7 @@ def default_groups(
     """nanochat's groups and betas. The rates of embeddings and head are given for width 768 and scale as width^-1/2;
     `weight_decay` is that of the matrices."""
     s = (n_embd / 768) ** -0.5
-    return {
+    return {  # lr, b1, b2, weight_decay
         "unembedding": AdamW(unembedding_lr * s, 0.8, 0.96, 0.01),
         "embedding": AdamW(embedding_lr * s, 0.8, 0.995, 0.001),
         "value_embedding": AdamW(embedding_lr * s * 0.5, 0.8, 0.995, 0.01),
