@@ -14,27 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_jax.checkpoints import find, integrity, store
-from nanochat_jax.cli import main as cli_main
-from nanochat_jax.cli import settings
-from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.cli.main import run_stage
+from nanochat_jax.cli.settings import Maybe, parse, require
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.files.torch_write import write_pt
+from nanochat_jax.interop import nanochat_write, optimizer_state
 from nanochat_jax.interop.nanochat_model import meta_file, model_file
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
-from nanochat_jax.interop.nanochat_write import (
-    EMBEDDING_TYPES,
-    model_config,
-    model_content,
-    nanochat_meta,
-    optimizer_content,
-)
-from nanochat_jax.interop.optimizer_state import (
-    OptimizerState,
-    from_named_arrays,
-    groups_from_json,
-    nanochat_groups,
-)
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -50,6 +37,22 @@ class ExportConfig:
     output_tag: Maybe[str] = None  # its tag in the output; default: d<depth>, as nanochat names models
     dtype: str = "float32"  # of the embeddings: float32 is exact, bfloat16 is what nanochat keeps on a GPU
     optimizer: bool = True  # also the optimizer's state, where the model has one
+
+
+def main(cfg: ExportConfig) -> int:
+    """Export -> the exit code."""
+    require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
+    require(cfg.dtype in nanochat_write.EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step)
+    root = cfg.output.expanduser().absolute() / store.SOURCES[cfg.source]
+    tag = cfg.output_tag or f"d{find.peek_meta(found)['model_config']['n_layer']}"
+    one_folder = (root / tag).resolve().parent == root.resolve()
+    require(one_folder, f"--output-tag must be the name of one folder, got {tag!r}")
+    print0(f"Model: {found}")
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    export(found, tokenizer, root / tag, nanochat_write.EMBEDDING_TYPES[cfg.dtype], cfg.optimizer)
+    print0(f"nanochat loads it with NANOCHAT_BASE_DIR={root.parent}")
+    return 0
 
 
 def export(
@@ -69,21 +72,22 @@ def export(
     base, step, meta = folder.parents[1], found.step, find.peek_meta(found)
     check_tokenizer(tokenizer, meta)
     if found.ours:
-        meta = nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
+        meta = nanochat_write.nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
     _check_free(folder, step, tokenizer)
     model, params, recorded = find.load_params(found)
     if not found.ours:
-        model_config(model)  # only the tensors tell the era of nanochat's own files
+        nanochat_write.model_config(model)  # only the tensors tell the era of nanochat's own files
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=base, prefix=".export-") as made:
         staging = Path(made)
         tokenizer.save_for_nanochat(staging)
         meta_file(staging, step).write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        write_pt(model_file(staging, step), model_content(params, embedding_type))
+        write_pt(model_file(staging, step), nanochat_write.model_content(params, embedding_type))
         del params  # the optimizer's state needs the room
         state = load_optimizer_state(found, model, recorded) if with_optimizer else None
         if state:
-            write_pt(staging / f"optim_{step:06d}_rank0.pt", optimizer_content(state, model, embedding_type))
+            content = nanochat_write.optimizer_content(state, model, embedding_type)
+            write_pt(staging / f"optim_{step:06d}_rank0.pt", content)
         elif with_optimizer:
             log(f"NOTE: {found} has no optimizer state, so none is written")
         _check_free(folder, step, tokenizer)
@@ -119,35 +123,19 @@ def _check_free(folder: Path, step: int, tokenizer: Tokenizer) -> None:
         raise FileExistsError(f"{there} holds another tokenizer than the model's: choose another folder with --output")
 
 
-def load_optimizer_state(found: find.Found, model: GPTConfig, meta: dict) -> OptimizerState | None:
+def load_optimizer_state(found: find.Found, model: GPTConfig, meta: dict) -> optimizer_state.OptimizerState | None:
     """The optimizer of a model in either format; None where it came without."""
     if not found.ours:
         return read_optimizer(found.folder, found.step, model)
     folder = found.folder / str(found.step)
     if not (folder / "optimizer").is_dir():
         return None
-    kept = meta.get("nanochat_groups")
-    groups = groups_from_json(kept) if kept else nanochat_groups(meta["optimizer_groups"])
-    return from_named_arrays(store.read_arrays(folder, "optimizer"), groups)
-
-
-def main(cfg: ExportConfig) -> int:
-    """Export -> the exit code."""
-    require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
-    require(cfg.dtype in EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step)
-    root = cfg.output.expanduser().absolute() / store.SOURCES[cfg.source]
-    tag = cfg.output_tag or f"d{find.peek_meta(found)['model_config']['n_layer']}"
-    require(
-        (root / tag).resolve().parent == root.resolve(),
-        f"--output-tag must be the name of one folder, got {tag!r}",
-    )
-    print0(f"Model: {found}")
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    export(found, tokenizer, root / tag, EMBEDDING_TYPES[cfg.dtype], cfg.optimizer)
-    print0(f"nanochat loads it with NANOCHAT_BASE_DIR={root.parent}")
-    return 0
+    if "nanochat_groups" in meta:
+        groups = optimizer_state.groups_from_json(meta["nanochat_groups"])
+    else:
+        groups = optimizer_state.nanochat_groups(meta["optimizer_groups"])
+    return optimizer_state.from_named_arrays(store.read_arrays(folder, "optimizer"), groups)
 
 
 if __name__ == "__main__":
-    cli_main.run_stage(main, settings.parse(ExportConfig, prog="python -m nanochat_jax.nanochat_export"))
+    run_stage(main, parse(ExportConfig, prog="python -m nanochat_jax.nanochat_export"))

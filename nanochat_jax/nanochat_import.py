@@ -1,7 +1,4 @@
-"""Convert every model in a nanochat base directory to our format, once; reading nanochat's files in place works too.
-
-python -m nanochat_jax.nanochat_import ~/.cache/nanochat --to ~/nanochat_jax
-"""
+"""Convert a nanochat base directory to ours, once; reading its files in place works too."""
 
 import dataclasses
 import hashlib
@@ -34,8 +31,7 @@ class ImportConfig:
 def main(cfg: ImportConfig) -> int:
     """Convert -> the exit code."""
     to = bucket.as_path(cfg.to)
-    to = to if bucket.in_bucket(to) else to.absolute()
-    count = convert(cfg.src, to, cfg.logit_cap)
+    count = convert(cfg.src, to if bucket.in_bucket(to) else to.absolute(), cfg.logit_cap)
     print0(f"{count} models in {to}; use them with NANOCHAT_BASE_DIR={to}")
     return 0
 

@@ -97,7 +97,7 @@ def main(cfg: QuickstartConfig) -> int:
     tour.done(f"{len(texts):,} texts, {tokenizer.vocab_size} tokens of {letters:.1f} letters on average", began)
 
     tour.heading("2. Base model", "it learns to continue a text: questions without answers, and spelled words")
-    if code := tour.run_stage(base, base.BaseConfig, BASE):
+    if code := tour.train(base, base.BaseConfig, BASE):
         return code
     config, params, _ = find.load_params(find.find_model("base"))
     evaluator = Evaluator(config, tokenizer, make_mesh(""), slots=PROBLEMS)  # of all models: they differ in parameters
@@ -108,7 +108,7 @@ def main(cfg: QuickstartConfig) -> int:
         "3. Supervised fine-tuning (SFT)",
         f"it learns to answer, and to call the calculator, from {DEMONSTRATIONS} solved problems and conversations",
     )
-    if code := tour.run_stage(sft, sft.SFTConfig, SFT):
+    if code := tour.train(sft, sft.SFTConfig, SFT):
         return code
     _, params, _ = find.load_params(find.find_model("sft"))
     shares["after SFT"] = tour.evaluate(evaluator, params, problems)
@@ -119,7 +119,7 @@ def main(cfg: QuickstartConfig) -> int:
         "4. Reinforcement learning (RL)",
         "demonstrations are few, problems are many: it tries new ones, and what turns out right becomes likelier",
     )
-    if code := tour.run_stage(rl, rl.RLConfig, RL):
+    if code := tour.train(rl, rl.RLConfig, RL):
         return code
     _, params, _ = find.load_params(find.find_model("rl"))
     shares["after RL"] = tour.evaluate(evaluator, params, problems)
@@ -195,7 +195,7 @@ class Tour:
         words = [sys.executable, "-m", f"nanochat_jax.{module}", *flags]
         return f"NANOCHAT_BASE_DIR={shlex.quote(str(self.folder.absolute()))} {shlex.join(words)}"
 
-    def run_stage(self, stage: Any, settings: type, flags: tuple[str, ...]) -> int:
+    def train(self, stage: Any, settings: type, flags: tuple[str, ...]) -> int:
         """Run the module of a stage, its output into the log and its steps as a bar -> its exit code."""
         flags = (*flags, f"--seed={self.seed}")
         command = self.command(stage.__name__.rpartition(".")[2], flags)
@@ -262,29 +262,16 @@ class Tee(io.TextIOBase):
             self.file.flush()
 
 
-class StepBar:
+class StepBar(Progress):
     """Turns the lines of a stage's steps into a bar on a terminal, and into a few short ones elsewhere."""
 
     def __init__(self, console: Console):
-        self.console, self.last, self.values = console, "", []
-        self.progress = Progress(
-            BarColumn(20),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            transient=True,
-            redirect_stdout=False,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("compiling", total=None)
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_):
-        self.progress.stop()
+        columns = BarColumn(20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
+        text = TextColumn("{task.description}", markup=False)
+        quiet = not console.is_terminal
+        super().__init__(*columns, text, console=console, transient=True, redirect_stdout=False, disable=quiet)
+        self.last, self.values = "", []
+        self.steps = self.add_task("compiling", total=None)
 
     def line(self, line: str) -> None:
         """Show a line of the stage's output, if it is about a step."""
@@ -294,7 +281,7 @@ class StepBar:
         self.values.append(float(value))
         self.last = f"{step} steps, {name} {value}"
         curve = sparkline(self.values, 30) if name == "reward" else ""
-        self.progress.update(self.task, completed=step, total=total, description=f"{name} {value} {curve}")
+        self.update(self.steps, completed=step, total=total, description=f"{name} {value} {curve}")
         if not self.console.is_terminal and step % max(1, total // 5) == 0 and step < total:
             self.console.print(f"step {step} of {total}: {name} {value} {curve}".rstrip(), markup=False)
 

@@ -202,5 +202,5 @@ class Ownership:
         raise OSError(f"another run has started in {self.path.parent}: this one has lost it and saves nothing more")
 
 
-# until the stages are rewritten
+# the old names, until the stages and checkpoints/ use the new ones
 place, explained, local, send, listing = as_path, error_text, local_path, upload, list_objects

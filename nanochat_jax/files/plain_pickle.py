@@ -23,7 +23,6 @@ LITERALS = {  # opcodes that push their own argument
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 KEY_TYPES = {str, int, float, bool, bytes, type(None)}  # tuples nested deep enough overflow the C stack when hashed
 
 
@@ -134,8 +133,8 @@ def read_pickle(data: bytes, calls: Mapping[str, Callable], load_persistent: Cal
                 stack.append(arg)
             case op if op in CONSTANTS:
                 stack.append(CONSTANTS[op])
-            case op if op in TUPLE_SIZES:
-                n = TUPLE_SIZES[op]
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as op:
+                n = int(op[-1])
                 stack[-n:] = [tuple(stack[-n:])]
             case "BINPUT" | "LONG_BINPUT":
                 memo[arg] = stack[-1]

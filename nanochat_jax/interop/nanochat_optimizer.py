@@ -7,7 +7,6 @@ Parameter numbers have no names. They follow from the order of groups, from shap
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,35 +15,31 @@ import numpy as np
 from nanochat_jax.files.plain_pickle import Refused, naming_file
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.interop.nanochat_model import tensor_shapes, to_float32
-from nanochat_jax.interop.optimizer_state import (  # the last two: until checkpoints/find.py is rewritten
+from nanochat_jax.interop.optimizer_state import (  # noqa: F401  until find.py has them
     AdamWGroup,
     MuonGroup,
     OptimizerState,
     group_paths,
-    imported_arrays,  # noqa: F401
-    recorded_groups,  # noqa: F401
+    imported_arrays,
+    recorded_groups,
 )
 from nanochat_jax.model.gpt import GPTConfig
 
 SHARDED_FROM = 1024  # AdamW state of at least so many elements is split over the ranks by rows, smaller is replicated
 
-Entries = Mapping[int, Mapping[str, Any]]  # parameter number -> what is kept of it
 Arrays = dict[str, np.ndarray]  # by path
 Shapes = dict[str, tuple[int, ...]]  # by path
 
 
 class StoredGroup(NamedTuple):
-    """One of a state dict's param_groups."""
+    """A group of parameters in the file of one rank."""
 
     settings: AdamWGroup | MuonGroup
-    params: tuple[int, ...]  # parameter numbers
+    numbers: tuple[int, ...]  # of its parameters
+    state: dict[int, dict[str, Any]]  # by number: moments and steps, also of other groups
 
 
-class StateDict(NamedTuple):
-    """What one optimizer has saved."""
-
-    state: Entries
-    groups: list[StoredGroup]
+Ranks = tuple[StoredGroup, ...]  # one group as every rank has it
 
 
 def read_optimizer(folder: Path, step: int, config: GPTConfig) -> OptimizerState | None:
@@ -56,7 +51,7 @@ def read_optimizer(folder: Path, step: int, config: GPTConfig) -> OptimizerState
     for file in files:
         content = read_pt(file)
         with naming_file(file):
-            ranks.append(_state_dicts(content))
+            ranks.append(_stored_groups(content))
     with naming_file(files[0] if len(files) == 1 else folder / f"optim_{step:06d}_rank*.pt"):
         return _merge(ranks, tensor_shapes(config))
 
@@ -64,30 +59,28 @@ def read_optimizer(folder: Path, step: int, config: GPTConfig) -> OptimizerState
 def _rank_files(folder: Path, step: int) -> list[Path]:
     """The files of all ranks in order; the name without a rank is that of 2025-10."""
     found = [re.fullmatch(rf"optim_{step:06d}_rank([0-9]+)\.pt", p.name) for p in folder.iterdir()]
-    ranks = {int(match[1]) for match in found if match}
+    ranks = sorted({int(match[1]) for match in found if match})
     if not ranks:
         alone = folder / f"optim_{step:06d}.pt"
         return [alone] if alone.exists() else []
-    files = [folder / f"optim_{step:06d}_rank{rank}.pt" for rank in sorted(ranks)]
-    gap = next((rank for rank in range(len(ranks)) if rank not in ranks), None)
-    if gap is not None:
-        missing = folder / f"optim_{step:06d}_rank{gap}.pt"
+    if gaps := [i for i, rank in enumerate(ranks) if i != rank]:
+        missing = folder / f"optim_{step:06d}_rank{gaps[0]}.pt"
         raise FileNotFoundError(f"{missing} does not exist, but a higher rank's does: copy the files of all ranks")
-    return files
+    return [folder / f"optim_{step:06d}_rank{rank}.pt" for rank in ranks]
 
 
-def _state_dicts(content: object) -> list[StateDict]:
-    """The one or two state dicts of a file."""
+def _stored_groups(content: object) -> list[StoredGroup]:
+    """The groups of a rank's one or two state dicts."""
     if not isinstance(content, list):
-        return [_state_dict(content, None)]
+        return _groups_of(content, None)
     if len(content) != 2:
         raise Refused(f"it must hold one state dict or two (AdamW, Muon), got {len(content)}")
-    return [_state_dict(content[0], "adamw"), _state_dict(content[1], "muon")]
+    return _groups_of(content[0], "adamw") + _groups_of(content[1], "muon")
 
 
-def _state_dict(content: object, kind: str | None) -> StateDict:
+def _groups_of(state_dict: object, kind: str | None) -> list[StoredGroup]:
     """kind: of the groups, where they do not say it themselves."""
-    state, groups = (content.get(key) if isinstance(content, dict) else None for key in ("state", "param_groups"))
+    state, groups = (state_dict.get(k) if isinstance(state_dict, dict) else None for k in ("state", "param_groups"))
     if not isinstance(state, dict) or not isinstance(groups, list):
         raise Refused("it must hold state dicts with state and param_groups")
     numbers = []
@@ -103,7 +96,7 @@ def _state_dict(content: object, kind: str | None) -> StateDict:
     for number, entry in state.items():
         if number not in numbers or not isinstance(entry, dict):
             raise Refused(f"state {number!r:.20} belongs to no group or is not a dict")
-    return StateDict(state, [StoredGroup(_settings(group), tuple(group["params"])) for group in groups])
+    return [StoredGroup(_settings(group), tuple(group["params"]), state) for group in groups]
 
 
 def _settings(group: dict) -> AdamWGroup | MuonGroup:
@@ -116,47 +109,47 @@ def _settings(group: dict) -> AdamWGroup | MuonGroup:
             raise Refused(f"{where} must have a finite number {key}, got {shown}")
         return float(value)
 
-    lr, initial_lr = number("lr", group.get("lr")), number("initial_lr", group.get("initial_lr"))
+    rates = [number(key, group.get(key)) for key in ("lr", "initial_lr")]
     weight_decay = number("weight_decay", group.get("weight_decay", 0.0))
     if group["kind"] == "muon":
         beta2 = number("beta2", group["beta2"]) if "beta2" in group else None
-        return MuonGroup("muon", lr, initial_lr, weight_decay, number("momentum", group.get("momentum")), beta2)
+        return MuonGroup("muon", *rates, weight_decay, number("momentum", group.get("momentum")), beta2)
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise Refused(f"{where} must have two betas, got {type(betas).__name__}")
-    both = (number("betas", betas[0]), number("betas", betas[1]))
-    return AdamWGroup("adamw", lr, initial_lr, weight_decay, both, number("eps", group.get("eps")))
+    both = tuple(number("betas", beta) for beta in betas)
+    return AdamWGroup("adamw", *rates, weight_decay, both, number("eps", group.get("eps")))
 
 
-def _merge(ranks: list[list[StateDict]], shapes: Shapes) -> OptimizerState:
-    """One state from the one or two state dicts of every rank."""
-    stored = [[part.groups for part in rank] for rank in ranks]
-    if any(others != stored[0] for others in stored):
+def _merge(ranks: list[list[StoredGroup]], shapes: Shapes) -> OptimizerState:
+    """One state from the groups of every rank."""
+    described = [[(group.settings, group.numbers) for group in rank] for rank in ranks]
+    if any(others != described[0] for others in described):
         raise Refused("the ranks' files differ in their groups: they are not from one run and step")
-    pairs = [(group, [rank[part] for rank in ranks]) for part, groups in enumerate(stored[0]) for group in groups]
-    adamw = [(group, parts) for group, parts in pairs if isinstance(group.settings, AdamWGroup)]
-    muon = [(group, parts) for group, parts in pairs if isinstance(group.settings, MuonGroup)]
+    groups: list[Ranks] = list(zip(*ranks))
+    adamw = [group for group in groups if isinstance(group[0].settings, AdamWGroup)]
+    muon = [group for group in groups if isinstance(group[0].settings, MuonGroup)]
     members = group_paths(shapes)
     matrices = {path: shapes[path] for path in members.pop("matrix")}
     if len(adamw) != len(members):
         raise Refused(f"this model has {len(members)} AdamW groups ({', '.join(members)}), the file {len(adamw)}")
     merged = OptimizerState({}, {}, {}, {}, {}, {})
-    for (group, parts), (name, paths) in zip(adamw, members.items()):
-        if len(group.params) != len(paths):
-            raise Refused(f"group {name} must have {len(paths)} parameters, got {len(group.params)}")
-        for number, path in zip(group.params, paths):
-            moments = _adamw_moments(parts, number, path, shapes[path])
+    for group, (name, paths) in zip(adamw, members.items()):
+        if len(group[0].numbers) != len(paths):
+            raise Refused(f"group {name} must have {len(paths)} parameters, got {len(group[0].numbers)}")
+        for number, path in zip(group[0].numbers, paths):
+            moments = _adamw_moments(group, number, path, shapes[path])
             merged.exp_avg[path], merged.exp_avg_sq[path], merged.count[path] = moments
-        merged.groups[name] = group.settings
-    for group, parts in muon:
-        momentum, second_momentum = _muon_moments(parts, group.params, matrices)
+        merged.groups[name] = group[0].settings
+    for group in muon:
+        momentum, second_momentum = _muon_moments(group, matrices)
         if taken := [path for path in momentum if path in merged.momentum]:
             raise Refused(f"two Muon groups hold the momentum of {taken[0]}")
         merged.momentum.update(momentum)
         merged.second_momentum.update(second_momentum)
     if missing := [path for path in matrices if path not in merged.momentum]:
         raise Refused(f"no Muon group has the momentum of {missing[0]} ({len(missing)} such matrices)")
-    settings = [group.settings for group, _ in muon]
+    settings = [group[0].settings for group in muon]
     for key, values in zip(MuonGroup._fields, zip(*settings)):
         if len(set(values)) > 1:
             raise Refused(f"all Muon groups must have the same {key}, got {', '.join(sorted(map(str, set(values))))}")
@@ -164,20 +157,18 @@ def _merge(ranks: list[list[StateDict]], shapes: Shapes) -> OptimizerState:
     return merged
 
 
-def _entry(part: StateDict, number: int, allowed: set[str], what: str) -> Mapping[str, Any]:
+def _entry(group: StoredGroup, number: int, allowed: set[str], what: str) -> dict[str, Any]:
     """What a rank keeps of a parameter, perhaps nothing."""
-    entry = part.state.get(number, {})
+    entry = group.state.get(number, {})
     if unknown := entry.keys() - allowed:
         raise Refused(f"the state of {what} has an unknown {sorted(map(str, unknown))[0]:.40}")
     return entry
 
 
-def _adamw_moments(
-    ranks: list[StateDict], number: int, path: str, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, int]:
+def _adamw_moments(group: Ranks, number: int, path: str, shape: tuple) -> tuple[np.ndarray, np.ndarray, int]:
     """(first moment, second moment, steps taken) of a parameter."""
-    keys, world = {"step", "exp_avg", "exp_avg_sq"}, len(ranks)
-    entries = [_entry(rank, number, keys, path) for rank in ranks]
+    keys, world = {"step", "exp_avg", "exp_avg_sq"}, len(group)
+    entries = [_entry(rank, number, keys, path) for rank in group]
     for rank, entry in enumerate(entries):
         if entry.keys() != keys:
             raise Refused(f"rank {rank} has no {sorted(keys - entry.keys())[0]} of {path} (state {number})")
@@ -211,10 +202,10 @@ def _whole_number(value: object, what: str) -> int:
     return int(number)
 
 
-def _muon_moments(ranks: list[StateDict], numbers: tuple[int, ...], matrices: Shapes) -> tuple[Arrays, Arrays]:
+def _muon_moments(group: Ranks, matrices: Shapes) -> tuple[Arrays, Arrays]:
     """(momentum, second momentum) by path of a group's matrices: all of the shapes in its buffers, in model order."""
-    keys = {"momentum_buffer", "second_momentum_buffer"}
-    states = [{n: entry for n in numbers if (entry := _entry(rank, n, keys, f"parameter {n}"))} for rank in ranks]
+    keys, numbers = {"momentum_buffer", "second_momentum_buffer"}, group[0].numbers
+    states = [{n: entry for n in numbers if (entry := _entry(rank, n, keys, f"parameter {n}"))} for rank in group]
     what = f"the Muon group of parameters {numbers[0]} to {numbers[-1]}"
     buffers = [entry.get("momentum_buffer") for state in states for entry in state.values()]
     if not buffers or not all(isinstance(buffer, np.ndarray) and buffer.ndim in (2, 3) for buffer in buffers):
@@ -224,24 +215,30 @@ def _muon_moments(ranks: list[StateDict], numbers: tuple[int, ...], matrices: Sh
     if len(members) != len(numbers):
         raise Refused(f"{what} has {len(numbers)} members, the model {len(members)} of shape {sorted(found)}")
     if buffers[0].ndim == 3:
-        return _unstacked_moments(states, numbers[0], members)
-    return _single_momenta(states, dict(zip(numbers, members)), matrices), {}
+        return _stacked_moments(states, numbers[0], members)
+    momentum = {}
+    for number, (path, shape) in zip(numbers, members.items()):  # one buffer a parameter, on the rank that owned it
+        holders = [state[number] for state in states if number in state]
+        if not holders:
+            raise Refused(f"no rank has the momentum of {path} (state {number}): the files of some may be missing")
+        name = f"momentum_buffer of {path} (state {number})"
+        if holders[0].keys() != {"momentum_buffer"}:
+            raise Refused(f"{name} must be alone in its state, got {len(holders[0])} entries")
+        momentum[path] = to_float32(holders[0]["momentum_buffer"], shape, name)
+    return momentum, {}
 
 
-def _unstacked_moments(states: list[Entries], first: int, members: Shapes) -> tuple[Arrays, Arrays]:
+def _stacked_moments(states: list[dict[int, dict]], first: int, members: Shapes) -> tuple[Arrays, Arrays]:
     """A rank's buffers hold its chunk of the group, which is padded where the group has no more members."""
-    paths, shape, world = list(members), next(iter(members.values())), len(states)
-    reduced = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
+    paths, (r, c), world = list(members), next(iter(members.values())), len(states)
     chunk = -(-len(paths) // world)
-    momentum, second_momentum = {}, {}
+    moments = {"momentum_buffer": {}, "second_momentum_buffer": {}}
+    shapes = {"momentum_buffer": (r, c), "second_momentum_buffer": (r, 1) if r >= c else (1, c)}
     for rank, state in enumerate(states):
         own = paths[rank * chunk : (rank + 1) * chunk]
         if state.keys() - {first}:
             raise Refused(f"stacked Muon state belongs to parameter {first}, got some at {sorted(state)[-1]}")
-        for key, moments, one in (
-            ("momentum_buffer", momentum, shape),
-            ("second_momentum_buffer", second_momentum, reduced),
-        ):
+        for key, shape in shapes.items():
             buffer = state.get(first, {}).get(key)
             if buffer is None and not own:
                 continue
@@ -249,19 +246,5 @@ def _unstacked_moments(states: list[Entries], first: int, members: Shapes) -> tu
             rows = buffer.shape[0] if isinstance(buffer, np.ndarray) and buffer.ndim == 3 else None
             if rows is None or not len(own) <= rows <= chunk:
                 raise Refused(f"{name} must hold {len(own)} to {chunk} matrices, got {rows}")
-            moments.update(zip(own, to_float32(buffer[: len(own)], (len(own), *one), name)))
-    return momentum, second_momentum
-
-
-def _single_momenta(states: list[Entries], paths: dict[int, str], shapes: Shapes) -> Arrays:
-    """One buffer a parameter, on the rank that owned it."""
-    momentum = {}
-    for number, path in paths.items():
-        holders = [state[number] for state in states if number in state]
-        if not holders:
-            raise Refused(f"no rank has the momentum of {path} (state {number}): the files of some may be missing")
-        name = f"momentum_buffer of {path} (state {number})"
-        if holders[0].keys() != {"momentum_buffer"}:
-            raise Refused(f"{name} must be alone in its state, got {len(holders[0])} entries")
-        momentum[path] = to_float32(holders[0]["momentum_buffer"], shapes[path], name)
-    return momentum
+            moments[key].update(zip(own, to_float32(buffer[: len(own)], (len(own), *shape), name)))
+    return moments["momentum_buffer"], moments["second_momentum_buffer"]

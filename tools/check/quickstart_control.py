@@ -46,9 +46,7 @@ def main(out: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
             flags = [flag for flag in quickstart.SFT if flag != number]
             os.environ["NANOCHAT_BASE_DIR"] = str(folder.absolute())
             tour = Tour(Console(file=sys.stderr), folder, seed)
-            if code := tour.run_stage(
-                sft, sft.SFTConfig, (*flags, f"--num-iterations={longer}", "--output-tag=control")
-            ):
+            if code := tour.train(sft, sft.SFTConfig, (*flags, f"--num-iterations={longer}", "--output-tag=control")):
                 raise SystemExit(code)
             tokenizer = Tokenizer.load(folder / "tokenizer")
             config, params, _ = find.load_params(find.find_model("sft", "control"))
