@@ -21,7 +21,8 @@ TOURS = {"quickstart"}  # commands that run other commands
 WITHOUT_JAX = {  # folders, or modules of other folders, that must not load JAX: host code starts in a blink
     *("files", "tasks", "data", "tokenizer", "distributed.cluster", "distributed.coordinator", "distributed.processes"),
     *("distributed.rendezvous", "distributed.signals"),
-    *("cli.settings", "inference.calculator", "inference.samples", "evals.intervals"),
+    *("cli.settings", "inference.calculator", "inference.samples", "inference.shapes"),
+    "evals.intervals",
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 HEAVY = {"torch", "tensorflow", "ray", "transformers", "datasets"}

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.signals import Interrupted
+from nanochat_jax.distributed.signals import collect
 from nanochat_jax.evals.eval_set import EvalSet, judge
 from nanochat_jax.evals.intervals import Share, pass_at_k
 from nanochat_jax.evals.multiple_choice import make_letter_logits
@@ -95,10 +95,9 @@ class Evaluator:
         """The letter that the model prefers for each problem."""
 
         def choose_own():
-            logits = self.letter_logits(
-                params, processes.mine(eval_set.prompts), processes.mine(eval_set.letters), progress
-            )
-            conversations = processes.mine(eval_set.conversations)
+            parts = eval_set.prompts, eval_set.letters, eval_set.conversations
+            prompts, letters, conversations = map(processes.mine, parts)
+            logits = self.letter_logits(params, prompts, letters, progress)
             return [c["letters"][int(np.argmax(row))] for c, row in zip(conversations, logits)]
 
         return collect_items("the chosen letters", choose_own)
@@ -151,13 +150,7 @@ def collect_items(what: str, compute: Callable[[], list]) -> list:
     """What every process computes for its part of the items (see `processes.mine`), in the order of all items.
 
     Where compute raises Interrupted on one process, all processes raise it."""
-    try:
-        own = compute()
-    except Interrupted:
-        own = None
-    parts = processes.exchange(what, own)
-    if None in parts:
-        raise Interrupted
+    parts = collect(what, compute)
     items = [None] * sum(map(len, parts))
     for i, part in enumerate(parts):
         items[i :: len(parts)] = part

@@ -3,7 +3,6 @@
 `kv_cache` explains the three caches. Every device works on its own rows and never waits for another.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -113,16 +112,6 @@ class GenerationPrograms:
         """Programs that were compiled so far."""
         return len(self.compiled)
 
-    @property
-    def peak_memory(self) -> int:
-        """Bytes on a device while the largest program runs, by the compiler's count."""
-        sizes = [program.memory_analysis() for program in self.compiled.values()]
-        parts = ("argument", "output", "temp")
-        return max(
-            (sum(getattr(s, f"{part}_size_in_bytes") for part in parts) - s.alias_size_in_bytes for s in sizes if s),
-            default=0,
-        )
-
     def cast_params(self, params):
         """Parameters, sharded in any way -> whole copies on every device, matrices in the compute type, the rest in
         float32 as in training. Parameters that come from here are returned as they are."""
@@ -135,17 +124,10 @@ class GenerationPrograms:
         return self.dtype if w.ndim > 1 else w.dtype
 
     # ----------------------------------------------------------------------------------------------------- programs
-    def empty_prompt(self, groups: int, size: int) -> Cache:
-        """A prompt cache for up to `size` tokens."""
-        return self._zeros(self.layout.prompt_shapes(groups, size))
-
-    def empty_continuation(self, rows: int, size: int = 0) -> Cache:
-        """A continuation cache for up to `size` tokens."""
-        return self._zeros(self.layout.continuation_shapes(rows, size))
-
-    def _zeros(self, shapes) -> Cache:
+    def empty(self, cache: Cache) -> Cache:
+        """Zeros for a cache of the layout's."""
         sharding = NamedSharding(self.mesh, self.rows)
-        return tuple(tuple(jnp.zeros(shape, self.layout.dtype, device=sharding) for _ in "kv") for shape in shapes)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=sharding), cache)
 
     def prefill(self, params, prompt: Cache, batch: PrefillBatch) -> Cache:
         """The prompt cache with these prompts in their groups; the old one is gone."""
@@ -164,14 +146,14 @@ class GenerationPrograms:
     def append(self, continuation: Cache, fresh: Cache, length, size: int) -> Cache:
         """The continuation with the fresh cache behind its `length` int32 [R] tokens, and room for `size` tokens or for
         as many as before; the old one is gone. A row needs length + C <= size, or what it holds is lost."""
-        had = [k.shape[2] for k, _ in continuation]
-        wanted = [shape[2] for shape in self.layout.continuation_shapes(len(length), size)]
-        columns = tuple(map(max, wanted, had))
+        empty = self.layout.continuation(len(length), size)
+        had = tuple(k.shape[2] for k, _ in continuation)
+        columns = tuple(max(n, k.shape[2]) for n, (k, _) in zip(had, empty))
         if not any(had):
-            continuation = self.empty_continuation(len(length), size)
-        elif columns != tuple(had):  # by itself: fused with the writing, XLA's loop on CPU is ten times slower
-            grow = self._program(partial(_grow, columns), (self.rows,), continuation, name=f"grow {columns}")
-            continuation = grow(continuation)
+            continuation = self.empty(empty)
+        elif columns != had:  # by itself: fused with the writing, XLA's loop on CPU is ten times slower
+            grow = partial(_grow, columns)
+            continuation = self._program(grow, (self.rows,), continuation, name=f"grow {columns}")(continuation)
         args = continuation, fresh, length
         return self._program(self.layout.append, (self.rows,) * 3, *args, donate=(0,))(*args)
 
@@ -183,19 +165,21 @@ class GenerationPrograms:
             sharding = NamedSharding(self.mesh, spec)
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-        rows = groups * rows_of_group
-        prompt = self.layout.prompt_shapes(groups, prompt_size)
-        continuation = self.layout.continuation_shapes(rows, continuation_size)
-        caches = [[(jax.ShapeDtypeStruct(s, self.layout.dtype),) * 2 for s in x] for x in (prompt, continuation)]
+        caches = self._caches(groups, rows_of_group, prompt_size, continuation_size)
+        slots = empty_slots(groups * rows_of_group, self.chunk)
         settings = DecodeSettings(np.float32(1), np.int32(0), np.uint32(0), np.uint32(0), np.bool(False))
-        args = jax.eval_shape(self._cast, params), *map(tuple, caches), empty_slots(rows, self.chunk), settings
+        args = jax.eval_shape(self._cast, params), *caches, slots, settings
         return self._program(self._decode, self.decode_specs, *map(abstract, args, self.decode_specs))
 
     def cache_bytes(self, groups: int, rows_of_group: int, prompt_size: int, continuation_size: int) -> int:
         """Bytes of the two caches of `compile_decode`, all devices together."""
-        shapes = self.layout.prompt_shapes(groups, prompt_size)
-        shapes += self.layout.continuation_shapes(groups * rows_of_group, continuation_size)
-        return sum(2 * math.prod(shape) for shape in shapes) * self.layout.dtype.itemsize
+        caches = self._caches(groups, rows_of_group, prompt_size, continuation_size)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+
+    def _caches(self, groups: int, rows_of_group: int, prompt_size: int, continuation_size: int):
+        return self.layout.prompt(groups, prompt_size), self.layout.continuation(
+            groups * rows_of_group, continuation_size
+        )
 
     def _program(self, function, in_specs, *args, donate=(), name: str | None = None):
         """`function` compiled for arguments of these shapes, of which each device gets its part."""
@@ -308,9 +292,6 @@ class GenerationPrograms:
         start, end = self.block
         inside = jnp.where(block < 0, block, block + 1)
         return jnp.where(token == start, 0, jnp.where(token == end, -1, inside)), (token == end) & (block > 0)
-
-
-Programs = GenerationPrograms  # until train/preflight.py is rewritten
 
 
 def empty_slots(rows: int, chunk: int) -> SlotTable:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nanochat_jax.distributed.device_memory import beside_arguments
 from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.inference.decode import GenerationPrograms
 from nanochat_jax.inference.samples import ControlTokens, Sample
@@ -26,7 +27,7 @@ from nanochat_jax.inference.scheduler import SlotScheduler
 from nanochat_jax.inference.shapes import PROMPT_STEP, arrange_slots, padded_size
 from nanochat_jax.model.gpt import GPTConfig
 
-STREAM_CHUNK = 4
+STREAM_CHUNK = 4  # tokens of a device call in `stream`, whose text should come soon
 
 
 class GenerationStats(NamedTuple):
@@ -80,18 +81,20 @@ class Engine:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that the largest program so far holds on a device: inputs, results and temporaries."""
-        return max(self.programs.peak_memory, self.stream_programs.peak_memory)
+        """Bytes that the largest program so far holds on a device, by the compiler's count."""
+        programs = [*self.programs.compiled.values(), *self.stream_programs.compiled.values()]
+        sizes = (p.memory_analysis().argument_size_in_bytes + beside_arguments(p) for p in programs)
+        return max(sizes, default=0)
 
     def cast_params(self, params):
-        """The copy of the parameters that generating reads, see `GenerationPrograms.cast_params`. `generate` and
-        `stream` make it where they are given others; who calls them several times saves that."""
+        """The copy of the parameters that generating reads (see `GenerationPrograms.cast_params`). `generate` and
+        `stream` make one at each call, unless they are given one."""
         return self.programs.cast_params(params)
 
     @contextlib.contextmanager
     def holding(self, params, mesh: Mesh):
-        """While it is entered, the engine's mesh is in force; gives the `cast_params` of parameters that are on `mesh`.
-        With several processes the engine's mesh is one of `own_devices`, and all processes must enter together."""
+        """The `cast_params` of parameters that are on `mesh`; inside, the engine's own mesh is in force. With several
+        processes that is one of `own_devices`, and all processes must enter together."""
         with jax.set_mesh(self.mesh):
             yield self.cast_params(own_copy(params, mesh))
 

@@ -43,16 +43,19 @@ class CacheLayout:
         """Columns of a continuation after which it begins again."""
         return UNLIMITED if window < 0 else -(-window // 16) * 16 + self.chunk
 
-    def prompt_shapes(self, groups: int, size: int) -> list[tuple[int, ...]]:
-        """Shape of k, and of v, in each layer's prompt cache for up to `size` tokens."""
+    def prompt(self, groups: int, size: int) -> Cache:
+        """The prompt cache for up to `size` tokens, as ShapeDtypeStructs."""
         columns = [size if window < 0 else min(size, -(-window // 16) * 16) for window in self.config.windows]
-        return [(groups, self.config.n_kv_head, S, self.config.head_dim) for S in columns]
+        return self._abstract(groups, columns)
 
-    def continuation_shapes(self, rows: int, size: int) -> list[tuple[int, ...]]:
-        """The same of a continuation."""
+    def continuation(self, rows: int, size: int) -> Cache:
+        """The continuation cache for up to `size` tokens, as ShapeDtypeStructs."""
         rings = map(self.ring, self.config.windows)
-        columns = [size if size <= ring else ring + self.chunk for ring in rings]
-        return [(rows, self.config.n_kv_head, S, self.config.head_dim) for S in columns]
+        return self._abstract(rows, [size if size <= ring else ring + self.chunk for ring in rings])
+
+    def _abstract(self, count: int, columns: list[int]) -> Cache:
+        shapes = [(count, self.config.n_kv_head, S, self.config.head_dim) for S in columns]
+        return tuple((jax.ShapeDtypeStruct(shape, self.dtype),) * 2 for shape in shapes)
 
     def distances(self, prompt: Cache, continuation: Cache, prompt_length, length) -> dict[int, tuple]:
         """Window -> int32 ([R,Sp], [R,So]): how many tokens before the next one to be fed each column's token stands,

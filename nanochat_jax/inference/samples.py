@@ -11,14 +11,6 @@ import numpy as np
 from nanochat_jax.inference.calculator import calculate
 
 
-def __getattr__(name: str):
-    if name == "SamplingParams":  # until base, rl and rollouts import it from `sampling`, which loads JAX
-        from nanochat_jax.inference.sampling import SamplingParams
-
-        return SamplingParams
-    raise AttributeError(name)
-
-
 @dataclass(frozen=True)
 class ToolCall:
     """What stood in a calculator block, and its result as text; None: it has none, and nothing was forced."""

@@ -1,4 +1,4 @@
-"""Between two device calls: which sample is in which row (slot), and what the device must know of it."""
+"""The host's side of generation: which sample is in which row (slot), and what the next device call must know of it."""
 
 import time
 from collections.abc import Sequence
@@ -51,11 +51,9 @@ class SlotScheduler:
         self.started = [0] * len(self.prompts)  # how many of a prompt's samples have got a row
         self.rows: list[SampleInProgress | None] = [None] * (self.groups * self.group_rows)
         self.slots = empty_slots(len(self.rows), self.programs.chunk)
-        self.prompt_cache = self.programs.empty_prompt(self.groups, self.prompt_size)
-        self._clear_continuation()
-
-    def _clear_continuation(self) -> None:
-        self.continuation, self.continuation_size = self.programs.empty_continuation(len(self.rows)), 0
+        self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, self.prompt_size))
+        self.no_continuation = self.programs.empty(self.programs.layout.continuation(len(self.rows), 0))
+        self.continuation, self.continuation_size = self.no_continuation, 0  # a cache, and how many tokens it can hold
 
     def advance(self) -> list[SampleInProgress]:
         """One device call -> the samples that it has extended; an empty list when all samples are finished."""
@@ -77,7 +75,7 @@ class SlotScheduler:
         self.device_seconds += time.perf_counter() - began
         self.decode_steps += int(output.count.max())
 
-        lengths = slots.length.copy()  # before the call: there its tokens are appended
+        lengths = slots.length.copy()  # before this call
         for r, sample in active:
             n = int(output.count[r])
             tokens = output.tokens[r, :n].tolist()
@@ -94,7 +92,7 @@ class SlotScheduler:
             self.continuation_size = max(self.continuation_size, needed)
             self.continuation = self.programs.append(self.continuation, fresh, lengths, self.continuation_size)
         else:
-            self._clear_continuation()
+            self.continuation, self.continuation_size = self.no_continuation, 0
         return [sample for _, sample in active]
 
     def _fill_rows(self) -> None:
