@@ -108,7 +108,3 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if shards == 1 or x.shape[0] % shards:
         return x
     return jax.lax.with_sharding_constraint(x, P(row_axes(), *[None] * (x.ndim - 1)))
-
-
-embedded, gathered = look_up_embedding, gather_weight  # until the model is rewritten
-summed_products, scattered = weight_gradient, reduce_scatter

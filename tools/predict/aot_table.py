@@ -21,7 +21,7 @@ from hlo_cost import cost
 from roofline import RATES, append, attention_flops, bounds, head_split, provenance, sending, spans
 
 from nanochat_jax.cli.device import peak_flops
-from nanochat_jax.distributed.device_memory import asked_and_had, beside_arguments, is_out_of_memory
+from nanochat_jax.distributed.device_memory import beside_arguments, is_out_of_memory, parse_memory_error
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.train import preflight, scaling_laws
@@ -98,7 +98,8 @@ def measure(table: Table, case: str, program: str) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return line | {"fits": False, "memory_asked": asked_and_had(error)[0], "said": str(error).splitlines()[0][:300]}
+        asked = parse_memory_error(error)[0]
+        return line | {"fits": False, "memory_asked": asked, "said": str(error).splitlines()[0][:300]}
     line["compile_seconds"] = round(time.perf_counter() - began, 1)
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     if table.hlo:

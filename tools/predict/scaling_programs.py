@@ -21,7 +21,12 @@ from roofline import RATES, spans
 from nanochat_jax.cli.device import peak_flops
 from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.collectives import replicated_parameters
-from nanochat_jax.distributed.device_memory import asked_and_had, beside_arguments, bytes_on_device, is_out_of_memory
+from nanochat_jax.distributed.device_memory import (
+    beside_arguments,
+    bytes_on_device,
+    is_out_of_memory,
+    parse_memory_error,
+)
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.model.gpt import REMAT, GPTConfig, window_sizes
 from nanochat_jax.train import preflight, scaling_laws
@@ -221,7 +226,7 @@ def costs(compiled: Callable, compiler: preflight.Compiler, trips: int | None) -
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return {"out_of_memory": True, "memory_asked": asked_and_had(error)[0]}
+        return {"out_of_memory": True, "memory_asked": parse_memory_error(error)[0]}
     text, how = program.as_text(), {"rates": (peak_flops(chip), RATES[chip][0])}
     found = {"compile_seconds": round(time.perf_counter() - began, 1), "beside_arguments": beside_arguments(program)}
     found["arguments"] = program.memory_analysis().argument_size_in_bytes
