@@ -15,7 +15,7 @@ from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files import bucket
 from nanochat_jax.interop.nanochat_model import find_steps, model_file, read_model
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
-from nanochat_jax.interop.optimizer_state import groups_to_json, named_arrays, recorded_groups
+from nanochat_jax.interop.optimizer_state import groups_to_json, recorded_groups
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -79,7 +79,7 @@ def convert(src: Path, to: Path, logit_cap: float = 15.0, log: Callable = print0
         if state:
             meta["optimizer_groups"] = recorded_groups(state.groups)
             meta["nanochat_groups"] = groups_to_json(state.groups)
-        store.write(target, flatten_by_path(params), named_arrays(state) if state else None, meta)
+        store.write(target, flatten_by_path(params), state.arrays if state else None, meta)
         log(f"{folder}/model_{step:06d}.pt -> {target}" + ("" if state else " (no optimizer state)"))
     return len(models)
 

@@ -22,12 +22,12 @@ from nanochat_jax.interop.optimizer_state import (  # noqa: F401  until find.py 
     group_paths,
     imported_arrays,
     recorded_groups,
+    with_second_momenta,
 )
 from nanochat_jax.model.gpt import GPTConfig
 
 SHARDED_FROM = 1024  # AdamW state of at least so many elements is split over the ranks by rows, smaller is replicated
 
-Arrays = dict[str, np.ndarray]  # by path
 Shapes = dict[str, tuple[int, ...]]  # by path
 
 
@@ -126,35 +126,36 @@ def _merge(ranks: list[list[StoredGroup]], shapes: Shapes) -> OptimizerState:
     described = [[(group.settings, group.numbers) for group in rank] for rank in ranks]
     if any(others != described[0] for others in described):
         raise Refused("the ranks' files differ in their groups: they are not from one run and step")
-    groups: list[Ranks] = list(zip(*ranks))
-    adamw = [group for group in groups if isinstance(group[0].settings, AdamWGroup)]
-    muon = [group for group in groups if isinstance(group[0].settings, MuonGroup)]
+    stored: list[Ranks] = list(zip(*ranks))
+    adamw = [group for group in stored if isinstance(group[0].settings, AdamWGroup)]
+    muon = [group for group in stored if isinstance(group[0].settings, MuonGroup)]
     members = group_paths(shapes)
     matrices = {path: shapes[path] for path in members.pop("matrix")}
     if len(adamw) != len(members):
         raise Refused(f"this model has {len(members)} AdamW groups ({', '.join(members)}), the file {len(adamw)}")
-    merged = OptimizerState({}, {}, {}, {}, {}, {})
+    groups, arrays = {}, {}
     for group, (name, paths) in zip(adamw, members.items()):
         if len(group[0].numbers) != len(paths):
             raise Refused(f"group {name} must have {len(paths)} parameters, got {len(group[0].numbers)}")
+        counts = {}
         for number, path in zip(group[0].numbers, paths):
             moments = _adamw_moments(group, number, path, shapes[path])
-            merged.exp_avg[path], merged.exp_avg_sq[path], merged.count[path] = moments
-        merged.groups[name] = group[0].settings
+            arrays[f"exp_avg/{path}"], arrays[f"exp_avg_sq/{path}"], counts[path] = moments
+        if len(set(counts.values())) > 1:
+            raise Refused(f"the parameters of group {name} must have taken equally many steps, got {counts}")
+        groups[name], arrays[f"count/{name}"] = group[0].settings, np.int32(counts[paths[0]])
     for group in muon:
-        momentum, second_momentum = _muon_moments(group, matrices)
-        if taken := [path for path in momentum if path in merged.momentum]:
-            raise Refused(f"two Muon groups hold the momentum of {taken[0]}")
-        merged.momentum.update(momentum)
-        merged.second_momentum.update(second_momentum)
-    if missing := [path for path in matrices if path not in merged.momentum]:
+        moments = _muon_moments(group, matrices)
+        if taken := [name for name in moments if name in arrays]:
+            raise Refused(f"two Muon groups hold the {taken[0].replace('/', ' of ', 1)}")
+        arrays |= moments
+    if missing := [path for path in matrices if f"momentum/{path}" not in arrays]:
         raise Refused(f"no Muon group has the momentum of {missing[0]} ({len(missing)} such matrices)")
     settings = [group[0].settings for group in muon]
     for key, values in zip(MuonGroup._fields, zip(*settings)):
         if len(set(values)) > 1:
             raise Refused(f"all Muon groups must have the same {key}, got {', '.join(sorted(map(str, set(values))))}")
-    merged.groups["matrix"] = settings[0]
-    return merged
+    return OptimizerState(groups | {"matrix": settings[0]}, with_second_momenta(arrays))
 
 
 def _entry(group: StoredGroup, number: int, allowed: set[str], what: str) -> dict[str, Any]:
@@ -197,13 +198,13 @@ def _adamw_moments(group: Ranks, number: int, path: str, shape: tuple) -> tuple[
 
 def _whole_number(value: object, what: str) -> int:
     number = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
-    if type(number) not in (int, float) or not 0 <= number < 1 << 53 or number != int(number):
+    if type(number) not in (int, float) or not 0 <= number < 1 << 31 or number != int(number):
         raise Refused(f"{what} must be a whole number, got {number if type(number) in (int, float) else type(number)}")
     return int(number)
 
 
-def _muon_moments(group: Ranks, matrices: Shapes) -> tuple[Arrays, Arrays]:
-    """(momentum, second momentum) by path of a group's matrices: all of the shapes in its buffers, in model order."""
+def _muon_moments(group: Ranks, matrices: Shapes) -> dict[str, np.ndarray]:
+    """momentum/<path> and second_momentum/<path> of a group's matrices: all of the shapes in its buffers."""
     keys, numbers = {"momentum_buffer", "second_momentum_buffer"}, group[0].numbers
     states = [{n: entry for n in numbers if (entry := _entry(rank, n, keys, f"parameter {n}"))} for rank in group]
     what = f"the Muon group of parameters {numbers[0]} to {numbers[-1]}"
@@ -216,7 +217,7 @@ def _muon_moments(group: Ranks, matrices: Shapes) -> tuple[Arrays, Arrays]:
         raise Refused(f"{what} has {len(numbers)} members, the model {len(members)} of shape {sorted(found)}")
     if buffers[0].ndim == 3:
         return _stacked_moments(states, numbers[0], members)
-    momentum = {}
+    moments = {}
     for number, (path, shape) in zip(numbers, members.items()):  # one buffer a parameter, on the rank that owned it
         holders = [state[number] for state in states if number in state]
         if not holders:
@@ -224,27 +225,26 @@ def _muon_moments(group: Ranks, matrices: Shapes) -> tuple[Arrays, Arrays]:
         name = f"momentum_buffer of {path} (state {number})"
         if holders[0].keys() != {"momentum_buffer"}:
             raise Refused(f"{name} must be alone in its state, got {len(holders[0])} entries")
-        momentum[path] = to_float32(holders[0]["momentum_buffer"], shape, name)
-    return momentum, {}
+        moments[f"momentum/{path}"] = to_float32(holders[0]["momentum_buffer"], shape, name)
+    return moments
 
 
-def _stacked_moments(states: list[dict[int, dict]], first: int, members: Shapes) -> tuple[Arrays, Arrays]:
+def _stacked_moments(states: list[dict[int, dict]], first: int, members: Shapes) -> dict[str, np.ndarray]:
     """A rank's buffers hold its chunk of the group, which is padded where the group has no more members."""
     paths, (r, c), world = list(members), next(iter(members.values())), len(states)
-    chunk = -(-len(paths) // world)
-    moments = {"momentum_buffer": {}, "second_momentum_buffer": {}}
-    shapes = {"momentum_buffer": (r, c), "second_momentum_buffer": (r, 1) if r >= c else (1, c)}
+    chunk, moments = -(-len(paths) // world), {}
     for rank, state in enumerate(states):
         own = paths[rank * chunk : (rank + 1) * chunk]
         if state.keys() - {first}:
             raise Refused(f"stacked Muon state belongs to parameter {first}, got some at {sorted(state)[-1]}")
-        for key, shape in shapes.items():
-            buffer = state.get(first, {}).get(key)
+        for kind, shape in (("momentum", (r, c)), ("second_momentum", (r, 1) if r >= c else (1, c))):
+            buffer = state.get(first, {}).get(f"{kind}_buffer")
             if buffer is None and not own:
                 continue
-            name = f"{key} of {paths[0]} and others of its shape (state {first}, rank {rank} of {world})"
+            what = f"{kind}_buffer of {paths[0]} and others of its shape (state {first}, rank {rank} of {world})"
             rows = buffer.shape[0] if isinstance(buffer, np.ndarray) and buffer.ndim == 3 else None
             if rows is None or not len(own) <= rows <= chunk:
-                raise Refused(f"{name} must hold {len(own)} to {chunk} matrices, got {rows}")
-            moments[key].update(zip(own, to_float32(buffer[: len(own)], (len(own), *shape), name)))
-    return moments["momentum_buffer"], moments["second_momentum_buffer"]
+                raise Refused(f"{what} must hold {len(own)} to {chunk} matrices, got {rows}")
+            matrices = to_float32(buffer[: len(own)], (len(own), *shape), what)
+            moments |= {f"{kind}/{path}": matrix for path, matrix in zip(own, matrices)}
+    return moments

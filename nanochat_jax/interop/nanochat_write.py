@@ -88,15 +88,14 @@ def optimizer_content(state: OptimizerState, model: GPTConfig, embedding_type: n
     for name, paths in groups.items():
         for number, path in zip(add_group(name, paths, ADAMW_KEYS), paths):
             kind = stored_type(path, embedding_type)
-            first, second = (Tensor(m[path].shape, kind, [m[path]]) for m in (state.exp_avg, state.exp_avg_sq))
-            content["state"][number] = {"step": state.count[path], "exp_avg": first, "exp_avg_sq": second}
+            content["state"][number] = {"step": int(state.arrays[f"count/{name}"])}
+            for key in ("exp_avg", "exp_avg_sq"):
+                array = state.arrays[f"{key}/{path}"]
+                content["state"][number][key] = Tensor(array.shape, kind, [array])
     for shape in sorted({shapes[path] for path in matrices}):
         paths = [path for path in matrices if shapes[path] == shape]
-        first, second = (_stacked([m[path] for path in paths]) for m in (state.momentum, state.second_momentum))
-        numbers = add_group("matrix", paths, MUON_KEYS)
-        content["state"][numbers[0]] = {"momentum_buffer": first, "second_momentum_buffer": second}
+        entry = content["state"][add_group("matrix", paths, MUON_KEYS)[0]] = {}
+        for key in ("momentum", "second_momentum"):
+            arrays = [state.arrays[f"{key}/{path}"] for path in paths]
+            entry[f"{key}_buffer"] = Tensor((len(arrays), *arrays[0].shape), np.dtype(np.float32), arrays)
     return content
-
-
-def _stacked(arrays: list[np.ndarray]) -> Tensor:
-    return Tensor((len(arrays), *arrays[0].shape), np.dtype(np.float32), arrays)

@@ -1,14 +1,9 @@
-"""The state of nanochat's optimizer by parameter, and its translation to and from what our checkpoints hold.
-
-Paths are text such as "blocks/0/attn/c_q". Arrays are float32.
-"""
+"""The state of nanochat's optimizer, with its arrays under the names that our checkpoints give them."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.optim.groups import GROUP_OF
@@ -41,16 +36,11 @@ class MuonGroup(NamedTuple):
 NanochatGroups = dict[str, AdamWGroup | MuonGroup]  # by our names, in nanochat's order; "matrix" is Muon's
 
 
-@dataclass(frozen=True)
-class OptimizerState:
-    """One optimizer over all parameters; all dictionaries but the first are by path."""
+class OptimizerState(NamedTuple):
+    """One optimizer over all parameters."""
 
     groups: NanochatGroups
-    exp_avg: dict[str, np.ndarray]  # AdamW's first moment, of the parameter's shape
-    exp_avg_sq: dict[str, np.ndarray]  # AdamW's second moment, of the parameter's shape
-    count: dict[str, int]  # AdamW's steps taken
-    momentum: dict[str, np.ndarray]  # Muon's, of the parameter's shape
-    second_momentum: dict[str, np.ndarray]  # Muon's, (rows, 1) or (1, columns); of 2025 there is none
+    arrays: dict[str, Any]  # as `optim.groups.state_arrays` names them; float32, and the counts of steps int32
 
     def __getitem__(self, name: str) -> Any:  # until checkpoints/find.py is rewritten
         return getattr(self, name)
@@ -62,35 +52,14 @@ def group_paths(paths: Iterable[str]) -> dict[str, list[str]]:
     return {name: paths for name, paths in members.items() if paths}
 
 
-def named_arrays(state: OptimizerState) -> dict[str, Any]:
-    """The arrays by the names of our checkpoints (see `optim.groups.state_arrays`)."""
-    arrays = {
-        f"{kind}/{path}": array
-        for kind in ("exp_avg", "exp_avg_sq", "momentum", "second_momentum")
-        for path, array in getattr(state, kind).items()
-    }
-    for path, array in state.momentum.items():  # what the Muon of 2025 lacks starts from zero
-        r, c = array.shape
-        arrays.setdefault(f"second_momentum/{path}", jnp.zeros((r, 1) if r >= c else (1, c)))
-    for name, paths in group_paths(state.count).items():
-        counts = {path: state.count[path] for path in paths}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"parameters of one learning-rate group must have taken equally many steps: {counts}")
-        arrays[f"count/{name}"] = jnp.int32(counts[paths[0]])
-    return arrays
-
-
-def from_named_arrays(arrays: Mapping[str, Any], groups: NanochatGroups) -> OptimizerState:
-    """The state whose arrays have the names of our checkpoints; what else is among them is left out."""
-    by_kind = {kind: {} for kind in ("exp_avg", "exp_avg_sq", "count", "momentum", "second_momentum")}
+def with_second_momenta(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays with zeros for Muon's second momenta where they are missing, as in nanochat's files of 2025."""
+    zeros = {}
     for name, array in arrays.items():
-        kind, _, path = name.partition("/")
-        if kind in by_kind:
-            by_kind[kind][path] = array
-    counts = by_kind.pop("count")
-    members = group_paths(by_kind["exp_avg"])
-    count = {path: int(counts[group]) for group, paths in members.items() for path in paths}
-    return OptimizerState(groups, count=count, **by_kind)
+        if name.startswith("momentum/"):
+            r, c = array.shape
+            zeros[f"second_{name}"] = np.zeros((r, 1) if r >= c else (1, c), np.float32)
+    return zeros | arrays
 
 
 def recorded_groups(groups: NanochatGroups) -> dict[str, dict]:
@@ -134,5 +103,9 @@ def groups_from_json(stored: list[dict]) -> NanochatGroups:
     return groups
 
 
-def imported_arrays(state: Any) -> dict[str, Any]:  # until checkpoints/find.py is rewritten
-    return named_arrays(state if isinstance(state, OptimizerState) else OptimizerState({}, **state))
+def imported_arrays(state: Any) -> dict[str, Any]:  # until checkpoints/find.py and its test are rewritten
+    if isinstance(state, OptimizerState):
+        return state.arrays
+    arrays = {f"{kind}/{path}": a for kind, tree in state.items() if kind != "count" for path, a in tree.items()}
+    counts = {name: state["count"][paths[0]] for name, paths in group_paths(state["count"]).items()}
+    return with_second_momenta(arrays) | {f"count/{name}": np.int32(count) for name, count in counts.items()}

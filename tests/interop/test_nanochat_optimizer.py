@@ -16,35 +16,33 @@ MUON = {"lr": 0.01, "initial_lr": 0.02, "momentum": 0.95}
 
 
 def optimizer_state(era: str, config):
-    """(what read_optimizer must return, for one rank the file's content by rank) of a random state, from the facts."""
+    """(the arrays that read_optimizer must return, the paths of AdamW's and of Muon's groups) of a random state."""
     rng = np.random.default_rng(5)
     shapes = tensor_shapes(config)
     order = [f"blocks/{i}/{part}" for i in range(3) for part in BLOCK_ORDER if f"blocks/{i}/{part}" in shapes]
     embeds = [path for path in shapes if path.endswith("value_embed")]
-    adamw = [
-        ["lm_head"],
-        ["wte"],
-        embeds,
-        ["resid_lambdas"],
-        ["x0_lambdas"],
-        ["smear_gate", "smear_lambda", "backout_lambda"],
-    ]
-    adamw = [group for group in adamw if group and group[0] in shapes]
-    keys = ("exp_avg", "exp_avg_sq", "count", "momentum", "second_momentum")
-    want = {key: {} for key in keys}
-    for path in [path for group in adamw for path in group]:
-        want["exp_avg"][path], want["exp_avg_sq"][path] = rng.normal(size=(2, *shapes[path])).astype("f4")
-        want["count"][path] = 11
+    adamw = {
+        "unembedding": ["lm_head"],
+        "embedding": ["wte"],
+        "value_embedding": embeds,
+        "resid": ["resid_lambdas"],
+        "x0": ["x0_lambdas"],
+        "smear": ["smear_gate", "smear_lambda", "backout_lambda"],
+    }
+    adamw = {name: group for name, group in adamw.items() if group and group[0] in shapes}
+    want = {f"count/{name}": np.int32(11) for name in adamw}
+    for path in [path for group in adamw.values() for path in group]:
+        want[f"exp_avg/{path}"], want[f"exp_avg_sq/{path}"] = rng.normal(size=(2, *shapes[path])).astype("f4")
     for path in order:
         r, c = shapes[path]
-        want["momentum"][path] = rng.normal(size=(r, c)).astype("f4")
-        if era != "A":
-            want["second_momentum"][path] = rng.normal(size=(r, 1) if r >= c else (1, c)).astype("f4")
+        want[f"momentum/{path}"] = rng.normal(size=(r, c)).astype("f4")
+        second = rng.normal(size=(r, 1) if r >= c else (1, c)).astype("f4")
+        want[f"second_momentum/{path}"] = second * (era != "A")  # which had none: it starts from zero
     muon = [[path for path in order if shapes[path] == shape] for shape in sorted({shapes[path] for path in order})]
     if era == "A":  # by number of elements
         sizes = sorted({int(np.prod(shapes[path])) for path in order})
         muon = [[path for path in order if np.prod(shapes[path]) == size] for size in sizes]
-    return want, adamw, muon
+    return want, list(adamw.values()), muon
 
 
 def rank_content(era: str, want: dict, adamw: list, muon: list, rank: int, world: int):
@@ -55,7 +53,7 @@ def rank_content(era: str, want: dict, adamw: list, muon: list, rank: int, world
         for path in group:
             pieces = {}
             for key in ("exp_avg", "exp_avg_sq"):
-                array = want[key][path]
+                array = want[f"{key}/{path}"]
                 rows = len(array) // world
                 pieces[key] = array[rank * rows : (rank + 1) * rows] if array.size >= 1024 else array
             step = np.array(11.0, "f4") if era == "A" else 11
@@ -71,15 +69,15 @@ def rank_content(era: str, want: dict, adamw: list, muon: list, rank: int, world
         if era == "A":  # one buffer a parameter, on the rank that owns it
             for k, path in enumerate(group):
                 if k % world == rank:
-                    target["state"][numbers[k]] = {"momentum_buffer": want["momentum"][path]}
+                    target["state"][numbers[k]] = {"momentum_buffer": want[f"momentum/{path}"]}
             target["param_groups"].append(MUON | {"params": numbers, "zero_buffer": np.full(2, rank, "f4")})
             continue
         chunk = -(-len(group) // world)
         own = group[rank * chunk : (rank + 1) * chunk]
         entry = {}
         for key, name in (("momentum", "momentum_buffer"), ("second_momentum", "second_momentum_buffer")):
-            padded = np.full((chunk, *want[key][group[0]].shape), 9, "f4")
-            padded[: len(own)] = [want[key][path] for path in own] or padded[:0]
+            padded = np.full((chunk, *want[f"{key}/{group[0]}"].shape), 9, "f4")
+            padded[: len(own)] = [want[f"{key}/{path}"] for path in own] or padded[:0]
             entry[name] = padded
         target["state"][numbers[0]] = entry
         target["param_groups"].append(MUON | {"kind": "muon", "beta2": 0.9, "weight_decay": 0.1, "params": numbers})
@@ -101,10 +99,9 @@ def write_optimizer(folder, era, world, step=7):
 def test_the_parts_of_all_ranks_make_the_whole_state(tmp_path, era, world):
     config, want, _ = write_optimizer(tmp_path, era, world)
     got = read_optimizer(tmp_path, 7, config)
-    for key, arrays in want.items():
-        assert getattr(got, key).keys() == arrays.keys(), key
-        for path, array in arrays.items():
-            assert np.array_equal(getattr(got, key)[path], array), f"{key} of {path}"
+    assert got.arrays.keys() == want.keys()
+    for name, array in want.items():
+        assert got.arrays[name].dtype == array.dtype and np.array_equal(got.arrays[name], array), name
     names = ["unembedding", "embedding", "value_embedding", "resid", "x0", "smear", "matrix"]
     names = [name for name in names if era == "E" or name != "smear"]
     names = ["unembedding", "embedding", "matrix"] if era == "A" else names
@@ -130,7 +127,7 @@ def test_three_ranks_with_chunks_of_unequal_use_are_merged(tmp_path):
     for rank in range(3):
         write_pt(tmp_path / f"optim_000007_rank{rank}.pt", rank_content("E", want, adamw, muon, rank, 3))
     got = read_optimizer(tmp_path, 7, config)
-    assert all(np.array_equal(getattr(got, key)[path], array) for key in want for path, array in want[key].items())
+    assert all(np.array_equal(got.arrays[name], array) for name, array in want.items())
 
 
 def test_stacked_buffers_in_a_list_of_two_state_dicts_are_read(tmp_path):
@@ -145,7 +142,7 @@ def test_stacked_buffers_in_a_list_of_two_state_dicts_are_read(tmp_path):
         parts[part]["param_groups"].append(group | {"params": [n - first * part for n in group["params"]]})
     write_pt(tmp_path / "optim_000007_rank0.pt", parts)
     got = read_optimizer(tmp_path, 7, config)
-    assert all(np.array_equal(getattr(got, key)[path], array) for key in want for path, array in want[key].items())
+    assert all(np.array_equal(got.arrays[name], array) for name, array in want.items())
     assert [group.kind for group in got.groups.values()] == ["adamw"] * 5 + ["muon"]
     write_pt(tmp_path / "optim_000007_rank1.pt", content)
     with pytest.raises(Refused, match="kind must be adamw or muon, got NoneType"):
@@ -155,7 +152,8 @@ def test_stacked_buffers_in_a_list_of_two_state_dicts_are_read(tmp_path):
 def test_no_optimizer_file_is_no_error_and_the_oldest_name_is_known(tmp_path):
     config, _, _ = write_optimizer(tmp_path, "A", 1)
     (tmp_path / "optim_000007_rank0.pt").rename(tmp_path / "optim_000007.pt")
-    assert read_optimizer(tmp_path, 7, config).count == {"lm_head": 11, "wte": 11}
+    arrays = read_optimizer(tmp_path, 7, config).arrays
+    assert arrays["count/unembedding"] == arrays["count/embedding"] == 11
     (tmp_path / "optim_000007.pt").unlink()
     assert read_optimizer(tmp_path, 7, config) is None
 
@@ -193,6 +191,8 @@ def _damage(content, *path, value):
         (("state", 1, "exp_avg"), 3, "exp_avg of wte .* must be a tensor, got int"),
         (("state", 1, "step"), 2.5, r"step of wte \(state 1\) must be a whole number, got 2.5"),
         (("state", 1, "step"), True, "step of wte"),
+        (("state", 1, "step"), 1 << 40, "step of wte"),
+        (("state", 2, "step"), 12, "group value_embedding must have taken equally many steps, got .*: 12, .*: 11"),
         (("state", 1, "step"), np.array(-3, "i4"), "step of wte .*got -3"),
         (("state", 1, "max_exp_avg_sq"), np.ones(3, "f4"), "the state of wte has an unknown max_exp_avg_sq"),
         (("state", 99), {"step": 1}, "state 99 belongs to no group"),
