@@ -15,7 +15,6 @@ import pytest
 
 from nanochat_jax import nanochat_export
 from nanochat_jax.checkpoints import find, store
-from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed import sharding
 from nanochat_jax.files import torch_write
 from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
@@ -31,6 +30,7 @@ from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.interop.test_nanochat_optimizer import write_optimizer
 from tests.support import tiny
+from tests.support.commands import run_command
 from tests.support.models import tiny_config
 from tests.test_nanochat_import import assert_equal, contents
 
@@ -65,12 +65,9 @@ def exported(base, tmp_path_factory):
     return out
 
 
-def run(monkeypatch, base, *argv) -> object:
-    """The exit code or sentence of the command."""
+def run(monkeypatch, base, *argv) -> int | str:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    with pytest.raises(SystemExit) as stop:
-        main.run_stage(nanochat_export.main, settings.parse(ExportConfig, [*map(str, argv)]))
-    return stop.value.code
+    return run_command(nanochat_export.main, ExportConfig, *argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ from flax import nnx
 from nanochat_jax import nanochat_import, sft
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import settings
-from nanochat_jax.cli.main import run_stage
 from nanochat_jax.distributed import sharding
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import tiny
+from tests.support.commands import run_command
 
 GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN", Path(__file__).parents[2] / "shared" / "golden")) / "checkpoints"
 MODELS = sorted(p.name for p in GOLDEN.iterdir()) if GOLDEN.is_dir() else []
@@ -42,11 +42,8 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def run(*argv) -> object:
-    """The exit code or sentence of the command."""
-    with pytest.raises(SystemExit) as stop:
-        run_stage(nanochat_import.main, settings.parse(nanochat_import.ImportConfig, [*map(str, argv)]))
-    return stop.value.code
+def run(*argv) -> int | str:
+    return run_command(nanochat_import.main, nanochat_import.ImportConfig, *argv)
 
 
 def warm(base, tag):

@@ -187,8 +187,8 @@ def md5(path: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------- one run at a time
 class Ownership:
-    """A run's folder in a bucket, where locks do not work: who has started last owns it, and the one before, which may
-    be a machine that was believed lost, ends before it saves again."""
+    """The right to save in a run's folder of a bucket, where locks do not work. The run that started last has it; one
+    before it, perhaps on a machine that was believed lost, ends before it saves again."""
 
     def __init__(self, folder: Any):
         self.path, self.token = folder / OWNER, uuid.uuid4().hex
