@@ -148,7 +148,7 @@ def _open_checkpoint(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[
 
 
 def read_meta_file(path: Path) -> dict:
-    """A meta file, of which is known that model_config is a dict."""
+    """What a meta file holds; only that its model_config is a dict has been checked."""
     with naming_file(path):
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
