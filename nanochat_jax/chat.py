@@ -29,7 +29,7 @@ from nanochat_jax.checkpoints import find
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import compute_dtype, start_device
-from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.cli.settings import LARGEST, Maybe, between, check_bounds, require, setting
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine, text_pieces
@@ -57,7 +57,9 @@ class ChatConfig:
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 = always the likeliest token
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # draw from the likeliest k tokens (0 = from all)
     max_new_tokens: int = 256  # tokens of an answer, calculator results included
-    seed: int = 42  # of the first answer; each one after it has the next number
+    seed: int = setting(
+        42, "of the first answer; each one after it has the next number", between(0, LARGEST, f"from 0 to {LARGEST}")
+    )
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
 
@@ -283,7 +285,7 @@ def load_model(cfg: ChatConfig) -> tuple[Engine, Any, find.Found]:
 def main(cfg: ChatConfig) -> int:
     """Talk -> the exit code: 0, or 130 where Ctrl-C has stopped the answer to --prompt."""
     sampling = SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens)
-    require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
+    check_bounds(cfg)
     require(cfg.prompt != "", "--prompt must hold a message, got an empty one")
     require(cfg.prompt is not None or sys.stdin is not None, "standard input is closed: give a message with --prompt")
     require(sys.stdout is not None, "standard output is closed: there is nowhere to print an answer to")

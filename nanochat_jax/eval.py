@@ -22,7 +22,7 @@ from nanochat_jax.checkpoints import find, store
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.cli.settings import Maybe, require
+from nanochat_jax.cli.settings import LARGEST, Maybe, at_least, between, check_bounds, require, setting
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
@@ -54,15 +54,17 @@ class EvalConfig:
     task_name: Annotated[Maybe[str], short("-a")] = None  # such as "ARC-Easy|my_module:MyTask"; default: all tasks
     model_tag: Annotated[Maybe[str], short("-g")] = None  # tag of the model; default: the largest d<number>
     step: Annotated[Maybe[int], short("-s", "--model-step")] = None  # step of the model; default: its last
-    max_problems: Annotated[Maybe[int], short("-x")] = None  # of each task, the first ones; default: all
+    max_problems: Annotated[Maybe[int], short("-x")] = setting(
+        None, "of each task, the first ones; default: all", at_least(1)
+    )
     data_dir: Maybe[Path] = None  # folder of datasets on disk, looked at first
     unsafe_exec: bool = False  # run HumanEval's programs also where this machine cannot guard against them
     # answers
     temperature: Annotated[float, short("-t")] = 0.0  # of generated answers; 0 = the most likely one
     max_new_tokens: Annotated[int, short("-m")] = NEW_TOKENS  # tokens of an answer, the calculator's included
-    num_samples: Annotated[int, short("-n")] = 1  # answers to each problem, for pass@1 to pass@n
+    num_samples: Annotated[int, short("-n")] = setting(1, "answers to each problem, for pass@1 to pass@n", at_least(1))
     top_k: Annotated[int, short("-k")] = 50  # sample among so many tokens; 0 = all
-    seed: int = 42  # of the sampling
+    seed: int = setting(42, "of the sampling", between(0, LARGEST, f"from 0 to {LARGEST}"))
     # machine
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: Annotated[str, short("-d")] = "auto"  # compute type: float32 or bfloat16; auto = float32 on CPU
@@ -71,8 +73,10 @@ class EvalConfig:
     coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
     num_processes: Maybe[int] = None  # how many there are
     process_id: Maybe[int] = None  # which one this is, from 0
-    batch_size: Annotated[Maybe[int], short("-b")] = None  # multiple-choice questions in a pass, per device
-    slots: int = 256  # answers that are generated together
+    batch_size: Annotated[Maybe[int], short("-b")] = setting(
+        None, "multiple-choice questions in a pass, per device", at_least(1)
+    )
+    slots: int = setting(256, "answers that are generated together", at_least(1))
     # output
     json: Maybe[Path] = None  # new file for all numbers
     config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
@@ -83,10 +87,7 @@ LESS_MEMORY = "Lower --slots or --max-new-tokens, for multiple choice --batch-si
 
 def check(cfg: EvalConfig) -> SamplingParams:
     """How to sample. ValueError for a setting that cannot work, whatever the model and the tasks are."""
-    for name in ("max_problems", "num_samples", "batch_size", "slots"):
-        value = getattr(cfg, name)
-        require(value is None or 1 <= value < 2**31, f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to 2147483647, got {cfg.seed}")
+    check_bounds(cfg)
     require(
         cfg.num_samples == 1 or cfg.temperature > 0,
         f"--num-samples={cfg.num_samples} at --temperature 0 would be the same answer each time: give a --temperature",
