@@ -1,5 +1,11 @@
-"""The costs read from a compiled program. Run: python -m pytest tests/tools/test_aot_table.py"""
+"""The costs read from a compiled program, and the lines of tools/predict/aot_table.py.
 
+Run: python -m pytest tests/tools/test_aot_table.py
+"""
+
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "tools/predict"))
-
 from hlo_cost import cost, group
 
+from tests.support.marks import needs_tpu_compiler
+
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 HloModule example
 
@@ -163,3 +169,16 @@ def test_a_program_that_was_really_compiled():
 
     text = jax.jit(f).lower(np.ones((32, 64), "f4"), np.ones((64, 64), "f4")).compile().as_text()
     assert cost(text).flops == 5 * 2 * 32 * 64 * 64
+
+
+@needs_tpu_compiler
+def test_the_table_has_a_line_of_json_for_each_program_with_the_keys_of_the_recorded_ones():
+    sizes = ["--max-seq-len=32", "--vocab-size=64", "--total-batch-size=64", "--slots=16", "--max-new-tokens=16"]
+    command = [sys.executable, ROOT / "tools/predict/aot_table.py", "--cases", "d2:v5e-1", *sizes]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    recorded = (ROOT / "tools/bench/results/aot_2026-11-23.jsonl").read_text().splitlines()
+    printed = list(map(json.loads, done.stdout.splitlines()))
+    assert [line["program"] for line in printed] == ["sft", "decode"]
+    assert list(map(list, printed)) == [list(json.loads(line)) for line in recorded[:2]]
+    assert all(line["fits"] and line["seconds"]["at_least"] > 0 for line in printed)

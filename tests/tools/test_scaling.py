@@ -4,7 +4,6 @@ Run: python -m pytest tests/tools/test_scaling.py
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -12,30 +11,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
+import hlo_cost
 import jax
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "tools/predict"))
-
-import hlo_cost
 import roofline
 import scaling
 import scaling_programs
 import scaling_table
 
-from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import sharding
+from nanochat_jax.distributed.device_memory import bytes_on_device
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model.cost import flops_per_token
 from nanochat_jax.model.gpt import REMAT, window_sizes
-from nanochat_jax.train import preflight
 from nanochat_jax.train.remat import kept_for_backward
+from tests.support.marks import needs_tpu_compiler
 from tests.support.models import tiny_config
 
 ROOT = Path(__file__).parents[2]
-needs_tpu_compiler = pytest.mark.skipif(
-    not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: tools/setup.sh --extra aot"
-)
 WORK = scaling_programs.Workload(max_seq_len=32, vocab_size=64, total_batch_size=512, device_batch_size=2)
 PLAN = {
     "chip": "TPU v5 lite",
@@ -80,13 +75,11 @@ def parts(**more):
     } | more
 
 
-def tiny(layers, mesh="data=2", optimizer=True):
-    """Compiler of a small model on CPU devices."""
-    settings = scaling_programs.Settings("here", mesh, remat="none", attention="reference", dtype="float32")
-    place = preflight.Place("here", distributed_mesh.make_mesh(mesh), np.dtype("float32"), None)
-    model = tiny_config(n_layer=layers, windows=window_sizes("SSSL", layers, 32))
-    compiler = preflight.Compiler(settings, place, model, preflight.Batch(2, 4, 32), packed=True)
-    return compiler if optimizer else scaling_programs.without_optimizer(compiler, False)
+def tiny(layers):
+    """The plan of a small model on two CPU devices."""
+    model = tiny_config(sequence_len=32, n_layer=layers, windows=window_sizes("SSSL", layers, 32))
+    mesh = make_mesh("data=2")
+    return cases.sft_plan(model, mesh, passes=2, rows=2, remat="none", attention="reference", dtype="float32")
 
 
 def as_part(program):
@@ -105,8 +98,8 @@ def test_what_two_depths_say_is_extended_linearly_whatever_its_shape():
 
 
 def test_layers_that_are_alike_cost_alike_so_two_depths_foretell_a_third():
-    compilers = [tiny(n, optimizer=False) for n in (2, 4, 6)]
-    programs = [compiler.train_step() for compiler in compilers]
+    plans = [tiny(n) for n in (2, 4, 6)]
+    programs = [scaling_programs.compile_gradient(plan) for plan in plans]
     small, large, real = map(as_part, programs)
     for passes in (1, 3):
         told = scaling.extended(*(scaling.of_passes(p, passes) for p in (small, large)), (2, 4), 6)
@@ -116,20 +109,20 @@ def test_layers_that_are_alike_cost_alike_so_two_depths_foretell_a_third():
         assert found
         for kind, (_, sent) in found.items():
             assert told[kind][1] == pytest.approx(sent, rel=0.02), kind
-    for compiler, program in zip(compilers, programs):  # and the arguments are known exactly from shapes
-        exact = preflight.bytes_on_device([compiler.state, compiler.arrays()])
+    for plan, program in zip(plans, programs):  # and the arguments are known exactly from shapes
+        exact = bytes_on_device([plan.abstract_state._replace(opt_state=()), plan.abstract_batch])
         assert program.memory_analysis().argument_size_in_bytes == exact
 
 
 def test_the_optimizer_costs_whole_matrices_for_each_device():
     """So it is not linear in depth: 3 matrices of a shape cost as much as 4 on each of 2 devices."""
-    compiler = tiny(3)
-    program = scaling_programs.compile_update(compiler)
+    state = tiny(3).abstract_state
+    program = scaling_programs.compile_update(tiny(3))
     flops = hlo_cost.cost(program.as_text()).flops
-    arguments = compiler.state_bytes - 2 * 4 + compiler.parameter_bytes + 2 * 4  # no counters of steps, but two scalars
+    arguments = bytes_on_device([state.params, state.opt_state, state.params]) + 2 * 4  # and two scalars
     assert program.memory_analysis().argument_size_in_bytes == arguments
     matrices = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(compiler.state.params["blocks"]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params["blocks"]):
         key = leaf.shape, leaf.sharding.spec
         if sharding.path_name(path).endswith(("c_q", "c_k", "c_v", "c_proj", "c_fc", "ve_gate")):
             matrices[key] = matrices.get(key, 0) + 1
@@ -198,7 +191,7 @@ def test_a_group_is_told_by_its_size_and_by_how_far_apart_its_devices_are():
 
 # ----------------------------------------------------------------------------------------------------- the prediction
 def predict(case="d12:v5e-8", plan=PLAN, work=scaling_programs.Workload(), **found):  # noqa: B008
-    return scaling.predict(scaling_programs.parse(case), work, plan, parts(**found), (4, 8))
+    return scaling.predict(cases.parse_case(case), work, plan, parts(**found), (4, 8))
 
 
 def test_a_step_is_its_passes_and_one_update():
@@ -226,7 +219,7 @@ def test_a_chip_holds_the_more_of_the_two_halves():
 
 def test_a_whole_step_compiled_at_its_depth_takes_the_place_of_both_halves():
     line = scaling.predict(
-        scaling_programs.parse("d12:v5e-8"),
+        cases.parse_case("d12:v5e-8"),
         scaling_programs.Workload(),
         PLAN,
         {"step": part(7e12), "decode 4": part(), "decode 8": part()},
@@ -273,21 +266,18 @@ def test_the_least_is_computed_again_that_fits_and_then_as_many_rows_as_fit():
 
 
 # -------------------------------------------------------------------------------------------------- the file and table
-def compiled_already(out, *cases):
-    """A file as of programs that were compiled before."""
-    work = dataclasses.asdict(scaling_programs.Workload())
-    for case in cases:
-        kind = scaling_programs.parse(case).kind
-        plan = PLAN | {"chip": "TPU v5 lite"}
-        decoding = {name: plan[name] for name in ("slots", "attention", "remat")}
-        found = {
-            ("plan", None): plan,
-            **{(n.partition(" ")[0], int(n.partition(" ")[2] or 0) or None): p for n, p in parts().items()},
-        }
-        for (name, layers), figures in found.items():
-            key = {"case": case if name != "decode" else f"d20:{kind}", "part": name, "layers": layers, "work": work}
-            key["plan"] = {"plan": None, "decode": decoding}.get(name, plan)
-            roofline.append(out, {"line": "part"} | key | {"found": figures})
+def compiled_already(out):
+    """A file as of programs of d20:v5e-8 that were compiled before."""
+    found = {"plan": PLAN} | parts()
+    for part_name, figures in found.items():
+        name, _, layers = part_name.partition(" ")
+        key = {"case": "d20:v5e-8", "part": name, "layers": int(layers) if layers else None, "plan": PLAN}
+        if name == "plan":
+            key["plan"] = None
+        if name == "decode":
+            key |= {"case": "d20:v5e", "plan": {name: PLAN[name] for name in ("slots", "attention", "remat")}}
+        work = dataclasses.asdict(scaling_programs.Workload())
+        roofline.append(out, {"line": "part"} | key | {"work": work, "found": figures})
 
 
 def predict_again(out):
@@ -302,7 +292,7 @@ def tool(*flags, name="scaling"):
 
 def test_what_is_in_the_file_is_not_compiled_again(tmp_path, capsys):
     out = tmp_path / "a.jsonl"
-    compiled_already(out, "d20:v5e-8")
+    compiled_already(out)
     before = out.read_text()
     out.write_text(before + '{"line": "part", "cut o')  # a killed process left this
     predict_again(out)
@@ -327,7 +317,7 @@ def test_parameters_that_do_not_fit_are_not_compiled_for(tmp_path, capsys):
 
 def test_the_table_and_the_plot_come_from_the_file_alone(tmp_path):
     out, plot = tmp_path / "a.jsonl", tmp_path / "a.svg"
-    compiled_already(out, "d20:v5e-8")
+    compiled_already(out)
     predict_again(out)
     done = tool("--out", str(out), "--render", "--plot", str(plot))
     assert done.returncode == 0, done.stderr

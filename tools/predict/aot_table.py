@@ -1,11 +1,12 @@
 """Compile the SFT step and the decode call ahead of time for TPU slices that are not here, and print what a chip would
-hold, what the chips would send each other, and bounds of the time.
+hold, what the chips would send each other, and bounds of the time: a JSON line for each program, then a table on
+stderr.
 
 python tools/predict/aot_table.py --out tools/bench/results/aot_2026-11-22.jsonl       # all of CASES, an hour of CPU
 python tools/predict/aot_table.py --cases d20:v5e-8 --programs sft --device-batch-size 8
 
-Nothing is run, so no number here is a measurement. hlo_cost.py counts a program's operations, loop bodies as
-often as they run, and roofline.py says how counts become bounds of the time.
+Nothing is run, so no number here is a measurement. cases.py says how a case is written; hlo_cost.py counts a program's
+operations, loop bodies as often as they run, and roofline.py says how counts become bounds of the time.
 """
 
 import dataclasses
@@ -17,24 +18,33 @@ from typing import Any
 
 import jax
 import tyro
+from cases import model_of_depth, parse_case, sft_plan, slice_mesh
 from hlo_cost import cost
 from roofline import RATES, append, attention_flops, bounds, head_split, provenance, sending, spans
 
 from nanochat_jax.cli.device import peak_flops
-from nanochat_jax.distributed.device_memory import beside_arguments, is_out_of_memory, parse_memory_error
+from nanochat_jax.cli.settings import require
+from nanochat_jax.distributed.device_memory import (
+    beside_arguments,
+    device_memory,
+    is_out_of_memory,
+    parse_memory_error,
+)
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
-from nanochat_jax.train import preflight, scaling_laws
+from nanochat_jax.train import preflight
+from nanochat_jax.train.plan import Plan
 
 CASES = ("d20:v5e-8", "d20:v6e-8", "d34:v5p-8", "d34:v5e-256:data=128,model=2")
+PROGRAMS = ("sft", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Compile for TPU slices that are not here."""
 
-    cases: tuple[str, ...] = CASES  # depth:slice, or depth:slice:mesh
-    programs: tuple[str, ...] = ("sft", "decode")
+    cases: tuple[str, ...] = CASES  # depth:slice, or with a mesh or `replicate` behind
+    programs: tuple[str, ...] = PROGRAMS
     device_batch_size: int = 8  # rows of a chip in one pass, at most
     total_batch_size: int = 524288  # tokens per step
     max_seq_len: int = 2048
@@ -47,80 +57,73 @@ class Table:
     hlo: Path | None = None  # keep the compiled programs' text in this folder
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What `preflight` reads of a stage's settings."""
-
-    preflight: str
-    mesh: str
-    remat: str
-    attention: str
-    dtype: str = "bfloat16"
-    replicate: bool = False
-
-
-def compiler_of(table: Table, case: str) -> preflight.Compiler:
-    depth, slice_name, *mesh = case.split(":")
-    settings = Settings(slice_name, "".join(mesh), table.remat, table.attention)
-    place = preflight.start(settings)
-    dials = {"aspect_ratio": 64, "head_dim": 128, "window_pattern": "SSSL", "max_seq_len": table.max_seq_len}
-    model = scaling_laws.config_of_depth(int(depth.removeprefix("d")), **dials, vocab_size=table.vocab_size)
-    shards = row_shards(place.mesh)
-    rows = min(table.device_batch_size, max(1, table.total_batch_size // (table.max_seq_len * shards)))
-    passes = max(1, table.total_batch_size // (table.max_seq_len * shards * rows))
-    batch = preflight.Batch(passes, rows * shards, table.max_seq_len)
-    return preflight.Compiler(settings, place, model, batch, packed=True)
+def plan_of(table: Table, text: str) -> Plan:
+    case = parse_case(text)
+    model = model_of_depth(case.depth, table.max_seq_len, table.vocab_size)
+    mesh = slice_mesh(case, model)
+    step = table.total_batch_size // (table.max_seq_len * row_shards(mesh))  # rows of a chip
+    rows = min(table.device_batch_size, max(1, step))
+    return sft_plan(
+        model,
+        mesh,
+        passes=max(1, step // rows),
+        rows=rows,
+        remat=table.remat,
+        attention=table.attention,
+        replicate=case.replicate,
+    )
 
 
 def measure(table: Table, case: str, program: str) -> dict[str, Any]:
     """One line of the table."""
-    compiler = compiler_of(table, case)
-    place, model, batch = compiler.place, compiler.model, compiler.batch
-    chip = place.mesh.devices.flat[0].device_kind
+    plan = plan_of(table, case)
+    model, batch, mesh, training = plan.model, plan.batch, dict(plan.mesh.shape), program == "sft"
+    device = plan.mesh.devices.flat[0]
+    chip, memory = device.device_kind, device_memory(device)
     rollouts = preflight.Rollouts(max(1, table.slots // 16), 16, table.slots, table.max_new_tokens)
     line = {
         "case": case,
         "program": program,
-        "chips": place.mesh.size,
+        "chips": plan.mesh.size,
         "chip": chip,
-        "mesh": dict(place.mesh.shape),
+        "mesh": mesh,
         "parameters": parameter_counts(model)["total"],
-        "attention": compiler.attention,
-        "memory_of_a_chip": place.memory,
+        "attention": plan.attention,
+        "memory_of_a_chip": memory,
     }
-    if program == "sft":
-        line |= {"passes": batch.micro_batches, "rows_a_pass": batch.rows, "T": batch.T, "remat": compiler.remat}
+    if training:
+        line |= {"passes": batch.micro_batches, "rows_a_pass": batch.rows, "T": batch.T, "remat": plan.remat}
     else:
         line |= {"slots": table.slots, "new_tokens": table.max_new_tokens, "chunk": rollouts.chunk}
     began = time.perf_counter()
     try:
-        compiled = compiler.train_step() if program == "sft" else compiler.decode(rollouts)
+        compiled = plan.compile_train_step() if training else preflight.compile_decode(plan, rollouts)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        asked = parse_memory_error(error)[0]
+        asked, _ = parse_memory_error(error)
         return line | {"fits": False, "memory_asked": asked, "said": str(error).splitlines()[0][:300]}
     line["compile_seconds"] = round(time.perf_counter() - began, 1)
     sizes, text = compiled.memory_analysis(), compiled.as_text()
     if table.hlo:
         table.hlo.mkdir(parents=True, exist_ok=True)
         (table.hlo / f"{case.replace(':', '_')}_{program}.hlo").write_text(text)
-    held = {"arguments": sizes.argument_size_in_bytes, "beside_them": beside_arguments(compiled)}
     line["temporaries"] = sizes.temp_size_in_bytes
-    if program == "decode":
-        held["train_state"] = compiler.state_bytes  # stays where it is meanwhile
-    line |= {"held": held, "held_in_all": sum(held.values()), "fits": sum(held.values()) <= place.memory}
+    held = {"arguments": sizes.argument_size_in_bytes, "beside_them": beside_arguments(compiled)}
+    if not training:
+        held["train_state"] = sum(preflight.state_bytes(plan).values())  # stays where it is meanwhile
+    line |= {"held": held, "held_in_all": sum(held.values()), "fits": sum(held.values()) <= memory}
 
     peak, (memory_rate, link_rate) = peak_flops(chip), RATES[chip]
-    steps = batch.micro_batches if program == "sft" else rollouts.chunk
+    steps = batch.micro_batches if training else rollouts.chunk
     found = cost(text, unknown_trips=steps, rates=(peak, memory_rate))
-    kernels, mesh = 0.0, dict(place.mesh.shape)
+    kernels = 0.0
     if found.kernels:
-        backward = 7 if program == "sft" else 0
-        rows = batch.rows // row_shards(place.mesh) * batch.micro_batches
-        kernels = attention_flops(model, batch.T, rows, 2 + backward) / head_split(model, mesh)
-    seconds = bounds(found.seconds, kernels / peak, sending(found.groups, mesh, spans(place.mesh), link_rate))
-    tokens = batch.rows * batch.T * batch.micro_batches if program == "sft" else table.slots * rollouts.chunk
+        products = 2 + 7 if training else 2
+        rows = plan.rows_per_device * batch.micro_batches
+        kernels = attention_flops(model, batch.T, rows, products) / head_split(model, mesh)
+    seconds = bounds(found.seconds, kernels / peak, sending(found.groups, mesh, spans(plan.mesh), link_rate))
+    tokens = batch.tokens_per_step if training else table.slots * rollouts.chunk
     line |= {
         "flops": found.flops + kernels,
         "memory_traffic": found.bytes,
@@ -130,8 +133,8 @@ def measure(table: Table, case: str, program: str) -> dict[str, Any]:
         "tokens_per_second_if_nothing_overlaps": tokens / seconds["at_most"],
         "unknown_loops": found.unknown_loops,
     }
-    if program == "sft":
-        useful = tokens * flops_per_token(model, batch.T) / (peak * place.mesh.size)
+    if training:
+        useful = tokens * flops_per_token(model, batch.T) / (peak * plan.mesh.size)
         line |= {"mfu_at_most": useful / seconds["at_least"], "mfu_if_nothing_overlaps": useful / seconds["at_most"]}
     return line
 
@@ -155,11 +158,11 @@ def row(line: dict[str, Any]) -> str:
 
 
 def main(table: Table) -> None:
+    for program in table.programs:
+        require(program in PROGRAMS, f"--programs must be sft or decode, got {program!r}")
     rows = []
     for case in table.cases:
         for program in table.programs:
-            if program not in ("sft", "decode"):
-                raise ValueError(f"--programs must be sft or decode, got {program!r}")
             line = measure(table, case, program) | provenance()
             print(json.dumps(line), flush=True)
             if table.out:

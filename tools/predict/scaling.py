@@ -42,8 +42,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from cases import Case, parse_case
 from roofline import RATES, Span, append, attention_flops, bounds, head_split, provenance, sending
-from scaling_programs import Case, Workload, model_of, parse
+from scaling_programs import Workload, model_of
 from scaling_table import render
 
 from nanochat_jax.cli.device import peak_flops
@@ -55,6 +56,7 @@ CASES = tuple(f"d{depth}:{name}" for depth in (20, 26, 34) for names in SLICES.v
 ALTERNATIVES = ("model=2", "model=4", "replicate")
 PROGRAMS = Path(__file__).with_name("scaling_programs.py")  # compiles one in a process of its own
 DECIDES = 0.5  # where links take this part of computing or more, other meshes are looked at
+CHUNK = 16  # tokens of a decode call, as Engine has it; the costs of one are of the whole call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Scaling:
     cases: tuple[str, ...] = CASES  # depth:slice, or with a mesh or `replicate` behind
     layers: tuple[int, int] = (2, 4)  # compiled in place of the real depth
     full: bool = False  # compile the SFT step at the real depth
-    check_layers: int | None = None  # also compile forward and backward with so many, and tell the extension's error
+    check_layers: int | None = None  # also compile forward and backward with so many, and report the extension's error
     alternatives: bool = False  # also other meshes, where a case in --out is bound by its links
     minutes: float = 60.0  # that a program may take to compile
     render: bool = False  # compile nothing: the table of --out
@@ -77,19 +79,13 @@ class Scaling:
 def extended(a: Any, b: Any, layers: tuple[int, int], depth: int) -> Any:
     """Numbers counted at two depths -> at a third, on the line through them, at least 0. What is missing is 0."""
     if isinstance(a, dict) or isinstance(b, dict):
-        empty = type(a or b)()
-        names = [*(a or empty), *(name for name in b or empty if name not in (a or empty))]
-        return {name: extended((a or empty).get(name), (b or empty).get(name), layers, depth) for name in names}
+        a, b = a or {}, b or {}
+        return {name: extended(a.get(name), b.get(name), layers, depth) for name in a | b}
     if isinstance(a, list) or isinstance(b, list):
         zeros = [0.0] * len(a or b)
         return [extended(x, y, layers, depth) for x, y in zip(a or zeros, b or zeros)]
     a, b = a or 0.0, b or 0.0
     return max(0.0, a + (b - a) * (depth - layers[0]) / (layers[1] - layers[0]))
-
-
-def row_parts(mesh: dict[str, int]) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return mesh.get("replica", 1) * mesh["data"]
 
 
 def of_passes(part: dict[str, Any], passes: int) -> dict[str, Any]:
@@ -101,121 +97,133 @@ def of_passes(part: dict[str, Any], passes: int) -> dict[str, Any]:
 
 def summed(*costs: dict[str, Any]) -> dict[str, Any]:
     """Costs of programs that run one after the other."""
-    total: dict[str, Any] = {"groups": {}}
+    total: dict[str, Any] = {name: sum(found[name] for found in costs) for name in ("flops", "bytes", "seconds")}
+    total["groups"] = {}
     for found in costs:
-        for name in ("flops", "bytes", "seconds"):
-            total[name] = total.get(name, 0.0) + found[name]
-        for key, (count, sent) in found["groups"].items():
-            had = total["groups"].get(key, (0.0, 0.0))
-            total["groups"][key] = [had[0] + count, had[1] + sent]
+        add_up(total["groups"], found["groups"])
     return total
 
 
 def by_kind(groups: dict[str, list[float]]) -> dict[str, list[float]]:
     """Collectives of all groups: kind -> [how many, bytes that a chip sends]."""
     kinds: dict[str, list[float]] = {}
-    for key, (count, sent) in groups.items():
-        entry = kinds.setdefault(key.split()[0], [0.0, 0.0])
-        entry[0] += count
-        entry[1] += sent
+    for key, numbers in groups.items():
+        add_up(kinds, {key.split()[0]: numbers})
     return kinds
 
 
-class Chip:
-    """Seconds on one chip of a case."""
-
-    def __init__(self, plan: dict[str, Any]):
-        self.peak, (self.memory_rate, self.link_rate) = peak_flops(plan["chip"]), RATES[plan["chip"]]
-        self.mesh = plan["mesh"]
-        self.spans = {name: Span(**numbers) for name, numbers in plan["spans"].items()}
-
-    def bounds(self, cost: dict[str, Any], kernel_flops: float) -> dict[str, float]:
-        groups = {}
-        for key, numbers in cost["groups"].items():
-            kind, size, distance = key.split()
-            groups[kind, int(size), int(distance)] = numbers
-        links = sending(groups, self.mesh, self.spans, self.link_rate)
-        return bounds(cost["seconds"], kernel_flops / self.peak, links)
+def add_up(total: dict[str, list[float]], more: dict[str, list[float]]) -> None:
+    """Add [how many, bytes] of collectives to those of the same name."""
+    for name, (count, sent) in more.items():
+        had = total.get(name, (0.0, 0.0))
+        total[name] = [had[0] + count, had[1] + sent]
 
 
-def predict(case: Case, work: Workload, plan: dict[str, Any], parts: dict[str, dict], layers: tuple[int, int]):
-    """The prediction's line from the compiled parts. parts: plan's name -> costs, of `update` and `gradient` or of
-    `step`, and of `decode`; those of the small depths under "gradient 4", "gradient 8", ...
+def seconds_of(cost: dict[str, Any], kernel_flops: float, sizes: dict[str, Any]) -> dict[str, float]:
+    """Bounds of the time of a program with these costs, on the chips of these sizes (`scaling_programs.sizes_of`)."""
+    spans = {name: Span(**numbers) for name, numbers in sizes["spans"].items()}
+    groups = {}
+    for key, numbers in cost["groups"].items():
+        kind, size, distance = key.split()
+        groups[kind, int(size), int(distance)] = numbers
+    links = sending(groups, sizes["mesh"], spans, RATES[sizes["chip"]][1])
+    return bounds(cost["seconds"], kernel_flops / peak_flops(sizes["chip"]), links)
+
+
+def predict(
+    case: Case, work: Workload, sizes: dict[str, Any], parts: dict[str, dict], layers: tuple[int, int]
+) -> dict[str, Any]:
+    """The prediction's line. sizes: as `scaling_programs.sizes_of`. parts: program's name -> costs, of `update` and
+    `gradient` or of `step`, and of `decode`; those of the small depths under "gradient 4", "gradient 8", ...
 
     A part that the compiler refused for want of memory makes the case one that does not fit."""
-    model, chip = model_of(work, case.depth), Chip(plan)
-    line = {name: plan[name] for name in ("chip", "chips", "mesh", "memory_of_a_chip", "attention", "passes", "rows")}
-    line |= {"remat": plan["remat"], "parameters": parameter_counts(model)["total"]}
+    model = model_of(work, case.depth)
+    line = {name: sizes[name] for name in ("chip", "chips", "mesh", "memory_of_a_chip", "attention", "passes", "rows")}
+    line |= {"remat": sizes["remat"], "parameters": parameter_counts(model)["total"]}
     line["method"] = "compiled at its depth" if "step" in parts else f"depths {layers[0]} and {layers[1]}, extended"
     refused = {name: part["memory_asked"] for name, part in parts.items() if part.get("out_of_memory")}
     if refused:
         return line | {"fits": False, "refused": refused}
 
     def at_depth(name):
-        return (
-            extended(*(parts[f"{name} {n}"] for n in layers), layers, case.depth) if name not in parts else parts[name]
-        )
+        return extended(*(parts[f"{name} {n}"] for n in layers), layers, case.depth)
 
     # The bytes of a chip
-    gradient = at_depth("step" if "step" in parts else "gradient")
-    held = plan["state_bytes"] + plan["batch_bytes"] + gradient["beside_arguments"]
+    gradient = parts["step"] if "step" in parts else at_depth("gradient")
+    held = sizes["state_bytes"] + sizes["batch_bytes"] + gradient["beside_arguments"]
     if "update" in parts:
-        held = max(held, plan["state_bytes"] + plan["parameter_bytes"] + parts["update"]["beside_arguments"])
-    line |= {"held": held, "fits": held <= (plan["memory_of_a_chip"] or math.inf)}
+        held = max(held, sizes["state_bytes"] + sizes["parameter_bytes"] + parts["update"]["beside_arguments"])
+    line |= {"held": held, "fits": held <= (sizes["memory_of_a_chip"] or math.inf)}
 
     def step(passes):
         cost = of_passes(gradient, passes)
         if "update" in parts:
             cost = summed(cost, parts["update"]["once"])
-        flops = attention_flops(model, work.max_seq_len, plan["rows"] * passes, 2 + 7) / head_split(model, plan["mesh"])
-        return cost, flops, chip.bounds(cost, flops)
+        kernels = attention_flops(model, work.max_seq_len, sizes["rows"] * passes, 2 + 7)
+        kernels /= head_split(model, sizes["mesh"])
+        return cost, kernels, seconds_of(cost, kernels, sizes)
 
-    cost, kernels, seconds = step(plan["passes"])
-    tokens = plan["passes"] * plan["rows"] * row_parts(plan["mesh"]) * work.max_seq_len
-    useful = tokens * flops_per_token(model, work.max_seq_len) / (chip.peak * plan["chips"])
+    rows = sizes["rows"] * sizes["chips"] // sizes["mesh"]["model"]  # of a pass: chips of a model axis have the same
+    cost, kernels, seconds = step(sizes["passes"])
+    tokens = sizes["passes"] * rows * work.max_seq_len
+    useful = tokens * flops_per_token(model, work.max_seq_len) / (peak_flops(sizes["chip"]) * sizes["chips"])
     line |= {"flops": cost["flops"] + kernels, "memory_traffic": cost["bytes"], "collectives": by_kind(cost["groups"])}
     line |= {"groups": cost["groups"], "seconds": seconds} | rates(tokens, useful, seconds)
-    return line | {"rl": rl_step(case, work, plan, at_depth("decode"), step, chip)}
+    answers_of_a_row = max(1, work.max_seq_len // (work.prompt_tokens + work.new_tokens))
+    passes = math.ceil(work.prompts * work.samples / answers_of_a_row / rows)
+    _, _, update = step(passes)
+    return line | {"rl": rl_step(model, work, sizes, at_depth("decode"), passes, update)}
 
 
-def rl_step(case: Case, work: Workload, plan: dict[str, Any], decode: dict[str, Any], step: Any, chip: Chip):
-    """Of one RL step: seconds of its parts, passes of its update, tokens/s of new tokens, MFU."""
-    model, samples, chips = model_of(work, case.depth), work.prompts * work.samples, plan["chips"]
-    if decode.get("out_of_memory"):
-        return {"fits": False}
-    length = work.prompt_tokens + work.new_tokens
-    packed = max(1, work.max_seq_len // length)
-    passes = math.ceil(samples / packed / (plan["rows"] * row_parts(plan["mesh"])))
-    update = step(passes)[2]
-    waves = math.ceil(samples / (plan["slots"] * chips))
-    chunk = decode["once"]
-    everywhere = chip.spans["all"]
+def rl_step(
+    model: Any, work: Workload, sizes: dict[str, Any], decode: dict[str, Any], passes: int, update: dict[str, float]
+) -> dict[str, Any]:
+    """Of one RL step: seconds of its parts, tokens/s of new tokens, MFU. passes, update: passes of its update, and the
+    bounds of their time."""
+    peak, (_, link_rate), chips = peak_flops(sizes["chip"]), RATES[sizes["chip"]], sizes["chips"]
+    samples, length = work.prompts * work.samples, work.prompt_tokens + work.new_tokens
+    prompt_flops = work.prompt_tokens * flops_per_token(model, work.prompt_tokens, "prefill")
+    waves = math.ceil(samples / (sizes["slots"] * chips))
+    gather_rate = sizes["spans"]["all"]["links"] * link_rate
     seconds = {
-        "gather_weights": plan["weights_copied"] / (everywhere.links * chip.link_rate) * (chips - 1) / chips,
-        "prompts": math.ceil(work.prompts / chips)
-        * work.prompt_tokens
-        * flops_per_token(model, work.prompt_tokens, "prefill")
-        / chip.peak,
-        "new_tokens": waves * work.new_tokens * chunk["seconds"] / CHUNK,
+        "gather_weights": sizes["weights_copied"] / gather_rate * (chips - 1) / chips,
+        "prompts": math.ceil(work.prompts / chips) * prompt_flops / peak,
+        "new_tokens": waves * work.new_tokens * decode["once"]["seconds"] / CHUNK,
     }
     rollouts = sum(seconds.values())
     seconds |= {"update_at_least": update["at_least"], "update_at_most": update["at_most"]}
     seconds |= {name: rollouts + update[name] for name in ("at_least", "at_most")}
     new = samples * work.new_tokens
     useful = samples * length * flops_per_token(model, length) + new * flops_per_token(model, length, "decode")
-    useful += work.prompts * work.prompt_tokens * flops_per_token(model, work.prompt_tokens, "prefill")
-    found = {"passes": passes, "slots": plan["slots"], "waves": waves, "held": plan["held_in_rollouts"]}
-    found |= {"fits": plan["held_in_rollouts"] <= (plan["memory_of_a_chip"] or math.inf), "seconds": seconds}
-    return found | rates(new, useful / (chip.peak * chips), seconds)
-
-
-CHUNK = 16  # tokens of a decode call, as Engine has it; the costs of one are of the whole call
+    useful += work.prompts * prompt_flops
+    return {
+        "passes": passes,
+        "slots": sizes["slots"],
+        "waves": waves,
+        "held": sizes["held_in_rollouts"],
+        "fits": sizes["held_in_rollouts"] <= (sizes["memory_of_a_chip"] or math.inf),
+        "seconds": seconds,
+    } | rates(new, useful / (peak * chips), seconds)
 
 
 def rates(tokens: int, useful_seconds: float, seconds: dict[str, float]) -> dict[str, Any]:
     """(lowest, highest) tokens/s and MFU; useful_seconds: of the model's own products at the peak."""
     ends = seconds["at_most"], seconds["at_least"]
     return {"tokens_per_second": [tokens / s for s in ends], "mfu": [useful_seconds / s for s in ends]}
+
+
+def extension_error(
+    parts: dict[str, dict], checked: dict[str, Any], layers: tuple[int, int], depth: int, passes: int
+) -> dict[str, float]:
+    """By how much the extension is above what was compiled with `depth` layers, relative."""
+
+    def numbers(part):
+        cost = of_passes(part, passes)
+        sent = {kind: sent for kind, (_, sent) in by_kind(cost["groups"]).items()}
+        return {name: cost[name] for name in ("flops", "bytes", "seconds")} | {"held": part["beside_arguments"]} | sent
+
+    guess = numbers(extended(*(parts[f"gradient {n}"] for n in layers), layers, depth))
+    return {name: guess.get(name, 0.0) / value - 1 for name, value in numbers(checked).items() if value}
 
 
 # ----------------------------------------------------------------------------------------------------------- the files
@@ -230,85 +238,61 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def same(line: dict[str, Any], **values: Any) -> bool:
-    return all(line.get(name) == value for name, value in values.items())
+def compiled_part(
+    s: Scaling, text: str, name: str, layers: int | None, sizes: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """A part's costs for the case `text`: from --out, else compiled now and appended there. None: it took too long, or
+    failed, and that was said."""
+    case = parse_case(text)
+    if name == "decode":  # the same on one chip of every slice of this kind
+        text, sizes = f"d{case.depth}:{case.kind}", {what: sizes[what] for what in ("slots", "attention", "remat")}
+    work = dataclasses.asdict(s.work)
+    key = {"line": "part", "case": text, "part": name, "layers": layers, "work": work, "plan": sizes}
+    for line in lines_of(s.out):
+        if key.items() <= line.items():
+            return line["found"]
+    print(f"compiling {text} {name}{f' with {layers} layers' if layers else ''}", file=sys.stderr, flush=True)
+    asked = {"case": list(case), "name": name, "layers": layers, "plan": sizes, "work": work}
+    command = [sys.executable, PROGRAMS, json.dumps(asked)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * s.minutes)
+    except subprocess.TimeoutExpired:
+        print(f"  no result in {s.minutes:g} minutes, left out", file=sys.stderr)
+        return None
+    if done.returncode:
+        print(f"  failed, left out: {(done.stderr.strip().splitlines() or ['?'])[-1][:300]}", file=sys.stderr)
+        return None
+    found = json.loads(done.stdout.splitlines()[-1])
+    append(s.out, key | {"found": found} | provenance())
+    return found
 
 
-class Compiled:
-    """The parts of --out, and those that are compiled now."""
-
-    def __init__(self, s: Scaling):
-        self.s, self.work = s, dataclasses.asdict(s.work)
-        self.known = [line for line in lines_of(s.out) if line.get("line") == "part"]
-
-    def part(self, text: str, name: str, layers: int | None, plan: dict | None) -> dict[str, Any] | None:
-        """A part's figures; None: it took too long, or failed, and that was said."""
-        case = parse(text)
-        if name == "decode":  # the same on one chip of every slice of this kind
-            text = f"d{case.depth}:{case.kind}"
-        key = {"case": text, "part": name, "layers": layers, "work": self.work, "plan": plan}
-        if name == "decode":
-            key["plan"] = {what: plan[what] for what in ("slots", "attention", "remat")}
-        for line in self.known:
-            if same(line, **key):
-                return line["found"]
-        asked = {"case": list(case), "name": name, "layers": layers, "plan": key["plan"], "work": self.work}
-        print(f"compiling {text} {name}{f' with {layers} layers' if layers else ''}", file=sys.stderr, flush=True)
-        command = [sys.executable, PROGRAMS, json.dumps(asked)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60 * self.s.minutes)
-        except subprocess.TimeoutExpired:
-            print(f"  no result in {self.s.minutes:g} minutes, left out", file=sys.stderr)
+def predict_case(s: Scaling, text: str) -> dict[str, Any] | None:
+    """The prediction's line of a case; None: a part is missing."""
+    case, layers = parse_case(text), s.layers
+    sizes = compiled_part(s, text, "plan", None, None)
+    if not sizes:
+        return None
+    line = {"line": "prediction", "case": text, "work": dataclasses.asdict(s.work)}
+    line |= {"layers": list(layers), "full": s.full}
+    least = sizes["state_bytes"] + sizes["parameter_bytes"]
+    if least > (sizes["memory_of_a_chip"] or math.inf):  # no need to compile
+        refused = {"plan": {"out_of_memory": True, "memory_asked": least}}
+        return line | predict(case, s.work, sizes, refused, layers)
+    wanted = [("step", None)] if s.full else [("update", None), *(("gradient", n) for n in layers)]
+    wanted += [("decode", n) for n in layers]
+    parts = {}
+    for name, n in wanted:
+        found = parts[f"{name} {n}" if n else name] = compiled_part(s, text, name, n, sizes)
+        if found is None:
             return None
-        if done.returncode:
-            print(f"  failed, left out: {(done.stderr.strip().splitlines() or ['?'])[-1][:300]}", file=sys.stderr)
-            return None
-        line = {"line": "part"} | key | {"found": json.loads(done.stdout.splitlines()[-1])} | provenance()
-        append(self.s.out, line)
-        self.known.append(line)
-        return line["found"]
-
-    def case(self, text: str) -> dict[str, Any] | None:
-        """The prediction of a case, which is appended; None: a part is missing."""
-        case, layers = parse(text), self.s.layers
-        planned = self.part(text, "plan", None, None)
-        if not planned:
-            return None
-        line = {"line": "prediction", "case": text, "work": self.work, "layers": list(layers), "full": self.s.full}
-        least = planned["state_bytes"] + planned["parameter_bytes"]
-        if least > (planned["memory_of_a_chip"] or math.inf):  # no need to compile
-            refused = {"plan": {"out_of_memory": True, "memory_asked": least}}
-            return self.keep(line | predict(case, self.s.work, planned, refused, layers))
-        wanted = [("step", None)] if self.s.full else [("update", None), *(("gradient", n) for n in layers)]
-        wanted += [("decode", n) for n in layers]
-        if self.s.check_layers:
-            wanted.append(("gradient", self.s.check_layers))
-        parts = {}
-        for name, n in wanted:
-            found = self.part(text, name, n, planned)
-            if found is None:
-                return None
-            parts[f"{name} {n}" if n else name] = found
-        checked = parts.pop(f"gradient {self.s.check_layers}") if self.s.check_layers else None
-        line |= predict(case, self.s.work, planned, parts, layers)
-        if checked:
-            line["extension_error"] = error(parts, checked, layers, self.s.check_layers, planned["passes"])
-        return self.keep(line)
-
-    def keep(self, line: dict[str, Any]) -> dict[str, Any]:
-        append(self.s.out, line | provenance())
-        return line
-
-
-def error(parts: dict, checked: dict, layers: tuple[int, int], depth: int, passes: int) -> dict[str, float]:
-    """By how much the extension is above what was compiled with `depth` layers, relative."""
-    guess = extended(*(parts[f"gradient {n}"] for n in layers), layers, depth)
-    sides = []
-    for part in (guess, checked):
-        cost = of_passes(part, passes)
-        numbers = {name: cost[name] for name in ("flops", "bytes", "seconds")} | {"held": part["beside_arguments"]}
-        sides.append(numbers | {kind: sent for kind, (_, sent) in by_kind(cost["groups"]).items()})
-    return {name: sides[0].get(name, 0.0) / value - 1 for name, value in sides[1].items() if value}
+    checked = compiled_part(s, text, "gradient", s.check_layers, sizes) if s.check_layers else None
+    if s.check_layers and checked is None:
+        return None
+    line |= predict(case, s.work, sizes, parts, layers)
+    if checked:
+        line["extension_error"] = extension_error(parts, checked, layers, s.check_layers, sizes["passes"])
+    return line
 
 
 def further(lines: list[dict[str, Any]]) -> list[str]:
@@ -328,17 +312,18 @@ def main(s: Scaling) -> None:
     require(s.layers[0] < s.layers[1], f"--layers must be two numbers, the smaller first, got {s.layers}")
     for text in s.cases:  # refused before anything is compiled
         for layers in filter(None, (*s.layers, s.check_layers)):
-            model_of(s.work, parse(text).depth, layers)
+            model_of(s.work, parse_case(text).depth, layers)
     recorded = [line for line in lines_of(s.out) if line.get("line") == "prediction"]
     if s.render:
         require(recorded, f"--render: there is no prediction in {s.out}")
         print(render(recorded, s.plot))
         return
-    compiled, work = Compiled(s), dataclasses.asdict(s.work)
     for text in further(recorded) if s.alternatives else s.cases:
-        if any(same(line, case=text, work=work, full=s.full, layers=list(s.layers)) for line in recorded):
+        wanted = {"case": text, "work": dataclasses.asdict(s.work), "full": s.full, "layers": list(s.layers)}
+        if any(wanted.items() <= line.items() for line in recorded):
             continue
-        if line := compiled.case(text):
+        if line := predict_case(s, text):
+            append(s.out, line | provenance())
             print(json.dumps(line), flush=True)
 
 

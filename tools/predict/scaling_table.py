@@ -1,4 +1,4 @@
-"""The table and the plot of what tools/predict/scaling.py predicted, from its lines of JSON."""
+"""The table and the plot of the predictions in a file of tools/predict/scaling.py: what its --render shows."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +10,10 @@ from matplotlib.ticker import NullLocator
 from nanochat_jax.files.paths import write_atomically
 from nanochat_jax.report import svg
 
+HEAD = (
+    *("model, slice", "mesh", "passes x rows, remat", "GiB a chip", "MiB a chip sends in a step", "ms a step"),
+    *("thousand tokens/s", "MFU %", "RL: s a step", "RL: thousand new tokens/s"),
+)
 KINDS = {"all-gather": "gather", "reduce-scatter": "scatter", "all-reduce": "reduce", "all-to-all": "to all"}
 BETTER = 0.9  # of the other's time, and an alternative mesh is named
 COLOURS = {20: "#3366cc", 26: "#109618", 34: "#dc3912"}
@@ -37,17 +41,15 @@ def between(low: float, high: float, form: str = "{:,.0f}") -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def thousands(line: dict[str, Any]) -> str:
-    """Of tokens a second."""
-    return between(*(rate / 1000 for rate in line["tokens_per_second"]))
+def between_thousands(rates: Sequence[float]) -> str:
+    return between(*(rate / 1000 for rate in rates))
 
 
 def row(line: dict[str, Any]) -> list[str]:
-    """A line's cells."""
+    """The cells of a prediction, under HEAD."""
     _, name, *mesh = line["case"].split(":")
-    whole = ["whole copies"] * ("replicate" in mesh)
-    cells = [f"d{depth_of(line)} on {name}", ", ".join([f"{a}={n}" for a, n in line["mesh"].items() if n > 1] + whole)]
-    cells.append(f"{line['passes']} x {line['rows']}, {line['remat']}")
+    axes = [f"{axis}={n}" for axis, n in line["mesh"].items() if n > 1] + ["whole copies"] * ("replicate" in mesh)
+    cells = [f"d{depth_of(line)} on {name}", ", ".join(axes), f"{line['passes']} x {line['rows']}, {line['remat']}"]
     if "seconds" not in line:
         return [*cells, f"does not fit {line['memory_of_a_chip'] / GIB:.1f}", *[""] * 6]
     memory = "" if line["memory_of_a_chip"] is None else f" of {line['memory_of_a_chip'] / GIB:.1f}"
@@ -56,19 +58,12 @@ def row(line: dict[str, Any]) -> list[str]:
     small = sum(size for kind, size in sent.items() if kind not in KINDS)
     named = [f"{name} {sent[kind] / MIB:,.0f}" for kind, name in KINDS.items() if sent.get(kind, 0) >= MIB / 2]
     cells.append(", ".join(named + [f"other {small / MIB:,.0f}"] * (small >= MIB / 2)) or "less than 1")
-    seconds, percent = line["seconds"], [100 * x for x in line["mfu"]]
-    cells += [between(1e3 * seconds["at_least"], 1e3 * seconds["at_most"]), thousands(line)]
-    cells.append(between(*percent))
+    cells.append(between(1e3 * line["seconds"]["at_least"], 1e3 * line["seconds"]["at_most"]))
+    cells += [between_thousands(line["tokens_per_second"]), between(*(100 * x for x in line["mfu"]))]
     rl = line["rl"]
-    if "seconds" not in rl:
-        return [*cells, "does not fit", ""]
-    ends = rl["seconds"]["at_least"], rl["seconds"]["at_most"]
     fits = "" if rl["fits"] else ": **does not fit**"
-    return [*cells, between(*ends, "{:,.1f}") + fits, thousands(rl)]
-
-
-HEAD = ("model, slice", "mesh", "passes x rows, remat", "GiB a chip", "MiB a chip sends in a step", "ms a step")
-HEAD = (*HEAD, "thousand tokens/s", "MFU %", "RL: s a step", "RL: thousand new tokens/s")
+    seconds = between(rl["seconds"]["at_least"], rl["seconds"]["at_most"], "{:,.1f}")
+    return [*cells, seconds + fits, between_thousands(rl["tokens_per_second"])]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
