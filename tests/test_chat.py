@@ -1,5 +1,6 @@
 """Chat in the terminal: what is shown, what the history holds, what Ctrl-C does, and what a pipe gets."""
 
+import functools
 import io
 import itertools
 import os
@@ -17,12 +18,11 @@ from rich.console import Console
 
 from nanochat_jax import chat
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
-from nanochat_jax.cli import main
-from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.inference.samples import ControlTokens
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tokenizer import UnsplittableText
 from tests.support import tiny
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = tiny.tokenizer()  # of bytes: a character of ASCII is a token
@@ -492,11 +492,7 @@ def model(base):
         return chat.load_model(ChatConfig())[:2]
 
 
-def run(*argv):
-    """The exit code, or the error's sentence."""
-    with pytest.raises(SystemExit) as stop:
-        main.run_stage(chat.main, cli_settings.parse(ChatConfig, list(argv)))
-    return stop.value.code
+run = functools.partial(run_command, chat.main, ChatConfig)
 
 
 def test_one_prompt_prints_the_answer_and_nothing_else(model, monkeypatch, capsys):

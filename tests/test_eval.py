@@ -1,5 +1,6 @@
 """Evaluation: letters by their logits, generated answers and their judges, ChatCORE, and the command line."""
 
+import functools
 import itertools
 import json
 import sys
@@ -14,7 +15,6 @@ import pytest
 from flax import nnx
 
 from nanochat_jax import eval as evaluation
-from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import processes, sharding
 from nanochat_jax.distributed.signals import Interrupted
@@ -31,6 +31,7 @@ from nanochat_jax.tasks import HumanEval, Task, registry, sandbox
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, choice_conversation
 from nanochat_jax.tasks.registry import make_task
 from tests.support import tiny
+from tests.support.commands import run_command
 from tests.support.models import random_params
 
 ONE = distributed_mesh.make_mesh("data=1")
@@ -324,13 +325,7 @@ def offline_in_base(base, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def run(*argv) -> int | str:
-    """The exit code, or the error's sentence."""
-    with pytest.raises(SystemExit) as stop:
-        main.run_stage(evaluation.main, settings.parse(evaluation.EvalConfig, list(argv)))
-    return stop.value.code
-
-
+run = functools.partial(run_command, evaluation.main, evaluation.EvalConfig)
 SHORT = ("-i", "base", "-m", "4", "--mesh", "data=1")
 THREE = ("-x", "2", "-n", "3", "-t", "1")  # answers to each of two problems: tests that ask so share their programs
 

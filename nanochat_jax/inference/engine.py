@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.distributed.device_memory import beside_arguments
 from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.inference.decode import GenerationPrograms
 from nanochat_jax.inference.samples import ControlTokens, Sample
@@ -78,13 +77,6 @@ class Engine:
     def compiles(self) -> int:
         """Programs that were compiled so far."""
         return self.programs.compiles + self.stream_programs.compiles
-
-    @property
-    def peak_memory(self) -> int:
-        """Bytes that the largest program so far holds on a device, by the compiler's count."""
-        programs = [*self.programs.compiled.values(), *self.stream_programs.compiled.values()]
-        sizes = (p.memory_analysis().argument_size_in_bytes + beside_arguments(p) for p in programs)
-        return max(sizes, default=0)
 
     def cast_params(self, params):
         """The copy of the parameters that generating reads (see `GenerationPrograms.cast_params`). `generate` and

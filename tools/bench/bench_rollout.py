@@ -28,6 +28,7 @@ import numpy as np
 from bench_device import DEPTHS, choose_attention, compute_dtype, depth_shape, facts, memory_rate, model_config, parse
 from flax import nnx
 
+from nanochat_jax.distributed.device_memory import beside_arguments
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
@@ -135,7 +136,10 @@ def main(cfg: Bench) -> None:
         return statistics.median(value(run) for run in timed)
 
     device = jax.devices()[0]
-    peak_memory = (device.memory_stats() or {}).get("peak_bytes_in_use") or engine.peak_memory
+    peak_memory = (device.memory_stats() or {}).get("peak_bytes_in_use") or max(
+        program.memory_analysis().argument_size_in_bytes + beside_arguments(program)
+        for program in engine.programs.compiled.values()
+    )
     compiles = timed[-1]["compiles"] - warmup["compiles"]
     del params
     memory = memory_rate()
