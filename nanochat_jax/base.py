@@ -5,7 +5,6 @@ python -m nanochat_jax.base --data-dir shards --depth 4 --num-iterations 300 --t
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -41,17 +40,9 @@ from nanochat_jax.optim.groups import Groups, default_groups
 from nanochat_jax.optim.schedules import base_decay_multiplier, base_lr_multiplier, base_muon_momentum
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight, scaling_laws
-from nanochat_jax.train.loop import Measurement, exit_code, open_run
+from nanochat_jax.train.loop import Measurement, exit_code
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
-from nanochat_jax.train.row_stages import (
-    device_batches,
-    row_batch_shape,
-    row_record,
-    rows_before,
-    throughput,
-    throughput_line,
-    validation,
-)
+from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
 from nanochat_jax.train.start import Start, check_agreement, find_run, initial_state
 
 
@@ -60,7 +51,7 @@ class BaseConfig(StageConfig):
     """Pretrain a model on documents. Everything follows from --depth; the other defaults are nanochat's."""
 
     # which model and run
-    model_tag: Maybe[str] = setting(None, "folder under base_checkpoints; default: d<depth>", on_resume="free")
+    model_tag: Maybe[str] = setting(None, "folder under base_checkpoints; default: d<depth>", resume="free")
     seed: int = setting(
         42,
         "first weights, and the order of the documents from the second epoch on",
@@ -80,7 +71,7 @@ class BaseConfig(StageConfig):
     target_param_data_ratio: float = setting(12.0, "tokens per parameter of matrices and lm_head", FINITE)
     # batch
     device_batch_size: Maybe[int] = setting(
-        None, "rows per device in one pass; default: 32, or fewer that divide the batch", on_resume="free"
+        None, "rows per device in one pass; default: 32, or fewer that divide the batch", resume="free"
     )
     total_batch_size: int = setting(
         -1,
@@ -100,29 +91,26 @@ class BaseConfig(StageConfig):
     warmdown_ratio: float = setting(0.65, "part of the run over which rates fall", RATIO)
     final_lr_frac: float = setting(0.05, "rates end at this fraction", RATIO)
     # evaluation and checkpoints
-    eval_every: int = setting(
-        250, "steps between measurements of validation bits per byte (-1 = never)", on_resume="free"
-    )
+    eval_every: int = setting(250, "steps between measurements of validation bits per byte (-1 = never)", resume="free")
     eval_tokens: int = setting(
         80 * 524288,
         "tokens to measure it on, at most one pass over the validation shard",
         at_least(1, "at least 1 (--eval-every -1 measures nothing)"),
-        on_resume="free",
+        resume="free",
     )
-    sample_every: int = setting(2000, "steps between samples from the model (-1 = never)", on_resume="free")
-    save_every: int = setting(250, "steps between checkpoints (-1 = only at the end)", on_resume="free")
-    keep_checkpoints: int = setting(2, "how many of them stay on disk", at_least(1), on_resume="free")
+    sample_every: int = setting(2000, "steps between samples from the model (-1 = never)", resume="free")
+    save_every: int = setting(250, "steps between checkpoints (-1 = only at the end)", resume="free")
     # data
     data_dir: Maybe[Path] = setting(
         None,
         "parquet files with a column text; default: base_data_climbmix of the base dir",
-        on_resume="free",
+        resume="free",
     )
     download: int = setting(
         0,
         "fetch this many shards of climbmix-400b-shuffle first, and one for validation",
         at_least(0),
-        on_resume="free",
+        resume="free",
     )
 
 
@@ -161,7 +149,6 @@ def main(cfg: BaseConfig) -> int:
     plan = plan_of(cfg, model, mesh, recipe)
     print_model(model, plan.groups, recipe)
     total = recipe.iterations
-    schedule = schedule_of(cfg, total)
 
     # Data: documents once through the tokenizer, a shard at a time, packed into full rows by plan
     with processes.process_zero_first("the data"):
@@ -188,52 +175,38 @@ def main(cfg: BaseConfig) -> int:
     ]
 
     def record(step: int) -> dict:
-        """The place in the data, and what fine-tuning inherits: the sizes in force, and the decay of the last step, as
-        in nanochat's files."""
+        """What fine-tuning inherits: the sizes in force, and the decay of the last step, as in nanochat's files."""
         groups = {name: dataclasses.asdict(group) for name, group in plan.groups.items()}
         groups["matrix"]["weight_decay"] *= base_decay_multiplier(step - 1, total)
         sizes = {"device_batch_size": plan.rows_per_device, "total_batch_size": plan.batch.tokens_per_step}
-        inherited = {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
-        return row_record(start, plan, rows, step) | inherited
+        return {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
 
     train_step = plan.make_train_step()
-    with (
-        device_batches(rows, start, plan, document_mask=cfg.document_mask) as batches,
-        open_run(
-            start,
-            initial,
-            total=total,
-            record=record,
-            console=throughput_line,
-            measurements=measurements,
-            throughput=throughput(plan, peak_flops),
-        ) as run,
-    ):
+    opened = open_row_run(
+        start, initial, rows, total=total, measurements=measurements, peak_flops=peak_flops, record=record
+    )
+    with opened as (run, batches):
         for step, state in run.steps():
-            scalars = schedule(step)
+            scalars = schedule(cfg, step, total)
             state, metrics = train_step(state, next(batches), scalars)
             epoch = rows.epoch(rows_before(start, plan, step + 1) - 1)
             run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
     return exit_code(run)
 
 
-def schedule_of(cfg: BaseConfig, total: int) -> Callable[[int], dict[str, float]]:
-    """step, counted from 0 -> the scalars that the optimizer takes at it; total: steps of the run."""
-
-    def schedule(step: int) -> dict[str, float]:
-        return {
-            "lr_multiplier": base_lr_multiplier(
-                step,
-                total,
-                warmup_steps=cfg.warmup_steps,
-                warmdown_ratio=cfg.warmdown_ratio,
-                final_lr_frac=cfg.final_lr_frac,
-            ),
-            "muon_momentum": base_muon_momentum(step, total, warmdown_ratio=cfg.warmdown_ratio),
-            "decay_multiplier": base_decay_multiplier(step, total),
-        }
-
-    return schedule
+def schedule(cfg: BaseConfig, step: int, total: int) -> dict[str, float]:
+    """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
+    return {
+        "lr_multiplier": base_lr_multiplier(
+            step,
+            total,
+            warmup_steps=cfg.warmup_steps,
+            warmdown_ratio=cfg.warmdown_ratio,
+            final_lr_frac=cfg.final_lr_frac,
+        ),
+        "muon_momentum": base_muon_momentum(step, total, warmdown_ratio=cfg.warmdown_ratio),
+        "decay_multiplier": base_decay_multiplier(step, total),
+    }
 
 
 def plan_of(cfg: BaseConfig, model: GPTConfig, mesh: Mesh, recipe: scaling_laws.Recipe) -> Plan:
@@ -244,7 +217,7 @@ def plan_of(cfg: BaseConfig, model: GPTConfig, mesh: Mesh, recipe: scaling_laws.
         mesh,
         batch=row_batch_shape(cfg, mesh),
         loss=TokenLoss(),
-        scalars=tuple(schedule_of(cfg, 1)(0)),
+        scalars=tuple(schedule(cfg, 0, 1)),
         groups=groups_of(cfg, model.n_embd, recipe),
         packed=cfg.document_mask,
     )

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.cli import main as cli_main
@@ -45,8 +44,9 @@ from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
 from nanochat_jax.rollouts.pass_at_k import make_pass_at_k, shown
-from nanochat_jax.rollouts.prompts import PromptStream
+from nanochat_jax.rollouts.prompts import PromptStream, check_context
 from nanochat_jax.rollouts.reference import load_reference
+from nanochat_jax.rollouts.statistics import FIRST_STEPS, little_signal
 from nanochat_jax.rollouts.update import make_update, rl_batch_shape, rows_of, token_loss_of
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class RLConfig(StageConfig):
     model_tag: Maybe[str] = setting(None, "its tag; default: the largest d<number>")
     model_step: Maybe[int] = setting(None, "its step; default: the last")
     output_tag: Maybe[str] = setting(
-        None, "folder under chatrl_checkpoints; default: the run's name, else d<depth>", on_resume="own"
+        None, "folder under chatrl_checkpoints; default: the run's name, else d<depth>", resume="own"
     )
     load_optimizer: int = setting(0, "1 = start from that model's optimizer state, 0 = from an empty one", one_of(0, 1))
     seed: int = setting(
@@ -78,12 +78,12 @@ class RLConfig(StageConfig):
     # problems and length
     task: str = setting("gsm8k", "gsm8k, arithmetic, spelling, or a class of your own with a reward, as module:Class")
     eval_task: Maybe[str] = setting(
-        None, "the same for the held-out problems; default: the test split of --task", on_resume="free"
+        None, "the same for the held-out problems; default: the test split of --task", resume="free"
     )
     data_dir: Maybe[Path] = setting(
         None,
         "local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data",
-        on_resume="free",
+        resume="free",
     )
     num_epochs: int = setting(1, "times that every problem is met", COUNT)
     num_steps: int = setting(
@@ -102,7 +102,7 @@ class RLConfig(StageConfig):
     )
     top_k: int = setting(50, "sample among so many tokens; 0 = all")
     resample: bool = setting(False, "draw more problems in place of those whose answers are all worth the same")
-    slots: int = setting(256, "answers that are generated together, all devices together", COUNT, on_resume="free")
+    slots: int = setting(256, "answers that are generated together, all devices together", COUNT, resume="free")
     # objective
     objective: str = setting(
         "global",
@@ -123,7 +123,7 @@ class RLConfig(StageConfig):
     is_cap: Maybe[float] = setting(
         None, "weigh by policy / sampling distribution, at most this: corrects for top-k; e.g. 2"
     )
-    device_batch_size: int = setting(8, "rows per device in one forward and backward pass", COUNT, on_resume="free")
+    device_batch_size: int = setting(8, "rows per device in one forward and backward pass", COUNT, resume="free")
     max_seq_len: Maybe[int] = setting(
         None, "tokens in a row of packed answers; default: the model's, or what the longest needs", at_least(1)
     )
@@ -136,20 +136,18 @@ class RLConfig(StageConfig):
     init_lr_frac: float = setting(0.05, "all rates start at this fraction, and fall to 0", RATE)
     # evaluation, checkpoints, records
     eval_every: int = setting(
-        60, "steps between measurements of pass@k on held-out problems (-1 = never)", on_resume="free"
+        60, "steps between measurements of pass@k on held-out problems (-1 = never)", resume="free"
     )
-    eval_examples: int = setting(400, "held-out problems", COUNT, on_resume="free")
-    eval_samples: int = setting(8, "answers to each, for pass@1 to pass@8", COUNT, on_resume="free")
-    save_every: int = setting(60, "steps between checkpoints (-1 = only at the end)", on_resume="free")
-    keep_checkpoints: int = setting(2, "how many of them stay on disk", at_least(1), on_resume="free")
+    eval_examples: int = setting(400, "held-out problems", COUNT, resume="free")
+    eval_samples: int = setting(8, "answers to each, for pass@1 to pass@8", COUNT, resume="free")
+    save_every: int = setting(60, "steps between checkpoints (-1 = only at the end)", resume="free")
     log_rollouts: int = setting(
-        2, "problems of each step whose answers rollouts.jsonl keeps", at_least(0), on_resume="free"
+        2, "problems of each step whose answers rollouts.jsonl keeps", at_least(0), resume="free"
     )
 
 
 TRAINING_PROBLEMS = 100_000  # of a task that makes them up
 MUON_MOMENTUM = 0.95  # nanochat has no schedule for it in RL
-FIRST_STEPS, LITTLE_SIGNAL = 3, 0.2  # below this share of groups with a signal in the first steps, a warning
 MEMORY_ADVICE = "Lower --slots and --device-batch-size first, which change no result, then --max-new-tokens"
 
 
@@ -374,21 +372,6 @@ def held_out(cfg: RLConfig, tokenizer: Tokenizer) -> EvalSet | None:
     return eval_set
 
 
-def check_context(longest: int, max_new_tokens: int, sequence_len: int) -> None:
-    """ValueError where the longest prompt does not fit with its answer."""
-    context = 10 * sequence_len
-    require(
-        longest + max_new_tokens <= context,
-        f"the longest prompt has {longest:,} tokens and --max-new-tokens={max_new_tokens} more may follow, but the "
-        f"model's context ends at {context:,}",
-    )
-    if longest + max_new_tokens > sequence_len:
-        print0(
-            f"NOTE: prompts of up to {longest:,} tokens with --max-new-tokens={max_new_tokens} go beyond the "
-            f"{sequence_len:,} tokens that the model was trained on"
-        )
-
-
 def console_line(record: Mapping[str, float]) -> str:
     """The console's line of a step."""
     updated = "delta_logp_mean" in record
@@ -398,19 +381,6 @@ def console_line(record: Mapping[str, float]) -> str:
         f"{f'dlogp {record["delta_logp_mean"]:.0e}' if updated else 'no signal, no update'} | "
         f"lrm {record['lr_multiplier']:.3f} | rollout {record['rollout_tokens_per_second']:,.0f} tok/s "
         f"{record['rollout_seconds']:.1f} s, update {record['update_seconds']:.1f} s | {record['percent']:.1f}%"
-    )
-
-
-def little_signal(first_steps: list[tuple[float, float]]) -> str:
-    """The warning that a run has little to learn from, empty where it has enough; first_steps: for each the share
-    of groups with a signal, and the pass rate."""
-    share, passed = np.mean(first_steps, 0)
-    if share >= LITTLE_SIGNAL:
-        return ""
-    return (
-        f"WARNING: of the first {FIRST_STEPS} steps' groups of answers {share:.0%} differ in reward (pass rate "
-        f"{passed:.1%}), too little to learn from: train SFT longer, or choose "
-        f"{'harder' if passed > 0.5 else 'easier'} problems"
     )
 
 

@@ -5,7 +5,6 @@ python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run m
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -50,17 +49,9 @@ from nanochat_jax.tasks import (
 )
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
-from nanochat_jax.train.loop import Measurement, exit_code, open_run
+from nanochat_jax.train.loop import Measurement, exit_code
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
-from nanochat_jax.train.row_stages import (
-    device_batches,
-    row_batch_shape,
-    row_record,
-    rows_before,
-    throughput,
-    throughput_line,
-    validation,
-)
+from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
 from nanochat_jax.train.start import find_start, fine_tuning_groups, initial_state
 
 STEPS = between(1, LARGEST, "from 1 to 2147483647, or -1 for one epoch", also=-1)
@@ -78,7 +69,7 @@ class SFTConfig(StageConfig):
     model_tag: Maybe[str] = setting(None, "tag of the base model; default: the largest d<number>")
     model_step: Maybe[int] = setting(None, "step of the base model; default: its last")
     output_tag: Maybe[str] = setting(
-        None, "folder under chatsft_checkpoints; default: the run's name, else d<depth>", on_resume="own"
+        None, "folder under chatsft_checkpoints; default: the run's name, else d<depth>", resume="own"
     )
     load_optimizer: int = setting(
         1, "1 = start from the base model's optimizer state, 0 = from an empty one", one_of(0, 1)
@@ -95,7 +86,7 @@ class SFTConfig(StageConfig):
         None,
         "rows per device in one forward and backward pass; default: inherited",
         inherited=32,
-        on_resume="free",
+        resume="free",
     )
     total_batch_size: Maybe[int] = setting(
         None, "tokens per optimizer step, all devices together; default: inherited", inherited=524288
@@ -116,25 +107,22 @@ class SFTConfig(StageConfig):
     warmdown_ratio: float = setting(0.5, "part of the run over which rates fall", RATIO)
     final_lr_frac: float = setting(0.0, "rates end at this fraction", RATIO)
     # evaluation and checkpoints
-    eval_every: int = setting(
-        200, "steps between measurements of validation bits per byte (-1 = never)", on_resume="free"
-    )
+    eval_every: int = setting(200, "steps between measurements of validation bits per byte (-1 = never)", resume="free")
     eval_tokens: int = setting(
         40 * 524288,
         "tokens to measure it on, at most one pass over the validation data",
         at_least(1, "at least 1 (--eval-every -1 measures nothing)"),
-        on_resume="free",
+        resume="free",
     )
-    chatcore_every: int = setting(200, "steps between ChatCORE evaluations (-1 = never)", on_resume="free")
-    chatcore_max_cat: int = setting(-1, "problems per multiple-choice task (-1 = all)", PROBLEMS, on_resume="free")
-    chatcore_max_sample: int = setting(24, "problems per generative task", PROBLEMS, on_resume="free")
-    save_every: int = setting(200, "steps between checkpoints (-1 = only at the end)", on_resume="free")
-    keep_checkpoints: int = setting(2, "how many of them stay on disk", at_least(1), on_resume="free")
+    chatcore_every: int = setting(200, "steps between ChatCORE evaluations (-1 = never)", resume="free")
+    chatcore_max_cat: int = setting(-1, "problems per multiple-choice task (-1 = all)", PROBLEMS, resume="free")
+    chatcore_max_sample: int = setting(24, "problems per generative task", PROBLEMS, resume="free")
+    save_every: int = setting(200, "steps between checkpoints (-1 = only at the end)", resume="free")
     # data
     data_dir: Maybe[Path] = setting(
         None,
         "local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data",
-        on_resume="free",
+        resume="free",
     )
     smoltalk_epochs: int = setting(1, "times SmolTalk is in the mixture (0 = left out)", TIMES)
     mmlu_epochs: int = setting(3, "times MMLU's auxiliary_train is in it", TIMES)
@@ -145,7 +133,7 @@ class SFTConfig(StageConfig):
     custom_json: tuple[Path, ...] = setting((), "file with a conversation a line")
     custom_epochs: int = setting(1, "times the custom files are in the mixture", TIMES)
     val_json: tuple[Path, ...] = setting(
-        (), "such a file to validate on, beside the tasks' own test splits", on_resume="free"
+        (), "such a file to validate on, beside the tasks' own test splits", resume="free"
     )
     task: tuple[str, ...] = setting((), "a task of your own, as module:Class")
 
@@ -178,7 +166,6 @@ def main(cfg: SFTConfig) -> int:
         held_out_rows = validation_rows(held_out, cfg, tokenizer)
     epoch_steps = -(-rows.plan(0).n_rows // plan.batch.rows_per_step)
     total = cfg.num_iterations if cfg.num_iterations > 0 else epoch_steps
-    schedule = schedule_of(cfg, total)
 
     # Train
     initial = initial_state(start, plan, print0)
@@ -195,41 +182,27 @@ def main(cfg: SFTConfig) -> int:
         chatcore_measurement(cfg, plan, tokenizer),
     ]
     train_step = plan.make_train_step()
-    with (
-        device_batches(rows, start, plan, document_mask=cfg.document_mask) as batches,
-        open_run(
-            start,
-            initial,
-            total=total,
-            record=lambda step: row_record(start, plan, rows, step),
-            console=throughput_line,
-            measurements=measurements,
-            throughput=throughput(plan, peak_flops),
-        ) as run,
-    ):
+    opened = open_row_run(start, initial, rows, total=total, measurements=measurements, peak_flops=peak_flops)
+    with opened as (run, batches):
         for step, state in run.steps():
-            scalars = schedule(step)
+            scalars = schedule(cfg, step, total)
             state, metrics = train_step(state, next(batches), scalars)
             epoch = rows.epoch(rows_before(start, plan, step + 1) - 1)
             run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
     return exit_code(run)
 
 
-def schedule_of(cfg: SFTConfig, total: int) -> Callable[[int], dict[str, float]]:
-    """step, counted from 0 -> the scalars that the optimizer takes at it; total: steps of the run."""
-
-    def schedule(step: int) -> dict[str, float]:
-        return {
-            "lr_multiplier": sft_lr_multiplier(
-                step / total,
-                warmup_ratio=cfg.warmup_ratio,
-                warmdown_ratio=cfg.warmdown_ratio,
-                final_lr_frac=cfg.final_lr_frac,
-            ),
-            "muon_momentum": sft_muon_momentum(step),
-        }
-
-    return schedule
+def schedule(cfg: SFTConfig, step: int, total: int) -> dict[str, float]:
+    """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
+    return {
+        "lr_multiplier": sft_lr_multiplier(
+            step / total,
+            warmup_ratio=cfg.warmup_ratio,
+            warmdown_ratio=cfg.warmdown_ratio,
+            final_lr_frac=cfg.final_lr_frac,
+        ),
+        "muon_momentum": sft_muon_momentum(step),
+    }
 
 
 def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh) -> Plan:
@@ -240,7 +213,7 @@ def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh) -> Plan:
         mesh,
         batch=row_batch_shape(cfg, mesh),
         loss=TokenLoss(),
-        scalars=tuple(schedule_of(cfg, 1)(0)),
+        scalars=tuple(schedule(cfg, 0, 1)),
         groups=fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
         packed=cfg.document_mask,
     )

@@ -119,7 +119,7 @@ def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it_and_so_doe
 class Settings(StageConfig):
     steps: int = setting(1, "steps")
     files: tuple[Path, ...] = setting((), "data")
-    data_dir: Maybe[Path] = setting(None, "where data is", on_resume="free")
+    data_dir: Maybe[Path] = setting(None, "where data is", resume="free")
     tasks: tuple[str, ...] = setting((), "tasks")
 
 

@@ -20,6 +20,7 @@ from nanochat_jax.cli import main, settings
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.rollouts.prompts import PromptStream
+from nanochat_jax.rollouts.statistics import little_signal
 from nanochat_jax.rollouts.update import rl_batch_shape
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
@@ -331,7 +332,7 @@ def test_a_step_without_a_signal_changes_nothing_and_is_counted(base):
     ],
 )
 def test_the_warning_of_too_little_signal_is_about_the_first_steps_together(signal, passed, said):
-    warning = rl.little_signal(list(zip(signal, passed)))
+    warning = little_signal(list(zip(signal, passed)))
     if said is None:
         assert warning == ""
     else:

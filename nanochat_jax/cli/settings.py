@@ -81,15 +81,15 @@ def setting(
     bounds: Bounds | None = None,
     *,
     inherited: Any = None,
-    on_resume: OnResume = "same",
+    resume: OnResume = "same",
 ) -> Any:
     """A field of a settings dataclass.
 
     help: the flag's line in --help. bounds: what `check_bounds` demands of a value that is not None. inherited: the
     value of a field that is None, neither given nor recorded by the model that a run starts from; without it the field
-    is not inherited (see `inherit`). on_resume: see OnResume.
+    is not inherited (see `inherit`). resume: see OnResume.
     """
-    properties = {"help": help, "bounds": bounds, "inherited": inherited, "on_resume": on_resume}
+    properties = {"help": help, "bounds": bounds, "inherited": inherited, "resume": resume}
     return dataclasses.field(default=default, metadata=properties)
 
 
@@ -98,42 +98,41 @@ class StageConfig:
     """The settings that base, sft and rl have in common."""
 
     # where and how
-    run: str = setting("dummy", 'name of the run; "dummy" = no wandb', on_resume="free")
-    device_type: str = setting("auto", "auto, cuda, tpu or cpu", on_resume="own")
+    run: str = setting("dummy", 'name of the run; "dummy" = no wandb', resume="free")
+    device_type: str = setting("auto", "auto, cuda, tpu or cpu", resume="own")
     dtype: str = setting("auto", "compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU")
     attention: str = setting(
-        "auto", "reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here", on_resume="own"
+        "auto", "reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here", resume="own"
     )
     remat: str = setting(
         "auto",
         "computed again instead of kept: none, elementwise or block; auto = the least that fits",
         one_of("auto", "none", "elementwise", "block"),
-        on_resume="free",
+        resume="free",
     )
     preflight: Preflight = setting(
-        None, "compile only and say whether it fits: here, or on a TPU slice such as v5e-8", on_resume="own"
+        None, "compile only and say whether it fits: here, or on a TPU slice such as v5e-8", resume="own"
     )
     mesh: Maybe[str] = setting(
         None,
         "devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number",
-        on_resume="own",
+        resume="own",
     )
     replicate: bool = setting(
-        False, "whole parameters on every device, instead of shards over data (for small models)", on_resume="free"
+        False, "whole parameters on every device, instead of shards over data (for small models)", resume="free"
     )
-    verbose: bool = setting(False, "print how every parameter is split over the devices", on_resume="own")
+    verbose: bool = setting(False, "print how every parameter is split over the devices", resume="own")
     coordinator: Maybe[str] = setting(
         None,
         "of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)",
-        on_resume="own",
+        resume="own",
     )
-    num_processes: Maybe[int] = setting(None, "how many there are", on_resume="own")
-    process_id: Maybe[int] = setting(None, "which one this is, from 0", on_resume="own")
-    resume: bool = setting(
-        False, "go on from the newest intact checkpoint of this run, if there is one", on_resume="own"
-    )
-    overwrite: bool = setting(False, "delete the checkpoints that an earlier run left in the folder", on_resume="own")
-    config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", on_resume="own")
+    num_processes: Maybe[int] = setting(None, "how many there are", resume="own")
+    process_id: Maybe[int] = setting(None, "which one this is, from 0", resume="own")
+    resume: bool = setting(False, "go on from the newest intact checkpoint of this run, if there is one", resume="own")
+    keep_checkpoints: int = setting(2, "how many checkpoints of the run stay on disk", at_least(1), resume="free")
+    overwrite: bool = setting(False, "delete the checkpoints that an earlier run left in the folder", resume="own")
+    config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", resume="own")
     # names of the settings that the user gave, here or in the file
     given: Annotated[frozenset[str], tyro.conf.Suppress] = dataclasses.field(default=frozenset(), compare=False)
 
@@ -279,7 +278,7 @@ def resumed_settings[T](cfg: T, recorded: Mapping[str, Any], another: str, log: 
     changed, restored = [], {}
     for field in dataclasses.fields(cfg):
         name, ours = field.name, getattr(cfg, field.name)
-        on_resume = field.metadata.get("on_resume", "own")
+        on_resume = field.metadata.get("resume", "own")
         if on_resume == "own" or name not in recorded:
             continue
         theirs = _from_json(recorded[name], field.type)

@@ -4,7 +4,9 @@ import functools
 
 import numpy as np
 
+from nanochat_jax.cli.settings import require
 from nanochat_jax.data.rows import shuffled
+from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import error_text
 from nanochat_jax.rollouts.objective import MAX_REWARD
 from nanochat_jax.tasks import Task
@@ -27,11 +29,6 @@ class PromptStream:
         epoch, within = divmod(position, self.size)
         example = int(self.order(epoch)[within])
         return example, self.prompts[example]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(map(len, self.prompts))
 
     def reward(self, example: int, answer: str) -> float:
         """What an answer is worth. ValueError: the task fails to say, or says what is no number of at most 1e30."""
@@ -57,3 +54,18 @@ class PromptStream:
                 f"{self.task.name}, problem {example}: a prompt must have at most {MAX_TOKENS:,} tokens, this has more"
             )
         return np.asarray(prompt, np.int32)
+
+
+def check_context(longest: int, max_new_tokens: int, sequence_len: int) -> None:
+    """ValueError where the longest prompt does not fit with its answer."""
+    context = 10 * sequence_len
+    require(
+        longest + max_new_tokens <= context,
+        f"the longest prompt has {longest:,} tokens and --max-new-tokens={max_new_tokens} more may follow, but the "
+        f"model's context ends at {context:,}",
+    )
+    if longest + max_new_tokens > sequence_len:
+        print0(
+            f"NOTE: prompts of up to {longest:,} tokens with --max-new-tokens={max_new_tokens} go beyond the "
+            f"{sequence_len:,} tokens that the model was trained on"
+        )

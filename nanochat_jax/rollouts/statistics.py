@@ -4,6 +4,9 @@ import numpy as np
 
 from nanochat_jax.rollouts.pack import Groups
 
+FIRST_STEPS = 3  # by which a run is judged to have too little to learn from
+LITTLE_SIGNAL = 0.2  # share of groups with a signal below which there is a warning
+
 
 def step_statistics(samples: Groups, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
     """What a step's samples [P][G], rewards and advantages [P,G] show, as logged.
@@ -28,3 +31,16 @@ def step_statistics(samples: Groups, rewards: np.ndarray, advantages: np.ndarray
         "tool_failed": float(np.mean([any(call.result is None for call in sample.tool_calls) for sample in flat])),
         "entropy": float(-sampled.mean()) if sampled.size else 0.0,
     }
+
+
+def little_signal(first_steps: list[tuple[float, float]]) -> str:
+    """The warning that a run has little to learn from, empty where it has enough; first_steps: for each the share
+    of groups with a signal, and the pass rate."""
+    share, passed = np.mean(first_steps, 0)
+    if share >= LITTLE_SIGNAL:
+        return ""
+    return (
+        f"WARNING: of the first {FIRST_STEPS} steps' groups of answers {share:.0%} differ in reward (pass rate "
+        f"{passed:.1%}), too little to learn from: train SFT longer, or choose "
+        f"{'harder' if passed > 0.5 else 'easier'} problems"
+    )

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
 from nanochat_jax.model.cost import flops_per_token
-from nanochat_jax.train.loop import Measurement, Throughput
+from nanochat_jax.train.loop import Measurement, Run, Throughput, open_run
 from nanochat_jax.train.plan import BatchShape, Plan
-from nanochat_jax.train.start import Start
+from nanochat_jax.train.start import Initial, Start
 
 
 def row_batch_shape(cfg: Any, mesh: Mesh, log: Callable = print0) -> BatchShape:
@@ -47,18 +47,28 @@ def rows_before(start: Start, plan: Plan, step: int) -> int:
     return start.record.get("rows_consumed", 0) + (step - start.first_step) * plan.batch.rows_per_step
 
 
-def row_record(start: Start, plan: Plan, rows: PackedRows, step: int) -> dict[str, Any]:
-    """What the checkpoint of a step records of the data."""
-    consumed = rows_before(start, plan, step)
-    return {"rows_consumed": consumed, **rows.record(consumed)}
-
-
 @contextlib.contextmanager
-def device_batches(
-    rows: PackedRows, start: Start, plan: Plan, *, document_mask: bool
-) -> Iterator[Iterator[dict[str, jax.Array]]]:
-    """While it is entered, an endless iterator of the run's batches from its first step on: leaves [A,B,T] on the
-    devices. Without `document_mask` a row is one document, as in nanochat."""
+def open_row_run(
+    start: Start,
+    initial: Initial,
+    rows: PackedRows,
+    *,
+    total: int,
+    measurements: Sequence[Measurement],
+    peak_flops: float | None,
+    record: Callable[[int], dict] = lambda step: {},
+) -> Iterator[tuple[Run, Iterator[dict[str, jax.Array]]]]:
+    """While it is entered, the run (see `open_run`) and an endless iterator of its batches from its first step on:
+    leaves [A,B,T] on the devices. With --no-document-mask a row is one document, as in nanochat.
+
+    peak_flops: of all devices together, None: unknown. record: step -> what its checkpoint records beside what every
+    run's does and the place in the data."""
+    plan = initial.plan
+
+    def record_rows(step: int) -> dict:
+        consumed = rows_before(start, plan, step)
+        return {"rows_consumed": consumed, **rows.record(consumed), **record(step)}
+
     process_index, process_count = row_part(plan.mesh)
     batches = train_batches(
         rows,
@@ -68,8 +78,18 @@ def device_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    with contextlib.closing(batches):
-        yield (to_global(b if document_mask else without_documents(b), plan.mesh) for b in batches)
+    opened = open_run(
+        start,
+        initial,
+        total=total,
+        record=record_rows,
+        console=throughput_line,
+        measurements=measurements,
+        throughput=Throughput(plan.batch.tokens_per_step, flops_per_token(plan.model, plan.batch.T), peak_flops),
+    )
+    with contextlib.closing(batches), opened as run:
+        separate = start.cfg.document_mask
+        yield run, (to_global(b if separate else without_documents(b), plan.mesh) for b in batches)
 
 
 def validation(
@@ -97,11 +117,6 @@ def validation(
         return {"val_bpb": bits_per_byte(params, on_devices, lambda: progress(next(done), n_batches))}
 
     return Measurement("validation", every, measure, at_start=True, in_step=True)
-
-
-def throughput(plan: Plan, peak_flops: float | None) -> Throughput:
-    """peak_flops: of all devices together; None: unknown."""
-    return Throughput(plan.batch.tokens_per_step, flops_per_token(plan.model, plan.batch.T), peak_flops)
 
 
 def throughput_line(record: Mapping[str, float]) -> str:
