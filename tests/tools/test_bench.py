@@ -113,7 +113,7 @@ def test_the_optimizers_products_are_those_of_every_matrix(tool):
     config = GPTConfig(sequence_len=64, vocab_size=64, padded_vocab=64, windows=windows, **shape)
     sides = [(64, 64), (32, 64), (32, 64), (64, 64), (64, 256), (64, 256)]  # q, k, v, proj; fc, proj
     expected = sum(5 * (4 * s * s * l + 2 * s**3) for s, l in sides)
-    assert tool("bench_sft").orthogonalisation_flops(abstract_gpt(config)[1]) == expected
+    assert tool("bench_sft").orthogonalization_flops(abstract_gpt(config)[1]) == expected
 
 
 @pytest.mark.parametrize(("lengths", "shared"), [([5, 9, 2], 3), ([40, 40], 2), ([1], 1)])

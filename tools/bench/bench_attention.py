@@ -29,10 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_device import compute_dtype, document_starts, facts, matmul_rate, seconds_per_call
+from bench_device import document_starts, facts, matmul_rate, seconds_per_call
 from rich.console import Console
 from rich.table import Table
 
+from nanochat_jax.cli.device import compute_dtype
+from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model.attention import (
     NAMES,
@@ -44,8 +46,16 @@ from nanochat_jax.model.attention import (
 
 PER_PAIR = {"forward": 4, "backward": 10, "both": 14}  # FLOPs, times the head size
 INPUTS = 1 if jax.default_backend() == "cpu" else 4  # sets of arrays that calls take in turn
-QUICK = {"seq_lens": (256,), "windows": (64,), "tokens": 512, "width": 128, "group": 1, "samples": 2}
-QUICK |= {"document_tokens": 60, "sample_seconds": 0.01}
+QUICK = {  # sizes that only show that everything runs
+    "seq_lens": (256,),
+    "windows": (64,),
+    "tokens": 512,
+    "width": 128,
+    "group": 1,
+    "samples": 2,
+    "document_tokens": 60,
+    "sample_seconds": 0.01,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +74,7 @@ class Bench:
     sample_seconds: float = 0.1  # that a sample lasts at least, as many calls as that takes
     dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU
     seed: int = 0
-    quick: bool = (
-        False  # sizes that only show that everything runs; of the flags above backends and head-dims stay in force
-    )
+    quick: bool = False  # a check that everything runs: of the flags above backends and head-dims stay in force
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +96,15 @@ def cases(cfg: Bench) -> list[Case]:
     cpu = jax.default_backend() == "cpu"
     tokens, width = cfg.tokens or (8192 if cpu else 32768), cfg.width or (256 if cpu else 2048)
     sizes = (*cfg.seq_lens, *cfg.head_dims, cfg.group, cfg.samples, cfg.document_tokens, tokens, width)
-    if min(sizes) < 1 or cfg.sample_seconds < 0 or cfg.seed < 0 or min(cfg.windows, default=0) < -1:
-        raise ValueError("sizes must be above 0, windows at least 0, or -1 for no limit")
+    require(
+        min(sizes) >= 1 and min(cfg.sample_seconds, cfg.seed) >= 0 and min(cfg.windows, default=0) >= -1,
+        "sizes must be above 0, windows at least 0, or -1 for no limit",
+    )
     for H in cfg.head_dims:
-        if width % (H * cfg.group):
-            raise ValueError(f"--width={width} must be a multiple of heads of {H} times --group={cfg.group}")
+        fits = width % (H * cfg.group) == 0
+        require(fits, f"--width={width} must be a multiple of heads of {H} times --group={cfg.group}")
     for name in cfg.backends:
-        if name not in NAMES:
-            raise ValueError(f"--backends must be of {', '.join(NAMES)}, got {name!r:.60}")
+        require(name in NAMES, f"--backends must be of {', '.join(NAMES)}, got {name!r:.60}")
     grid = itertools.product(cfg.seq_lens, cfg.head_dims, (False, True), cfg.windows, cfg.backends)
     return [
         Case(name, packed, window, T, H, max(1, tokens // T), width // H, width // H // cfg.group)
@@ -211,8 +220,8 @@ def main(cfg: Bench) -> None:
         lines.append(line)
         print(json.dumps(line | common | {"settings": dataclasses.asdict(cfg)}), flush=True)
     report(console, lines, common)
-    if not any("seconds" in line.get(part, {}) for line in lines for part in PER_PAIR):
-        raise ValueError("no backend ran: see what was refused and what failed above")
+    ran = any("seconds" in line.get(part, {}) for line in lines for part in PER_PAIR)
+    require(ran, "no backend ran: see what was refused and what failed above")
 
 
 def report(console: Console, lines: list[dict], common: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the benches share: the model of their flags, timing, and what this device reaches at its best.
+"""What the benches beside it share: the model of their flags, timing, and what this device reaches at its best.
 
 A rate is measured in the run that reports a share of it, on random numbers (zeros multiply faster).
 """
@@ -7,19 +7,16 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
 from nanochat_jax.cli.device import cpu_name
-from nanochat_jax.model.attention import AttentionShapes, choose_attention_backend
+from nanochat_jax.cli.settings import require
 from nanochat_jax.model.gpt import GPTConfig, window_sizes
 from nanochat_jax.train.scaling_laws import config_of_depth
 
@@ -29,8 +26,8 @@ DEPTHS = {"d12": 12, "d20": 20, "d26": 26}
 def depth_shape(depth: int) -> dict[str, Any]:
     """Flags of nanochat's model of this depth: width 64 a layer, heads of 128, vocabulary 32768, windows SSSL."""
     sizes = {"head_dim": 128, "window_pattern": "SSSL", "vocab_size": 32768}
-    width = config_of_depth(depth, aspect_ratio=64, max_seq_len=2048, **sizes).n_embd
-    return sizes | {"depth": depth, "width": width}
+    model = config_of_depth(depth, aspect_ratio=64, max_seq_len=2048, **sizes)
+    return sizes | {"depth": depth, "width": model.n_embd}
 
 
 def parse[T](cls: type[T], presets: Mapping[str, dict[str, Any]]) -> T:
@@ -45,40 +42,22 @@ def model_config(cfg: Any, sequence_len: int) -> GPTConfig:
     """Of depth, width, head_dim, kv_heads (0: as many as query heads), vocab_size and window_pattern.
 
     ValueError names the flags that do not fit together."""
-    if min(cfg.depth, cfg.width, cfg.head_dim, cfg.vocab_size, sequence_len) < 1 or cfg.kv_heads < 0:
-        raise ValueError("sizes must be above 0")
-    if cfg.width % cfg.head_dim:
-        raise ValueError(f"--width={cfg.width} must be a multiple of --head-dim={cfg.head_dim}")
+    sizes = (cfg.depth, cfg.width, cfg.head_dim, cfg.vocab_size, sequence_len)
+    require(min(sizes) >= 1 and cfg.kv_heads >= 0, "sizes must be above 0")
+    require(cfg.width % cfg.head_dim == 0, f"--width={cfg.width} must be a multiple of --head-dim={cfg.head_dim}")
     heads = cfg.width // cfg.head_dim
-    if heads % (cfg.kv_heads or heads):
-        raise ValueError(f"--kv-heads={cfg.kv_heads} must divide the {heads} query heads")
+    kv_heads = cfg.kv_heads or heads
+    require(heads % kv_heads == 0, f"--kv-heads={kv_heads} must divide the {heads} query heads")
     return GPTConfig(
         sequence_len=sequence_len,
         vocab_size=cfg.vocab_size,
         padded_vocab=-(-cfg.vocab_size // 64) * 64,
         n_layer=cfg.depth,
         n_head=heads,
-        n_kv_head=cfg.kv_heads or heads,
+        n_kv_head=kv_heads,
         n_embd=cfg.width,
         windows=window_sizes(cfg.window_pattern, cfg.depth, sequence_len),
     )
-
-
-def compute_dtype(wanted: str) -> np.dtype:
-    """Of --dtype: "auto" is bfloat16 on accelerators, float32 on CPU. ValueError: no type of JAX's."""
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    try:
-        return jnp.dtype(default if wanted == "auto" else wanted)
-    except TypeError:
-        raise ValueError(f"--dtype must be auto, float32 or bfloat16, got {wanted!r:.60}") from None
-
-
-def choose_attention(wanted: str, model: GPTConfig, rows: int, mesh: Mesh, dtype: Any, *, packed: bool) -> str:
-    """The backend for --attention in rows of so many tokens, as the stages choose; a warning goes to stderr."""
-    choice = choose_attention_backend(wanted, mesh, dtype, AttentionShapes.of(model, rows), packed=packed)
-    if choice.why:
-        print(f"WARNING: {choice.why}", file=sys.stderr)
-    return choice.name
 
 
 def document_starts(rng: np.random.Generator, shape: tuple[int, ...], mean: int) -> np.ndarray:

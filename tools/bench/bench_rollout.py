@@ -1,16 +1,15 @@
 """Time the rollout engine on random weights and random prompts, and print one JSON line.
 
-tokens_per_second counts all generated tokens of whole calls of `generate`, prefill and tools included (median over the
-repeats, after one that compiles). ms_per_decode_step is the time in the device's calls over the steps made there;
-host_share is the part of the time with no device at work. peak_memory_bytes is the device's own count, or on CPU what
-the largest program needs by the compiler's count.
-
-mbu, the used share of memory bandwidth: the fewest bytes that decoding must read, over the time in the device's calls
-(prefill included) and over memory_gb_per_second, the rate of a triad on large arrays in this run. Bytes: at each step
-every device reads the matrices of the blocks and lm_head once, in the compute type (of embeddings a step reads a few
-rows: left out); and for every layer and every token fed, the keys and values that it sees, min(position, window) + 1:
-those after the prompt for each sample, those of the prompt once for all samples of a group, that is max(over the
-longest sample, over all samples / rows of a group), the fewest that any order of the samples allows.
+- tokens_per_second counts all generated tokens of whole calls of `generate`, prefill and tools included (median over
+  the repeats, after one that compiles). ms_per_decode_step is the time in the device's calls over the steps made there;
+  host_share is the part of the time with no device at work.
+- peak_memory_bytes is the device's own count, or on CPU what the largest program needs by the compiler's count.
+- mbu is the used share of memory bandwidth: the fewest bytes that decoding must read, over the time in the device's
+  calls (prefill included) and over memory_gb_per_second, the rate of a triad on large arrays in this run. At each step
+  every device reads the matrices of the blocks and lm_head once, in the compute type (of embeddings a step reads a few
+  rows: left out); and for every layer and every token fed, the keys and values that it sees, min(position, window) + 1:
+  those after the prompt for each sample, those of the prompt once for all samples of a group, that is max(over the
+  longest sample, over all samples / rows of a group), the fewest that any order of the samples allows.
 
 python tools/bench/bench_rollout.py                                               # the CPU yardstick
 python tools/bench/bench_rollout.py --preset d20     # 256 slots, 16 prompts of 150 tokens x 16 samples x 256 new, tools
@@ -20,17 +19,20 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from bench_device import DEPTHS, choose_attention, compute_dtype, depth_shape, facts, memory_rate, model_config, parse
+from bench_device import DEPTHS, depth_shape, facts, memory_rate, model_config, parse
 from flax import nnx
 
+from nanochat_jax.cli.device import choose_attention, compute_dtype
+from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.device_memory import beside_arguments
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.engine import Engine, GenerationStats
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import arrange_slots
 from nanochat_jax.model.cost import parameter_counts
@@ -104,59 +106,84 @@ def kv_tokens(config: GPTConfig, prompt: int, lengths: Sequence[int], shared: in
     return own[last].sum() + max(of_prompt[-1], of_prompt[last].sum() / shared)
 
 
+class Run(NamedTuple):
+    """One call of `generate`."""
+
+    stats: GenerationStats
+    bytes_read: float  # by decoding, at the least
+    compiles: int  # programs until its end
+
+    @property
+    def device_seconds(self) -> float:
+        return self.stats.seconds - self.stats.host_seconds
+
+
 def main(cfg: Bench) -> None:
-    if min(cfg.prompts, cfg.prompt_tokens, cfg.samples, cfg.repeats) < 1:
-        raise ValueError("sizes and counts must be at least 1")
-    config = model_config(cfg, cfg.sequence_len)
-    dtype, mesh = compute_dtype(cfg.dtype), make_mesh(cfg.mesh)
+    counts = (cfg.prompts, cfg.prompt_tokens, cfg.samples, cfg.repeats)
+    require(min(counts) >= 1, "sizes and counts must be at least 1")
+    config, mesh = model_config(cfg, cfg.sequence_len), make_mesh(cfg.mesh)
+    device = mesh.devices.flat[0]
+    dtype = compute_dtype(cfg.dtype, device.platform)
+    attention = choose_attention(
+        cfg.attention,
+        config,
+        cfg.prompt_tokens + cfg.new_tokens,
+        mesh=mesh,
+        dtype=dtype,
+        log=partial(print, file=sys.stderr),
+        packed=True,  # as in RL's training, whose backend the prefill has
+    )
+    engine = Engine(
+        config,
+        tokenizer(cfg.vocab_size),
+        mesh,
+        dtype=dtype,
+        attention=attention,
+        slots=cfg.slots,
+        chunk=cfg.chunk,
+        tools=cfg.tools,
+    )
     sampling = SamplingParams(cfg.temperature, cfg.top_k, cfg.new_tokens)
-    rows = cfg.prompt_tokens + cfg.new_tokens
-    attention = choose_attention(cfg.attention, config, rows, mesh, dtype, packed=True)  # that of RL's training
-    how = {"dtype": dtype, "attention": attention, "slots": cfg.slots, "chunk": cfg.chunk, "tools": cfg.tools}
-    engine = Engine(config, tokenizer(cfg.vocab_size), mesh, **how)
     params = engine.cast_params(random_params(config))
-    rng = np.random.default_rng(1)
-    prompts = rng.integers(0, 256, (cfg.prompts, cfg.prompt_tokens)).tolist()
+    prompts = np.random.default_rng(1).integers(0, 256, (cfg.prompts, cfg.prompt_tokens)).tolist()
 
     counts = parameter_counts(config)
-    weights = (counts["matrices"] + counts["lm_head"]) * dtype.itemsize * mesh.size
-    pair = 2 * config.kv_dim * engine.programs.layout.dtype.itemsize
+    weight_bytes = (counts["matrices"] + counts["lm_head"]) * dtype.itemsize * mesh.size
+    key_value_bytes = 2 * config.kv_dim * engine.programs.layout.dtype.itemsize
     shared, _ = arrange_slots(cfg.prompts, cfg.samples, cfg.slots)
-    runs, stats = [], []
+    runs = []
     for step in range(cfg.repeats + 1):
-        results = engine.generate(params, prompts, sampling, samples=cfg.samples, step=step, report=stats.append)
-        read = (kv_tokens(config, cfg.prompt_tokens, [len(s.tokens) for s in row], shared) for row in results)
-        read = weights * stats[-1].decode_steps + pair * sum(read)
-        device_seconds = stats[-1].seconds - stats[-1].host_seconds
-        more = {"bytes": read, "device_seconds": device_seconds, "compiles": engine.compiles}
-        runs.append(stats[-1]._asdict() | more)
+        reports = []
+        results = engine.generate(params, prompts, sampling, samples=cfg.samples, step=step, report=reports.append)
+        (stats,) = reports
+        keys = sum(kv_tokens(config, cfg.prompt_tokens, [len(s.tokens) for s in row], shared) for row in results)
+        bytes_read = weight_bytes * stats.decode_steps + key_value_bytes * keys
+        runs.append(Run(stats, bytes_read, engine.compiles))
     warmup, *timed = runs
 
-    def median(value):
-        return statistics.median(value(run) for run in timed)
+    def median(value: Callable[[Run], float]) -> float:
+        return statistics.median(map(value, timed))
 
-    device = jax.devices()[0]
     peak_memory = (device.memory_stats() or {}).get("peak_bytes_in_use") or max(
         program.memory_analysis().argument_size_in_bytes + beside_arguments(program)
         for program in engine.programs.compiled.values()
     )
-    compiles = timed[-1]["compiles"] - warmup["compiles"]
     del params
     memory = memory_rate()
     result = {
-        "tokens_per_second": round(median(lambda s: s["generated_tokens"] / s["seconds"])),
-        "ms_per_decode_step": round(median(lambda s: 1e3 * s["device_seconds"] / s["decode_steps"]), 3),
-        "host_share": round(median(lambda s: s["host_seconds"] / s["seconds"]), 4),
-        "mbu": round(median(lambda s: s["bytes"] / s["device_seconds"]) / memory / mesh.size, 4),
-        "mb_per_decode_step": round(median(lambda s: s["bytes"] / s["decode_steps"]) / 1e6, 2),
+        "tokens_per_second": round(median(lambda run: run.stats.generated_tokens / run.stats.seconds)),
+        "ms_per_decode_step": round(median(lambda run: 1e3 * run.device_seconds / run.stats.decode_steps), 3),
+        "host_share": round(median(lambda run: run.stats.host_seconds / run.stats.seconds), 4),
+        "mbu": round(median(lambda run: run.bytes_read / run.device_seconds) / memory / mesh.size, 4),
+        "mb_per_decode_step": round(median(lambda run: run.bytes_read / run.stats.decode_steps) / 1e6, 2),
         "memory_gb_per_second": round(memory / 1e9, 2),
-        "seconds": [round(s["seconds"], 3) for s in timed],
-        "compiles_after_warmup": compiles,
-        "compiles": warmup["compiles"],
-        "warmup_seconds": round(warmup["seconds"], 2),
+        "seconds": [round(run.stats.seconds, 3) for run in timed],
+        "compiles_after_warmup": timed[-1].compiles - warmup.compiles,
+        "compiles": warmup.compiles,
+        "warmup_seconds": round(warmup.stats.seconds, 2),
         "peak_memory_bytes": peak_memory,
-        "generated_tokens": timed[-1]["generated_tokens"],
-        "decode_steps": timed[-1]["decode_steps"],
+        "generated_tokens": timed[-1].stats.generated_tokens,
+        "decode_steps": timed[-1].stats.decode_steps,
         "platform": device.platform,
         "devices": mesh.size,
         "machine": facts(device)["device"],
