@@ -34,7 +34,7 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import Groups, default_groups
 from nanochat_jax.optim.schedules import base_decay_multiplier, base_lr_multiplier, base_muon_momentum
@@ -138,7 +138,7 @@ def main(cfg: BaseConfig) -> int:
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     start = check_agreement(find_run(cfg, "base", tag_of(cfg), tokenizer, print0))
     check_bounds(start.cfg)  # also what a checkpoint recorded
-    check_attention(start.cfg.attention, mesh, packed=start.cfg.document_mask)
+    check_attention_backend(start.cfg.attention, mesh, packed=start.cfg.document_mask)
 
     # Model, batch and length from the depth
     model = model_of(start.cfg, tokenizer.vocab_size)

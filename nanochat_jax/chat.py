@@ -26,6 +26,7 @@ from rich.style import Style
 from rich.text import Text
 
 from nanochat_jax.checkpoints import find
+from nanochat_jax.checkpoints.find import check_tokenizer
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import compute_dtype, start_device
@@ -36,7 +37,6 @@ from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible
-from nanochat_jax.train.start import check_tokenizer
 
 CALL_STYLE, NOTE_STYLE = Style.parse("cyan"), "dim"
 JOINERS = "\u200c\u200d"  # invisible, but needed to spell Persian, the scripts of India and emoji

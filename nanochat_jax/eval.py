@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat_jax.checkpoints import find, store
+from nanochat_jax.checkpoints.find import check_tokenizer
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
@@ -37,7 +38,6 @@ from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.tasks.registry import TASKS, find_name, make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.loop import explaining_memory
-from nanochat_jax.train.start import check_tokenizer
 
 
 def short(*names: str):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.checkpoints.find import check_tokenizer
 from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import Maybe, parse, require
 from nanochat_jax.distributed.processes import print0
@@ -97,16 +98,6 @@ def export(
             if not target.exists():  # a tokenizer that is there is the same
                 file.rename(target)
                 log(str(target))
-
-
-def check_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:
-    """ValueError where the model was trained with another tokenizer, as far as its meta tells."""
-    size = meta["model_config"]["vocab_size"]
-    if tokenizer.vocab_size != size or meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
-        raise ValueError(
-            f"the tokenizer in {base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model was trained "
-            f"with ({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
-        )
 
 
 def _check_free(folder: Path, step: int, tokenizer: Tokenizer) -> None:

@@ -37,8 +37,9 @@ from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
+from nanochat_jax.optim.groups import Groups
 from nanochat_jax.optim.schedules import rl_lr_multiplier
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
 from nanochat_jax.rollouts.log import RolloutLog
@@ -165,7 +166,7 @@ def main(cfg: RLConfig) -> int:
     start = find_rl_start(cfg, tokenizer)
     cfg = start.cfg
     sampling = check(cfg)  # also what a checkpoint recorded
-    check_attention(cfg.attention, mesh, packed=True)
+    check_attention_backend(cfg.attention, mesh, packed=True)
 
     # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
     with processes.process_zero_first("the problems"):
@@ -180,7 +181,8 @@ def main(cfg: RLConfig) -> int:
     model = start.model_config()
     longest = max(map(len, [*prompts.prompts, *(eval_set.prompts if eval_set else [])]))
     check_context(longest, cfg.max_new_tokens, model.sequence_len)
-    plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", n_embd=model.n_embd), longest)
+    mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
+    plan = plan_of(cfg, model, mesh, longest, start.recorded_groups())
     print0(
         f"{task.name}: {len(task):,} problems, {cfg.examples_per_step} a step with {cfg.num_samples} answers each; the "
         f"longest prompt has {longest:,} tokens; answers are packed into at most {plan.batch.micro_batches} x "
@@ -295,8 +297,9 @@ def schedule(step: int, total: int) -> dict[str, float]:
     return {"lr_multiplier": rl_lr_multiplier(step, total), "muon_momentum": MUON_MOMENTUM}
 
 
-def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int) -> Plan:
-    """What is compiled for these settings; longest: tokens of the longest prompt. ValueError: sizes do not fit."""
+def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int, groups: Groups | None = None) -> Plan:
+    """What is compiled for these settings; longest: tokens of the longest prompt; groups: of the optimizer, default: as
+    the settings say. ValueError: sizes that do not fit together."""
     return make_plan(
         cfg,
         model,
@@ -304,7 +307,7 @@ def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int) -> Plan:
         batch=rl_batch_shape(cfg, mesh, longest + cfg.max_new_tokens, model.sequence_len),
         loss=token_loss_of(objective_of(cfg), cfg.objective),
         scalars=tuple(schedule(0, 1)),
-        groups=fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
+        groups=groups or fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
         packed=True,
         logprobs=True,
     )

@@ -33,8 +33,9 @@ from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.chatcore import make_chatcore
 from nanochat_jax.files.paths import base_dir
-from nanochat_jax.model.attention import check as check_attention
+from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
+from nanochat_jax.optim.groups import Groups
 from nanochat_jax.optim.schedules import sft_lr_multiplier, sft_muon_momentum
 from nanochat_jax.tasks import (
     GSM8K,
@@ -152,9 +153,10 @@ def main(cfg: SFTConfig) -> int:
     start = find_start(cfg, "sft", tokenizer, print0)
     cfg = start.cfg
     check_bounds(cfg)  # also what was inherited
-    check_attention(cfg.attention, mesh, packed=cfg.document_mask)
+    check_attention_backend(cfg.attention, mesh, packed=cfg.document_mask)
     model = start.model_config()
-    plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", n_embd=model.n_embd))
+    mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
+    plan = plan_of(cfg, model, mesh, start.recorded_groups())
 
     # Data: conversations once through the tokenizer, packed into rows by plan
     with processes.process_zero_first("the data"):
@@ -205,8 +207,10 @@ def schedule(cfg: SFTConfig, step: int, total: int) -> dict[str, float]:
     }
 
 
-def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh) -> Plan:
-    """What is compiled for these settings. ValueError: sizes that do not fit together."""
+def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None = None) -> Plan:
+    """What is compiled for these settings; groups: of the optimizer, default: as the settings say.
+
+    ValueError: sizes that do not fit together."""
     return make_plan(
         cfg,
         model,
@@ -214,7 +218,7 @@ def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh) -> Plan:
         batch=row_batch_shape(cfg, mesh),
         loss=TokenLoss(),
         scalars=tuple(schedule(cfg, 0, 1)),
-        groups=fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
+        groups=groups or fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
         packed=cfg.document_mask,
     )
 

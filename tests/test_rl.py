@@ -386,11 +386,11 @@ def test_a_signal_during_rollouts_saves_the_step_before_at_once(base, trained, m
     generate, folder = Engine.generate, base / "chatrl_checkpoints" / "term"
     steps = []
 
-    def interrupted(self, prompts, sampling, **how):
-        steps.append(how["step"])
-        if how["step"] == 3:
+    def interrupted(self, params, prompts, sampling, *, step, **others):
+        steps.append(step)
+        if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return generate(self, prompts, sampling, **how)
+        return generate(self, params, prompts, sampling, step=step, **others)
 
     monkeypatch.setattr(Engine, "generate", interrupted)
     code, printed = run("--output-tag", "term", "--save-every", "2", "--log-rollouts", "1")

@@ -20,29 +20,27 @@ def base(tmp_path_factory):
 
 
 def test_a_run_that_is_killed_at_a_random_moment_ends_bit_identical(base):
-    flags = [*kill_resume.rl_flags(), "--num-steps", str(STEPS), "--save-every", "2", "--device-batch-size", "1"]
-    alone = kill_resume.start(base, "alone", 1, [*flags, "--save-every", "-1"], "rl")
-    output, _ = alone.communicate()
-    assert alone.returncode == 0, output
-    case = kill_resume.killed_run(base, "killed", 1, flags, signal.SIGKILL, 1, STEPS, random.Random(0), "rl")
+    flags = [*kill_resume.RL_FLAGS, "--num-steps", str(STEPS), "--save-every", "2", "--device-batch-size", "1"]
+    alone, killed = (kill_resume.Run("rl", tag, base, 1, flags) for tag in ("alone", "killed"))
+    alone.to_end("--save-every", "-1")
+    case = kill_resume.train_killed(killed, signal.SIGKILL, 1, STEPS, random.Random(0))
     assert case["exit_codes"] == [-signal.SIGKILL]
-    folders = [base / "chatrl_checkpoints" / tag for tag in ("killed", "alone")]
-    found = kill_resume.difference(*folders, STEPS)
+    found = kill_resume.difference(killed.folder, alone.folder, STEPS)
     assert found.pop("arrays_compared") > 40
     assert found == {"arrays_that_differ": [], "steps_whose_loss_differs": [], "rollouts_differ": False}
 
 
 def test_what_a_killed_run_was_at_is_told_by_its_files(tmp_path):
-    assert kill_resume.at_work_on(tmp_path) == "a step"
+    assert kill_resume.work_in(tmp_path) == "a step"
     (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
     (tmp_path / "rollouts.jsonl").write_text('{"step": 2}\n{"st')  # a line that is not whole yet
-    assert kill_resume.at_work_on(tmp_path) == "rollouts"
+    assert kill_resume.work_in(tmp_path) == "rollouts"
     (tmp_path / "rollouts.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
-    assert kill_resume.at_work_on(tmp_path) == "an update"
+    assert kill_resume.work_in(tmp_path) == "an update"
     (tmp_path / "2").mkdir()
-    assert kill_resume.at_work_on(tmp_path) == "a save"
+    assert kill_resume.work_in(tmp_path) == "a save"
     (tmp_path / "2" / "INTEGRITY.json").touch()
-    assert kill_resume.at_work_on(tmp_path) == "an update"
+    assert kill_resume.work_in(tmp_path) == "an update"
 
 
 def test_a_log_is_cut_back_to_the_size_that_was_recorded(tmp_path):

@@ -17,10 +17,11 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import path_name
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
-from nanochat_jax.interop.nanochat_model import _meta_file, _read_meta, find_steps, read_config, read_model
-from nanochat_jax.interop.nanochat_optimizer import imported_arrays, read_optimizer, recorded_groups
+from nanochat_jax.interop.nanochat_model import find_steps, meta_file, read_config, read_meta_file, read_model
+from nanochat_jax.interop.nanochat_optimizer import read_optimizer
+from nanochat_jax.interop.optimizer_state import recorded_groups
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
-from nanochat_jax.optim.groups import Groups, replace_groups
+from nanochat_jax.optim.groups import Groups, update_all_but_rates
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -43,7 +44,7 @@ class Found:
 def identity(found: Found) -> str:
     """The model's tag and step, with a hash of what tells it from another one there."""
     folder = found.folder / str(found.step)
-    files = [folder / integrity.MANIFEST] if found.ours else [_meta_file(found.folder, found.step)]
+    files = [folder / integrity.MANIFEST] if found.ours else [meta_file(found.folder, found.step)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     size = 0 if found.ours else (found.folder / f"model_{found.step:06d}.pt").stat().st_size
     return f"{found.tag}, step {found.step}, {digest[:12]}{f', {size} bytes' if size else ''}"
@@ -96,12 +97,12 @@ def peek_meta(found: Found) -> dict:
     """The model's meta alone, without reading a tensor; its sizes are there."""
     if found.ours:
         return read_meta(found.folder / str(found.step))
-    meta = _read_meta(_meta_file(found.folder, found.step))
+    meta = read_meta_file(meta_file(found.folder, found.step))
     for size in ("n_layer", "sequence_len", "vocab_size"):
         value = meta["model_config"].get(size)
         if type(value) is not int or value < 1:
             message = f"model_config must have an integer {size} of at least 1, got {value!r:.60}"
-            raise ValueError(f"{_meta_file(found.folder, found.step)}: {message}")
+            raise ValueError(f"{meta_file(found.folder, found.step)}: {message}")
     return meta
 
 
@@ -132,11 +133,11 @@ def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Gro
         folder = found.folder / str(found.step)
         if not (folder / "optimizer").is_dir():
             return None
-        return replace_groups(groups, read_meta(folder)["optimizer_groups"]), read_arrays(folder, "optimizer")
+        return update_all_but_rates(groups, read_meta(folder)["optimizer_groups"]), read_arrays(folder, "optimizer")
     state = read_optimizer(found.folder, found.step, config)
     if state is None:
         return None
-    return replace_groups(groups, recorded_groups(state["groups"])), imported_arrays(state)
+    return update_all_but_rates(groups, recorded_groups(state.groups)), state.arrays
 
 
 def load_model(source: str, model_tag: str | None = None, step: int | None = None, *, dtype=None):
@@ -152,6 +153,16 @@ def load_model(source: str, model_tag: str | None = None, step: int | None = Non
     graphdef, _ = abstract_gpt(config, dtype)
     model: GPT = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
     return model, Tokenizer.load(base_dir() / "tokenizer"), meta
+
+
+def check_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:
+    """ValueError where the model was trained with another tokenizer, as far as its meta tells."""
+    size = meta["model_config"]["vocab_size"]
+    if tokenizer.vocab_size != size or meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
+        raise ValueError(
+            f"the tokenizer in {base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model was trained "
+            f"with ({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
+        )
 
 
 def find_tag(folder: Path) -> str:

@@ -67,7 +67,7 @@ def sweep(folder: Path) -> None:
     """Remove what killed saves and deletions left in a run's folder. No other process may be saving there."""
     if bucket.in_bucket(folder):
         bucket.Ownership(folder)  # first: a run that was believed lost must not seal what is swept away here
-        begun = {name.split("/")[0] for name in bucket.listing(folder) if "/" in name}
+        begun = {name.split("/")[0] for name in bucket.list_objects(folder) if "/" in name}
         for name in begun - {str(step) for step in steps(folder)}:
             if name.isdigit():
                 discard(folder / name)
@@ -81,7 +81,7 @@ def _digests(folder: Path) -> dict[str, str]:
     if bucket.in_bucket(folder):
         return {
             name: f"md5:{entry.md5}" if entry.md5 else bucket.md5(folder / name)
-            for name, entry in bucket.listing(folder).items()
+            for name, entry in bucket.list_objects(folder).items()
             if name != MANIFEST
         }
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import kept_dir
-from nanochat_jax.model import attention
+from nanochat_jax.model.attention import AttentionShapes, choose_attention_backend
 from nanochat_jax.model.gpt import GPTConfig
 
 PLATFORMS = {"auto": None, "": None, "cuda": "cuda", "gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}
@@ -67,10 +67,19 @@ def describe_device(mesh: Mesh, log: Callable) -> float | None:
 
 
 def choose_attention(
-    wanted: str, model: GPTConfig, T: int, *, mesh: Mesh, dtype: Any, log: Callable = print0, **how: bool
+    wanted: str,
+    model: GPTConfig,
+    T: int,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    packed: bool = True,
+    training: bool = True,
+    log: Callable = print0,
 ) -> str:
-    """The backend for --attention in rows of T tokens, printed; `how` and ValueError as for `attention.choose`."""
-    choice = attention.choose(wanted, mesh, dtype, attention.Shapes.of(model, T), **how)
+    """The backend for --attention in rows of T tokens, printed; see `choose_attention_backend`, also for ValueError."""
+    shapes = AttentionShapes.of(model, T)
+    choice = choose_attention_backend(wanted, mesh, dtype, shapes, packed=packed, training=training)
     log(f"Attention: {choice.name}" + (f"\nWARNING: {choice.why}" if choice.why else ""))
     return choice.name
 

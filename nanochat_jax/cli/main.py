@@ -31,7 +31,7 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
         except (ValueError, MemoryError, FloatingPointError) as e:
             sys.exit(f"error: {e}")
         except Exception as e:
-            if (said := bucket.explained(e)) is None:
+            if (said := bucket.error_text(e)) is None:
                 raise
             sys.exit(f"error: {said}")
         except KeyboardInterrupt:

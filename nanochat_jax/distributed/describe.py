@@ -54,6 +54,3 @@ def replicas_note(n_embd: int, mesh: Mesh) -> list[str]:
         f"parameters are split over {data} devices and kept {replica} times (--mesh replica={replica},data={data}), "
         f"which suits {n_embd} channels on {replica * data} devices"
     ]
-
-
-table = parameter_table  # until the stages are rewritten

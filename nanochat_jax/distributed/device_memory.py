@@ -64,6 +64,3 @@ def beside_arguments(compiled: Any) -> int:
 def bytes_on_device(tree: Any) -> int:
     """Bytes that a tree of arrays, real or abstract with shardings, takes on each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-asked_and_had = parse_memory_error  # until the stages are rewritten

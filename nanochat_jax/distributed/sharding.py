@@ -118,6 +118,3 @@ def own_copy(params: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_single_device_arrays(copy.shape, sharding, [parts[d] for d in own.devices.flat])
 
     return jax.tree.map(local, copies, shardings)
-
-
-fit = fit_spec  # until the stages are rewritten

@@ -200,7 +200,3 @@ class Ownership:
             if self.path.read_text() == self.token:
                 return
         raise OSError(f"another run has started in {self.path.parent}: this one has lost it and saves nothing more")
-
-
-# the old names, until the stages and checkpoints/ use the new ones
-place, explained, local, send, listing = as_path, error_text, local_path, upload, list_objects

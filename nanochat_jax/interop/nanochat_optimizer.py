@@ -15,15 +15,7 @@ import numpy as np
 from nanochat_jax.files.plain_pickle import Refused, naming_file
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.interop.nanochat_model import tensor_shapes, to_float32
-from nanochat_jax.interop.optimizer_state import (  # noqa: F401  until find.py has them
-    AdamWGroup,
-    MuonGroup,
-    OptimizerState,
-    group_paths,
-    imported_arrays,
-    recorded_groups,
-    with_second_momenta,
-)
+from nanochat_jax.interop.optimizer_state import AdamWGroup, MuonGroup, OptimizerState, group_paths
 from nanochat_jax.model.gpt import GPTConfig
 
 SHARDED_FROM = 1024  # AdamW state of at least so many elements is split over the ranks by rows, smaller is replicated
@@ -248,3 +240,13 @@ def _stacked_moments(states: list[dict[int, dict]], first: int, members: Shapes)
             matrices = to_float32(buffer[: len(own)], (len(own), *shape), what)
             moments |= {f"{kind}/{path}": matrix for path, matrix in zip(own, matrices)}
     return moments
+
+
+def with_second_momenta(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays with zeros for Muon's second momenta where they are missing, as in nanochat's files of 2025."""
+    zeros = {}
+    for name, array in arrays.items():
+        if name.startswith("momentum/"):
+            r, c = array.shape
+            zeros[f"second_{name}"] = np.zeros((r, 1) if r >= c else (1, c), np.float32)
+    return zeros | arrays

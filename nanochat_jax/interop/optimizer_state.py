@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from nanochat_jax.optim.groups import GROUP_OF
 
 LAST_MOMENTUM = 0.95  # of Muon in a file of ours, which records none: nanochat sets it anew before every step
@@ -42,24 +40,11 @@ class OptimizerState(NamedTuple):
     groups: NanochatGroups
     arrays: dict[str, Any]  # as `optim.groups.state_arrays` names them; float32, and the counts of steps int32
 
-    def __getitem__(self, name: str) -> Any:  # until checkpoints/find.py is rewritten
-        return getattr(self, name)
-
 
 def group_paths(paths: Iterable[str]) -> dict[str, list[str]]:
     """Group -> its parameters, both in nanochat's order where `paths` is; only groups that have a parameter."""
     members = {name: [path for path in paths if re.fullmatch(pattern, path)] for pattern, name in GROUP_OF}
     return {name: paths for name, paths in members.items() if paths}
-
-
-def with_second_momenta(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The arrays with zeros for Muon's second momenta where they are missing, as in nanochat's files of 2025."""
-    zeros = {}
-    for name, array in arrays.items():
-        if name.startswith("momentum/"):
-            r, c = array.shape
-            zeros[f"second_{name}"] = np.zeros((r, 1) if r >= c else (1, c), np.float32)
-    return zeros | arrays
 
 
 def recorded_groups(groups: NanochatGroups) -> dict[str, dict]:
@@ -101,11 +86,3 @@ def groups_from_json(stored: list[dict]) -> NanochatGroups:
         else:
             groups[name] = AdamWGroup(**fields | {"betas": tuple(fields["betas"])})  # JSON has lists
     return groups
-
-
-def imported_arrays(state: Any) -> dict[str, Any]:  # until checkpoints/find.py and its test are rewritten
-    if isinstance(state, OptimizerState):
-        return state.arrays
-    arrays = {f"{kind}/{path}": a for kind, tree in state.items() if kind != "count" for path, a in tree.items()}
-    counts = {name: state["count"][paths[0]] for name, paths in group_paths(state["count"]).items()}
-    return with_second_momenta(arrays) | {f"count/{name}": np.int32(count) for name, count in counts.items()}

@@ -97,9 +97,6 @@ def update_all_but_rates(groups: Groups, recorded: Mapping[str, Mapping]) -> Gro
     }
 
 
-groups_from, replace_groups = groups_from_meta, update_all_but_rates  # until the stages are rewritten
-
-
 def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the whole parameter tree. `update` must be given lr_multiplier and muon_momentum, may be given
     decay_multiplier (Muon's weight decay, default 1), and ignores keywords that no transform reads.

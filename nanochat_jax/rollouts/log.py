@@ -70,7 +70,7 @@ class RolloutLog:
             return 0
         self._file.flush()
         os.fsync(self._file.fileno())
-        bucket.send(Path(self._file.name), self.path)
+        bucket.upload(Path(self._file.name), self.path)
         return self._file.tell()
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from nanochat_jax.checkpoints.store import Saver
 from nanochat_jax.cli.device import pages_note
 from nanochat_jax.cli.settings import flag, recorded_settings
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.describe import heads_note, replicas_note, table
+from nanochat_jax.distributed.describe import heads_note, parameter_table, replicas_note
 from nanochat_jax.distributed.device_memory import is_out_of_memory
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import Interrupted, Signals
@@ -340,7 +340,7 @@ def exit_code(run: Run) -> int:
 def describe_run(start: Start, plan: Plan, total: int) -> None:
     """Print what a user should know before the first step: sizes, and what does not divide."""
     cfg, params = start.cfg, plan.abstract_state.params
-    lines, notes = table(params, plan.mesh, plan.replicate)
+    lines, notes = parameter_table(params, plan.mesh, plan.replicate)
     if not plan.replicate and "replica" not in (cfg.mesh or ""):
         notes += replicas_note(plan.model.n_embd, plan.mesh)
     notes += heads_note(plan.model.n_kv_head, plan.mesh)

@@ -52,7 +52,7 @@ class MetricsLog:
         self._before: list[dict] = []
         if processes.index():  # process 0 writes for all
             return
-        bucket.local(folder).mkdir(parents=True, exist_ok=True)
+        bucket.local_path(folder).mkdir(parents=True, exist_ok=True)
         self.kept = folder / "metrics.jsonl"
         path = bucket.fetch(self.kept, exact=True)
         cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
@@ -89,7 +89,7 @@ class MetricsLog:
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
-            bucket.send(Path(self.file.name), self.kept)
+            bucket.upload(Path(self.file.name), self.kept)
 
     def close(self) -> None:
         if self.file:

@@ -14,11 +14,11 @@ from nanochat_jax.checkpoints import find
 from nanochat_jax.cli.device import describe_device, start_device
 from nanochat_jax.cli.settings import HERE, StageConfig, inherit, require
 from nanochat_jax.distributed.device_memory import (
-    asked_and_had,
     beside_arguments,
     bytes_on_device,
     device_memory,
     is_out_of_memory,
+    parse_memory_error,
 )
 from nanochat_jax.distributed.mesh import make_mesh, row_axes
 from nanochat_jax.distributed.processes import print0
@@ -246,7 +246,7 @@ def temporaries(compiled: Callable, given: int) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        asked, had = asked_and_had(error)
+        asked, had = parse_memory_error(error)
         return max(0, (asked or had or 0) - given)
 
 

@@ -26,9 +26,16 @@ from nanochat_jax.cli.settings import (
 )
 from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.files.paths import kept_dir
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.optim.groups import Groups, default_groups, groups_from, groups_in_use, scale_rates, with_state_arrays
+from nanochat_jax.optim.groups import (
+    Groups,
+    default_groups,
+    groups_from_meta,
+    groups_in_use,
+    scale_rates,
+    with_state_arrays,
+)
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.step import TrainState, place, random_state, restore_state
 
@@ -62,6 +69,10 @@ class Start:
     def model_config(self) -> GPTConfig:
         """The network, of a run that goes on or starts from a model; no parameter is read."""
         return GPTConfig(**self.record["model_config"]) if self.resumed else find.load_config(self.base)
+
+    def recorded_groups(self) -> Groups | None:
+        """The optimizer's groups that a fine-tuning run goes on with; None for a new run."""
+        return groups_from_meta(self.record["optimizer_groups"]) if self.resumed else None
 
     def check_data(self, fingerprint: str) -> None:
         """ValueError where a run that goes on does not see the data it began with, or a process sees other data."""
@@ -102,7 +113,7 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
     found = found or find.find_model(source, cfg.model_tag, cfg.model_step)
     log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
     meta = find.peek_meta(found)
-    check_tokenizer(tokenizer, meta)
+    find.check_tokenizer(tokenizer, meta)
     cfg = inherit_from(cfg, meta, log)
     limit = 10 * meta["model_config"]["sequence_len"]
     fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
@@ -129,7 +140,7 @@ def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -
         record = store.read_meta(folder / str(step))
         log(f"Resuming {folder} from step {step}")
         cfg = resumed_settings(cfg, record["user_config"], tag_flag(root), log)
-        check_tokenizer(tokenizer, record)
+        find.check_tokenizer(tokenizer, record)
         return Start(cfg, folder, tokenizer.digest(), record=record)
     if cfg.resume:
         log(f"Nothing to resume in {folder}: a new run")
@@ -174,15 +185,6 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
     return steps
 
 
-def check_tokenizer(tokenizer, meta: dict) -> None:
-    """ValueError where the model was trained with another tokenizer, as far as its meta tells."""
-    size = meta["model_config"]["vocab_size"]
-    if tokenizer.vocab_size != size:
-        raise ValueError(f"the tokenizer in {base_dir()} has {tokenizer.vocab_size} tokens, the model {size}")
-    if meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
-        raise ValueError(f"the tokenizer in {base_dir()} is not the one that the model was trained with")
-
-
 # ----------------------------------------------------------------------------------------------------------- the folder
 @contextlib.contextmanager
 def hold_folder(start: Start) -> Iterator[None]:
@@ -193,7 +195,7 @@ def hold_folder(start: Start) -> Iterator[None]:
         _check_shared(start.folder)
         yield
         return
-    here = bucket.local(start.folder)  # in a bucket there are no locks: see bucket.Ownership
+    here = bucket.local_path(start.folder)  # in a bucket there are no locks: see bucket.Ownership
     here.mkdir(parents=True, exist_ok=True)
     lock = FileLock(here / ".lock")
     try:
@@ -260,10 +262,9 @@ def fine_tuning_groups(cfg: Any, model: GPTConfig, abstract_params: Any) -> Grou
 def initial_state(start: Start, plan: Plan, log: Callable) -> Initial:
     """The state of the run's first step: from its checkpoint, from the model it starts from, or drawn from --seed.
 
-    The plan comes back with the groups that this state was made with: those of the checkpoint; of a warm start the
-    file's betas and decay with the plan's rates. ValueError: the optimizer state of the model lacks something."""
+    The plan comes back with the optimizer's groups in force: after a warm start the betas and the decay are those of
+    the model's optimizer, the rates the plan's. ValueError: the optimizer state of the model lacks something."""
     if start.resumed:
-        plan = dataclasses.replace(plan, groups=groups_from(start.record["optimizer_groups"]))
         with plan.scope():
             return Initial(plan, restore_state(start.checkpoint, plan.abstract_state))
     if start.base is None:

@@ -16,7 +16,7 @@ from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.distributed.sharding import (
     batch_sharding,
-    fit,
+    fit_spec,
     flatten_by_path,
     param_shardings,
     path_name,
@@ -81,7 +81,7 @@ def state_shardings(state: TrainState, tx, mesh: Mesh, replicate: bool = False) 
         return isinstance(x, optax.MaskedNode)
 
     def follow(leaf, sharding):
-        return leaf if masked(leaf) else fit(sharding.spec, leaf.shape, mesh)
+        return leaf if masked(leaf) else fit_spec(sharding.spec, leaf.shape, mesh)
 
     opt_state = optax.tree.map_params(
         tx, follow, state.opt_state, params, transform_non_params=lambda _: replicated(mesh), is_leaf=masked

@@ -19,7 +19,7 @@ import pytest
 from nanochat_jax import base, rl, sft
 from nanochat_jax.cli import settings
 from nanochat_jax.distributed import sharding
-from nanochat_jax.distributed.device_memory import asked_and_had, bytes_on_device, device_memory
+from nanochat_jax.distributed.device_memory import bytes_on_device, device_memory, parse_memory_error
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.train import preflight
 from nanochat_jax.train.plan import TokenLoss
@@ -175,7 +175,7 @@ def test_memory_is_read_from_what_compilers_say():
         ("Used 1.50T of 31.24G hbm. Exceeded by", (1.5 * 2**40, 31.24 * 2**30)),
         ("something else", (None, None)),
     ):
-        assert asked_and_had(RuntimeError(said)) == tuple(n if n is None else int(n) for n in numbers)
+        assert parse_memory_error(RuntimeError(said)) == tuple(n if n is None else int(n) for n in numbers)
 
 
 def test_a_cpu_device_has_its_share_of_the_machine():

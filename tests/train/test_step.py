@@ -80,7 +80,7 @@ def test_eight_devices_train_like_one(spec, replicate):
     compiled_step(spec, replicate)  # before it runs, to see what the compiler says
     together = run(batches(A=2, count=10), spec, replicate)
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
-    np.testing.assert_allclose(together[1]["grad_norm"], alone[1]["grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(together[1].grad_norm, alone[1].grad_norm, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_padding_at_the_end_changes_no_number_and_log_probabilities_are_those_be
     others, more, other = run([padded], tx=DESCENT, logprobs=True)
     assert others == losses and more.tokens == metrics.tokens
     logp, weights = np.asarray(metrics.logprobs), full["weights"]
-    np.testing.assert_array_equal(np.asarray(more["logprobs"]), np.concatenate([logp, np.zeros_like(logp)]))
+    np.testing.assert_array_equal(np.asarray(more.logprobs), np.concatenate([logp, np.zeros_like(logp)]))
     assert losses[0] == pytest.approx(-np.sum(weights * logp) / weights.sum(), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, other.params)
 

@@ -15,9 +15,6 @@ from nanochat_jax.model.attention.select import backend
 from nanochat_jax.model.attention.select import check_attention_backend as check_attention_backend
 from nanochat_jax.model.attention.select import choose_attention_backend as choose_attention_backend
 
-# Until the stages are rewritten:
-check, choose, Shapes = check_attention_backend, choose_attention_backend, AttentionShapes
-
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, k_start: jax.Array, *, window: int = -1, impl: str = "chunked"
