@@ -8,6 +8,7 @@ Prints a JSON line for every case, then a summary; exits with 1 where anything d
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -22,7 +23,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
+
+from nanochat_jax.checkpoints import store
+from nanochat_jax.train.metrics import read_metrics
 
 STAGES = {  # folder, flags of its name and of its length
     "sft": ("chatsft_checkpoints", "--output-tag", "--num-iterations"),
@@ -32,8 +37,12 @@ STAGES = {  # folder, flags of its name and of its length
 WORK = {"rl": ("rollouts", "an update", "a save")}  # what a run is interrupted in, one after the other
 STEP_AND_SAVE = ("a step", "a save")  # the other stages
 PATIENCE = 20  # seconds to wait until it is at that
+RESULTS = ("arrays_that_differ", "steps_whose_loss_differs", "rollouts_differ")
+RL_FLAGS = [
+    *("--source", "base", "--task", "tools.check.kill_resume:Early", "--resample", "--eval-every", "-1"),
+    *("--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "32"),
+]
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for tests.tiny
 
 
 class Early:
@@ -43,8 +52,7 @@ class Early:
         return 40
 
     def __getitem__(self, i: int) -> dict:
-        texts = (("user", f"say {i}"), ("assistant", "a"))
-        return {"messages": [{"role": role, "content": text} for role, text in texts]}
+        return {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "a"}]}
 
     def reward(self, conversation: dict, answer: str) -> float:
         return sum(c < "n" for c in answer) / max(1, len(answer))
@@ -53,45 +61,62 @@ class Early:
 def make_base(base: Path, stage: str) -> list[str]:
     """A base directory to train in -> flags of the run. SFT and RL start from the golden files where they are; what
     else is needed is tiny and random."""
+    sys.path.insert(0, str(ROOT))
+    from tests.support import tiny
+
     if stage == "base":
-        return tiny_base_flags(base)
+        tiny.tokenizer().save(base / "tokenizer")
+        return [*tiny.BASE_FLAGS, "--data-dir", str(tiny.write_shards(base / "shards")), "--eval-tokens", "512"]
     golden = Path(os.environ.get("NANOCHAT_GOLDEN", ROOT.parent / "shared" / "golden"))
-    if (golden / "checkpoints" / "c1_master").is_dir():
+    is_golden = (golden / "checkpoints" / "c1_master").is_dir()
+    if is_golden:
         shutil.copytree(golden / "checkpoints" / "c1_master", base, dirs_exist_ok=True)
-        if stage == "rl":
-            return rl_flags()
+    else:
+        tiny.write_base(base)
+    if stage == "rl":
+        return RL_FLAGS
+    if is_golden:
         shutil.copytree(golden / "sft_run" / "task_data", base / "task_data")
+        shutil.copy(golden / "words_alpha.txt", base)
         return ["--mmlu-epochs", "2", "--gsm8k-epochs", "2", "--total-batch-size", "2048", "--eval-tokens", "2048"]
-    from tests.support import tiny
-
-    tiny.write_base(base)
-    return rl_flags() if stage == "rl" else tiny_flags(base)
-
-
-def rl_flags() -> list[str]:
-    sizes = ["--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "32", "--eval-every", "-1"]
-    return ["--source", "base", "--task", "tools.check.kill_resume:Early", "--resample", *sizes]
-
-
-def tiny_flags(base: Path) -> list[str]:
-    from tests.support import tiny
-
     files = [tiny.write_conversations(base / f"{name}.jsonl", seed=i) for i, name in enumerate(("train", "val"))]
     return [*tiny.FLAGS, "--custom-json", str(files[0]), "--val-json", str(files[1]), "--eval-tokens", "512"]
 
 
-def tiny_base_flags(base: Path) -> list[str]:
-    from tests.support import tiny
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of a stage, which can be started as often as it takes."""
 
-    tiny.tokenizer().save(base / "tokenizer")
-    return [*tiny.BASE_FLAGS, "--data-dir", str(tiny.write_shards(base / "shards")), "--eval-tokens", "512"]
+    stage: str
+    tag: str
+    base: Path  # directory
+    devices: int  # of the CPU
+    flags: list[str]
 
+    @property
+    def folder(self) -> Path:
+        """Of its checkpoints."""
+        return self.base / STAGES[self.stage][0] / self.tag
 
-def start(base: Path, tag: str, devices: int, flags: list[str], stage: str = "sft") -> subprocess.Popen:
-    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", f"nanochat_jax.{stage}", STAGES[stage][1], tag, *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, **pipes)
+    def start(self, *more: str) -> subprocess.Popen:
+        places = {"NANOCHAT_BASE_DIR": str(self.base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices)}
+        command = [sys.executable, "-m", f"nanochat_jax.{self.stage}", STAGES[self.stage][1], self.tag]
+        return subprocess.Popen(
+            [*command, *self.flags, *more],
+            env=os.environ | places,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def to_end(self, *more: str) -> str:
+        """What it prints. SystemExit with it where the run fails."""
+        process = self.start(*more)
+        output, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(output)
+        return output
 
 
 def run_until(
@@ -118,24 +143,15 @@ def at_step(step: int, total: int) -> str:
     return "step 0*(" + "|".join(map(str, range(step, total + 1))) + ")/"
 
 
-def unfinished(folder: Path) -> bool:
-    """A save was interrupted: it has not been moved to its place, or not been sealed."""
-    steps = [p for p in folder.glob("[0-9]*") if p.is_dir()]
-    return any(not (p / "INTEGRITY.json").exists() for p in steps)
-
-
-def at_work_on(folder: Path) -> str:
+def work_in(folder: Path) -> str:
     """What the run in this folder is doing, or was when it was killed, by the files that it writes."""
-    if unfinished(folder):
+    steps = [p for p in folder.glob("[0-9]*") if p.is_dir()]
+    if any(not (p / "INTEGRITY.json").exists() for p in steps):  # not in its place yet, or not sealed
         return "a save"
     if not (folder / "rollouts.jsonl").exists():
         return "a step"
     answered, trained = (last_step(folder / name) for name in ("rollouts.jsonl", "metrics.jsonl"))
     return "an update" if answered > trained else "rollouts"  # a step's rollouts are on record before its update
-
-
-def is_at(folder: Path, work: str) -> bool:
-    return at_work_on(folder) == work
 
 
 def last_step(file: Path) -> int:
@@ -144,42 +160,35 @@ def last_step(file: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def killed_run(
-    base: Path, tag: str, devices: int, flags: list[str], number: int, kills: int, total: int, rng, stage: str = "sft"
-) -> dict:
+def train_killed(run: Run, number: int, kills: int, total: int, rng: random.Random) -> dict:
     """Train to the end through `kills` interruptions: at random steps and moments, in turn during each kind of WORK;
     every fourth at a random moment of starting."""
-    folder = base / STAGES[stage][0] / tag
-    steps = sorted(rng.randint(1, total - 1) for _ in range(kills))
-    kinds, codes, moments, resumed = WORK.get(stage, STEP_AND_SAVE), [], [], []
-    for i, step in enumerate(steps):
-        process = start(base, tag, devices, [*flags, "--resume"], stage)
+    kinds, codes, moments, resumed = WORK.get(run.stage, STEP_AND_SAVE), [], [], []
+    for i, step in enumerate(sorted(rng.randint(1, total - 1) for _ in range(kills))):
+        process = run.start("--resume")
         if i % 4 == 3:
             moments.append("the start")
             code, output = run_until(process, ".", rng.uniform(0, 5), number)
         else:
-            ready = functools.partial(is_at, folder, kinds[(i - i // 4) % len(kinds)])
+            ready = functools.partial(is_in, run.folder, kinds[(i - i // 4) % len(kinds)])
             code, output = run_until(process, at_step(step, total), rng.uniform(0, 0.6), number, ready)
-            moments.append(at_work_on(folder))
+            moments.append(work_in(run.folder))
         codes.append(code)
         resumed += re.findall(r"from step (\d+)", output)
         if code == 0:
             break
         if "error:" in output or "Traceback" in output:
             raise SystemExit(output)
-    last = start(base, tag, devices, [*flags, "--resume"], stage)
-    output, _ = last.communicate()
-    if last.returncode:
-        raise SystemExit(output)
-    resumed += re.findall(r"from step (\d+)", output)
+    resumed += re.findall(r"from step (\d+)", run.to_end("--resume"))
     return {"exit_codes": codes, "interrupted": moments, "resumed_from": [int(s) for s in resumed]}
+
+
+def is_in(folder: Path, work: str) -> bool:
+    return work_in(folder) == work
 
 
 def difference(one: Path, other: Path, total: int) -> dict:
     """What differs between the ends of two runs: arrays by name, steps by their recorded loss, in RL the rollouts."""
-    from nanochat_jax.checkpoints import store
-    from nanochat_jax.train import metrics
-
     arrays, compared = [], 0
     for item in ("params", "optimizer"):
         a, b = (store.read_arrays(folder / str(total), item) for folder in (one, other))
@@ -188,8 +197,7 @@ def difference(one: Path, other: Path, total: int) -> dict:
         arrays += [f"{item}/{name}" for name in a if np.asarray(a[name]).tobytes() != np.asarray(b[name]).tobytes()]
         compared += len(a)
     a, b = (
-        {r["step"]: r["loss"] for r in metrics.read_metrics(folder / "metrics.jsonl") if "loss" in r}
-        for folder in (one, other)
+        {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r} for folder in (one, other)
     )
     steps = [step for step in sorted(a.keys() | b.keys()) if a.get(step) != b.get(step)]
     found = {"arrays_compared": compared, "arrays_that_differ": arrays, "steps_whose_loss_differs": steps}
@@ -208,30 +216,24 @@ def main() -> int:
     parser.add_argument("--save-every", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        flags = make_base(base, args.stage)
-        flags += [STAGES[args.stage][2], str(args.steps), "--save-every", str(args.save_every)]
-        flags += [] if args.stage == "rl" else ["--eval-every", "20"]
+        flags = [*make_base(base, args.stage), "--device-batch-size", "1", "--save-every", str(args.save_every)]
+        flags += [STAGES[args.stage][2], str(args.steps)] + ["--eval-every", "20"] * (args.stage != "rl")
         for devices in args.devices:
-            flags_now = [*flags, "--device-batch-size", "1"]
+            alone = Run(args.stage, f"alone{devices}", base, devices, flags)
             began = time.perf_counter()
-            alone = start(base, f"alone{devices}", devices, flags_now, args.stage)
-            output, _ = alone.communicate()
-            if alone.returncode:
-                raise SystemExit(output)
+            alone.to_end()
             seconds = time.perf_counter() - began
             for name in args.signals:
-                number, tag = getattr(signal, f"SIG{name}"), f"{name.lower()}{devices}"
+                killed = dataclasses.replace(alone, tag=f"{name.lower()}{devices}")
                 rng = random.Random(args.seed + devices)
                 case = {"devices": devices, "signal": name, "uninterrupted_seconds": round(seconds, 1)}
-                case |= killed_run(base, tag, devices, flags_now, number, args.kills, args.steps, rng, args.stage)
-                runs = base / STAGES[args.stage][0]
-                case |= difference(runs / f"alone{devices}", runs / tag, args.steps)
-                same = ("arrays_that_differ", "steps_whose_loss_differs", "rollouts_differ")
-                case["identical"] = not any(case.get(name) for name in same)
+                case |= train_killed(killed, getattr(signal, f"SIG{name}"), args.kills, args.steps, rng)
+                case |= difference(alone.folder, killed.folder, args.steps)
+                case["identical"] = not any(case.get(name) for name in RESULTS)
                 print(json.dumps(case), flush=True)
                 results.append(case)
     same = sum(case["identical"] for case in results)

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from kill_resume import at_step, run_until, start
+from kill_resume import Run, at_step, run_until
 
 from nanochat_jax.checkpoints.find import find_model, load_params
 from nanochat_jax.distributed.sharding import flatten_by_path
@@ -74,30 +74,19 @@ def main(
 
     sizes = ("--num-steps", num_steps, "--save-every", 2, "--device-batch-size", 16, "--log-rollouts", 16)
     often = ("--eval-every", num_steps, "--eval-examples", 64, "--eval-samples", 4)
-    gentle = (
-        "--init-lr-frac",
-        0.25,
-        "--embedding-lr",
-        0.005,
-        "--scalar-lr",
-        0.005,
-    )  # as the quickstart, for few weights
-    flags = [str(flag) for flag in ("--source", source, "--resume", *sizes, *often, *gentle, *common)]
-    began = time.perf_counter()
-    code, output = run_until(
-        start(out, "gsm8k", 1, flags, "rl"), at_step(num_steps // 2 + 1, num_steps), 0.5, signal.SIGKILL
-    )
+    rates = ("--init-lr-frac", 0.25, "--embedding-lr", 0.005, "--scalar-lr", 0.005)  # the quickstart's, for few weights
+    flags = [str(flag) for flag in ("--source", source, *sizes, *often, *rates, *common)]
+    rl, began = Run("rl", "gsm8k", out, 1, flags), time.perf_counter()
+    code, output = run_until(rl.start(), at_step(num_steps // 2 + 1, num_steps), 0.5, signal.SIGKILL)
     sys.stderr.write(output)
-    resumed = start(out, "gsm8k", 1, flags, "rl")
-    again, _ = resumed.communicate()
+    if code != -signal.SIGKILL:
+        raise SystemExit(f"RL ended with {code}, for -9")
+    again = rl.to_end("--resume")
     sys.stderr.write(again)
-    if code != -signal.SIGKILL or resumed.returncode:
-        raise SystemExit(f"RL ended with {code} and {resumed.returncode}, for -9 and 0")
     seconds["rl"] = round(time.perf_counter() - began, 1)
-    folder = out / "chatrl_checkpoints" / "gsm8k"
-    result["rl"] = history(folder) | {"resumed_from": [int(s) for s in re.findall(r"from step (\d+)", again)]}
+    result["rl"] = history(rl.folder) | {"resumed_from": [int(s) for s in re.findall(r"from step (\d+)", again)]}
     result["rl"]["weights_moved"] = moved(*(weights_of(stage, out) for stage in (source, "rl")))
-    result["rl"] |= kept_answers(folder)
+    result["rl"] |= kept_answers(rl.folder)
     result["after"] = evaluate("rl", out, problems, seconds, common)
     print(json.dumps(result | {"seconds": seconds}))
 
