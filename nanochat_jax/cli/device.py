@@ -1,6 +1,5 @@
 """What a stage computes on and how: JAX's platform, the compute type, the attention backend, each told to the user."""
 
-import dataclasses
 import os
 import platform
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from nanochat_jax.cli.settings import values_of
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import kept_dir
@@ -32,7 +32,7 @@ def start_device(device_type: str, cfg: Any = None) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where the user wants it
         jax.config.update("jax_compilation_cache_dir", str(kept_dir() / "compilation_cache"))
     if cfg:
-        processes.join(dataclasses.asdict(cfg), platform=PLATFORMS[device_type])
+        processes.join(values_of(cfg), platform=PLATFORMS[device_type])
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX has seen no TPU here: libtpu, if installed, need not complain of it
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -24,7 +24,7 @@ from nanochat_jax.distributed.coordinator import LOST_SECONDS, Coordinator
 from nanochat_jax.distributed.rendezvous import accept_processes, connect, describe_difference
 
 # Settings that may differ between processes; `given` is which of them the user has set.
-PER_PROCESS = {"process_id", "coordinator", "config", "data_dir", "json", "verbose", "given"}
+PER_PROCESS = {"process_id", "coordinator", "config", "data_dir", "json", "verbose"}
 VERSIONS = ("nanochat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 _coordinator: Coordinator | None = None  # set by `join`; None in a run of one process
@@ -43,6 +43,14 @@ def index() -> int:
 def mine(items: Sequence) -> Sequence:
     """This process's part of the items that all processes divide among themselves: every count()-th one."""
     return items[index() :: count()]
+
+
+def merge(parts: Sequence[Sequence]) -> list:
+    """What all processes found of their parts (see `mine`), by their numbers -> in the order of the items."""
+    items = [None] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        items[i :: len(parts)] = part
+    return items
 
 
 def join(settings: Mapping[str, Any], *, platform: str | None = None) -> None:

@@ -150,8 +150,4 @@ def collect_items(what: str, compute: Callable[[], list]) -> list:
     """What every process computes for its part of the items (see `processes.mine`), in the order of all items.
 
     Where compute raises Interrupted on one process, all processes raise it."""
-    parts = collect(what, compute)
-    items = [None] * sum(map(len, parts))
-    for i, part in enumerate(parts):
-        items[i :: len(parts)] = part
-    return items
+    return processes.merge(collect(what, compute))

@@ -115,10 +115,8 @@ class RolloutCollector:
             parts = processes.gather("the step's answers", to_bytes(drawn, cost))
             if parts is None:
                 raise Interrupted
-            drawn, costs = [None] * len(positions), []
-            for i, part in enumerate(parts):
-                drawn[i :: len(parts)], part_cost = from_bytes(part)
-                costs.append(part_cost)
+            drawn, costs = zip(*map(from_bytes, parts))
+            drawn = processes.merge(drawn)
         tokens, seconds = zip(*costs)
         groups = [
             Group(*self.prompts[position], samples, rewards, advantages(rewards[None], self.advantage)[0])

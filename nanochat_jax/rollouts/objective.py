@@ -174,8 +174,8 @@ def make_score(config: GPTConfig, params: Any, mesh: Mesh, *, dtype=jnp.float32,
 
     def one(params, micro):
         x, _ = nnx.merge(graphdef, params).hidden(micro["inputs"], document_start=micro["document_start"])
-        head = {"cap": config.logit_cap, "vocab_size": config.vocab_size}
-        return token_logprobs(x, params["lm_head"], micro["targets"], **head)
+        head, targets = params["lm_head"], micro["targets"]
+        return token_logprobs(x, head, targets, cap=config.logit_cap, vocab_size=config.vocab_size)
 
     def nothing(micro):
         return jnp.zeros(micro["weights"].shape, jnp.float32)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.signals import collect
 from nanochat_jax.evals.eval_set import EvalSet, judge
+from nanochat_jax.evals.evaluator import collect_items
 from nanochat_jax.evals.intervals import pass_at_k
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.samples import answer_text
@@ -39,10 +39,7 @@ def make_pass_at_k(
 
     def measure(params, progress) -> dict[str, float]:
         own = processes.mine(range(len(eval_set.prompts)))
-        parts = collect("held-out answers", lambda: passed_by_own(params, own, progress))
-        passed = [None] * len(eval_set.prompts)
-        for i, part in enumerate(parts):
-            passed[i :: len(parts)] = part
+        passed = collect_items("held-out answers", lambda: passed_by_own(params, own, progress))
         numbers = {}
         for k, share in pass_at_k(passed).items():
             numbers |= {f"pass@{k}": share.value, f"pass@{k}_low": share.low, f"pass@{k}_high": share.high}

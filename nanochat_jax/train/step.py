@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoints import store
-from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.distributed.sharding import (
     batch_sharding,
@@ -134,7 +133,8 @@ def make_train_step(
     remat: str = "none",
     scheduled: Sequence[str] = ("lr_multiplier", "muon_momentum"),
 ):
-    """-> jitted train_step(state, batch, *scalars) -> (state, metrics); `state` is donated.
+    """-> jitted train_step(state, batch, *scalars) -> (state, metrics); `state` is donated. To be called under
+    jax.set_mesh(mesh), and in `replicated_parameters` where the state is kept so: `Plan.scope` is both.
 
     scheduled: what the scalars are, names of what the optimizer's `update` takes anew at each step, in their order.
     state: a TrainState, real or abstract, for its shardings, which are pinned on the way in and out (else the
@@ -154,13 +154,11 @@ def make_train_step(
         aux = dict(micro)
         ids, targets, document_start = (aux.pop(name) for name in ("inputs", "targets", "document_start"))
         x, _ = model.hidden(ids, document_start=document_start, remat=remat)
-        head = {"cap": config.logit_cap, "vocab_size": config.vocab_size}
-        return summed_token_loss(token_loss, x, params["lm_head"], targets, aux, **head)
+        head, cap = params["lm_head"], config.logit_cap
+        return summed_token_loss(token_loss, x, head, targets, aux, cap=cap, vocab_size=config.vocab_size)
 
     loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
-    replicate = not any("data" in leaf.sharding.spec for leaf in jax.tree.leaves(state.params))
 
-    @replicated_parameters(replicate)
     def train_step(state: TrainState, batch, *scalars):
         if row_shards() != row_shards(mesh):
             raise ValueError("the train step must be called under jax.set_mesh with the mesh it was made for")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.mesh import choose_replicas, make_mesh
 from nanochat_jax.distributed.sharding import PARAM_SPECS, map_by_path, param_shardings, path_name, to_global
 from nanochat_jax.model.gpt import abstract_gpt
@@ -37,7 +38,7 @@ def build(spec, replicate, tx=None, model=CONFIG, **options):
 def run(batches, spec="data=1", replicate=False, model=CONFIG, **options):
     """Losses, last metrics and final state of a few steps."""
     tx, mesh, like, step = build(spec, replicate, model=model, **options)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), replicated_parameters(replicate):
         state, losses, compiled = place(init_state(random_params(model), tx), like), [], None
         for batch in batches:
             state, metrics = step(state, to_global(batch, mesh), np.float32(1.0), np.float32(0.9))
