@@ -37,7 +37,7 @@ from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import Groups, default_groups
-from nanochat_jax.optim.schedules import base_decay_multiplier, base_lr_multiplier, base_muon_momentum
+from nanochat_jax.optim.schedules import base_decay_multiplier, base_scalars
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight, scaling_laws
 from nanochat_jax.train.loop import Measurement, exit_code
@@ -196,17 +196,13 @@ def main(cfg: BaseConfig) -> int:
 
 def schedule(cfg: BaseConfig, step: int, total: int) -> dict[str, float]:
     """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
-    return {
-        "lr_multiplier": base_lr_multiplier(
-            step,
-            total,
-            warmup_steps=cfg.warmup_steps,
-            warmdown_ratio=cfg.warmdown_ratio,
-            final_lr_frac=cfg.final_lr_frac,
-        ),
-        "muon_momentum": base_muon_momentum(step, total, warmdown_ratio=cfg.warmdown_ratio),
-        "decay_multiplier": base_decay_multiplier(step, total),
-    }
+    return base_scalars(
+        step,
+        total,
+        warmup_steps=cfg.warmup_steps,
+        warmdown_ratio=cfg.warmdown_ratio,
+        final_lr_frac=cfg.final_lr_frac,
+    )
 
 
 def plan_of(cfg: BaseConfig, model: GPTConfig, mesh: Mesh, recipe: scaling_laws.Recipe) -> Plan:

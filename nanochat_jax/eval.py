@@ -68,7 +68,7 @@ class EvalConfig:
     # machine
     device_type: str = "auto"  # auto, cuda, tpu or cpu
     dtype: Annotated[str, short("-d")] = "auto"  # compute type: float32 or bfloat16; auto = float32 on CPU
-    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
+    attention: str = "auto"  # backend by name, see docs/training.md; auto = the best that passes a trial here
     mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
     coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
     num_processes: Maybe[int] = None  # how many there are

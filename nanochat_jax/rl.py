@@ -40,7 +40,7 @@ from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups
-from nanochat_jax.optim.schedules import rl_lr_multiplier
+from nanochat_jax.optim.schedules import rl_scalars
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
@@ -112,7 +112,7 @@ class RLConfig(StageConfig):
     )
     advantage: str = setting(
         "mean",
-        "an answer's reward against its problem's others: mean, grpo or rloo",
+        f"an answer's reward against its problem's others: {', '.join(ADVANTAGES)}",
         one_of(*ADVANTAGES, words=f"one of {', '.join(ADVANTAGES)}"),
     )
     clip_low: Maybe[float] = setting(
@@ -148,7 +148,6 @@ class RLConfig(StageConfig):
 
 
 TRAINING_PROBLEMS = 100_000  # of a task that makes them up
-MUON_MOMENTUM = 0.95  # nanochat has no schedule for it in RL
 MEMORY_ADVICE = "Lower --slots and --device-batch-size first, which change no result, then --max-new-tokens"
 
 
@@ -269,7 +268,7 @@ def main(cfg: RLConfig) -> int:
             began = time.perf_counter()
             groups = rollouts.to_train_on(cfg.examples_per_step)
             rows = rows_of(groups, plan, objective, cfg.objective, tokenizer)
-            scalars = schedule(step, total)
+            scalars = rl_scalars(step, total)
             state, metrics, statistics = update(state, rows, scalars)
             seconds = time.perf_counter() - began
             position = rollouts.position
@@ -292,11 +291,6 @@ def main(cfg: RLConfig) -> int:
     return exit_code(run)
 
 
-def schedule(step: int, total: int) -> dict[str, float]:
-    """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
-    return {"lr_multiplier": rl_lr_multiplier(step, total), "muon_momentum": MUON_MOMENTUM}
-
-
 def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int, groups: Groups | None = None) -> Plan:
     """What is compiled for these settings; longest: tokens of the longest prompt; groups: of the optimizer, default: as
     the settings say. ValueError: sizes that do not fit together."""
@@ -306,7 +300,7 @@ def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int, groups: G
         mesh,
         batch=rl_batch_shape(cfg, mesh, longest + cfg.max_new_tokens, model.sequence_len),
         loss=token_loss_of(objective_of(cfg), cfg.objective),
-        scalars=tuple(schedule(0, 1)),
+        scalars=tuple(rl_scalars(0, 1)),
         groups=groups or fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
         packed=True,
         logprobs=True,

@@ -36,7 +36,7 @@ from nanochat_jax.files.paths import base_dir
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups
-from nanochat_jax.optim.schedules import sft_lr_multiplier, sft_muon_momentum
+from nanochat_jax.optim.schedules import sft_scalars
 from nanochat_jax.tasks import (
     GSM8K,
     MMLU,
@@ -46,8 +46,8 @@ from nanochat_jax.tasks import (
     SmolTalk,
     SpellingBee,
     TaskMixture,
-    load_task,
 )
+from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
 from nanochat_jax.train.loop import Measurement, exit_code
@@ -136,7 +136,7 @@ class SFTConfig(StageConfig):
     val_json: tuple[Path, ...] = setting(
         (), "such a file to validate on, beside the tasks' own test splits", resume="free"
     )
-    task: tuple[str, ...] = setting((), "a task of your own, as module:Class")
+    task: tuple[str, ...] = setting((), "another task, by its name in eval or as module:Class")
 
 
 def main(cfg: SFTConfig) -> int:
@@ -196,15 +196,13 @@ def main(cfg: SFTConfig) -> int:
 
 def schedule(cfg: SFTConfig, step: int, total: int) -> dict[str, float]:
     """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
-    return {
-        "lr_multiplier": sft_lr_multiplier(
-            step / total,
-            warmup_ratio=cfg.warmup_ratio,
-            warmdown_ratio=cfg.warmdown_ratio,
-            final_lr_frac=cfg.final_lr_frac,
-        ),
-        "muon_momentum": sft_muon_momentum(step),
-    }
+    return sft_scalars(
+        step,
+        total,
+        warmup_ratio=cfg.warmup_ratio,
+        warmdown_ratio=cfg.warmdown_ratio,
+        final_lr_frac=cfg.final_lr_frac,
+    )
 
 
 def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None = None) -> Plan:
@@ -243,7 +241,7 @@ def training_tasks(cfg: SFTConfig) -> list:
         tasks.append(Arithmetic("train", cfg.arithmetic_rows))
     if cfg.custom_epochs > 0:
         tasks += [task for path in cfg.custom_json for task in [own_file("custom_json", path)] * cfg.custom_epochs]
-    tasks += [load_task(spec) for spec in cfg.task]
+    tasks += [make_task(name, "train", data_dir=cfg.data_dir, flag="--task") for name in cfg.task]
     require(bool(tasks), "the mixture is empty: all --*-epochs and --*-rows are 0, without --custom-json or --task")
     return tasks
 

@@ -277,7 +277,7 @@ def test_two_processes_do_not_train_in_one_folder(base):
             "dataset HuggingFaceTB/smol-smoltalk (subset default, split train) is not on this",
         ),
         (["--task", "nowhere:Task"], "--task nowhere:Task: cannot import nowhere"),
-        (["--task", "json"], "--task must be module:Class, got 'json'"),
+        (["--task", "json"], "or module:Class, got 'json'"),
         (["--custom-epochs", "0"], "the mixture is empty"),
         (["--custom-epochs", "-1"], "--custom-epochs must be from 0 to 1000"),
         (["--smoltalk-epochs", "99999999999999999999"], "--smoltalk-epochs must be from 0 to 1000"),

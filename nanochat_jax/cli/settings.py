@@ -102,7 +102,7 @@ class StageConfig:
     device_type: str = setting("auto", "auto, cuda, tpu or cpu", resume="own")
     dtype: str = setting("auto", "compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU")
     attention: str = setting(
-        "auto", "reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here", resume="own"
+        "auto", "backend by name, see docs/training.md; auto = the best that passes a trial here", resume="own"
     )
     remat: str = setting(
         "auto",

@@ -1,6 +1,8 @@
 """nanochat's schedules: the factor on all learning rates, Muon's momentum, and the factor on Muon's weight decay.
 
-Each is a function of the step, counted from 0, so that a checkpoint has no schedule state to save or restore.
+Each is a function of the step, counted from 0, so that a checkpoint has no schedule state to save or restore. A stage
+asks `sft_scalars`, `base_scalars` or `rl_scalars` for all the numbers of a step; what they are called is what the
+optimizer's `update` takes, and a number added there reaches the train step of the run and of the preflight.
 """
 
 import math
@@ -55,3 +57,33 @@ def base_decay_multiplier(step: int, total: int) -> float:
 def rl_lr_multiplier(step: int, num_steps: int) -> float:
     """Factor on the rates in RL: from 1 linearly down to 0 at num_steps."""
     return 1.0 - step / num_steps
+
+
+def sft_scalars(
+    step: int, total: int, *, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float
+) -> dict[str, float]:
+    """What the optimizer takes at a step of SFT; total: steps of the run."""
+    return {
+        "lr_multiplier": sft_lr_multiplier(
+            step / total, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_lr_frac=final_lr_frac
+        ),
+        "muon_momentum": sft_muon_momentum(step),
+    }
+
+
+def base_scalars(
+    step: int, total: int, *, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float
+) -> dict[str, float]:
+    """What the optimizer takes at a step of pretraining; total: steps of the run."""
+    return {
+        "lr_multiplier": base_lr_multiplier(
+            step, total, warmup_steps=warmup_steps, warmdown_ratio=warmdown_ratio, final_lr_frac=final_lr_frac
+        ),
+        "muon_momentum": base_muon_momentum(step, total, warmdown_ratio=warmdown_ratio),
+        "decay_multiplier": base_decay_multiplier(step, total),
+    }
+
+
+def rl_scalars(step: int, total: int) -> dict[str, float]:
+    """What the optimizer takes at a step of RL, where nanochat keeps Muon's momentum; total: steps of the run."""
+    return {"lr_multiplier": rl_lr_multiplier(step, total), "muon_momentum": 0.95}
