@@ -4,11 +4,9 @@ tools/check/readme_walk.py runs the commands. Run: python -m pytest tests/test_d
 """
 
 import ast
-import importlib.util
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from nanochat_jax.tasks.registry import TASKS
 from nanochat_jax.tasks.task import load_task
 from nanochat_jax.tokenizer.__main__ import Eval, Show, Train
 from tools.check import readme_walk as walk
+from tools.tpu_vm import launcher
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -94,22 +93,12 @@ def check_tool(tool, words):
 
 def check_launcher(words):
     """tools/tpu_vm.py VERB [FLAGS] [-- COMMAND]"""
-    module = load_launcher()
     cut = words.index("--") if "--" in words else len(words)
     verb, *flags = ["--follow" if word == "-f" else word for word in words[:cut]]
-    assert verb in module.VERBS
-    settings.parse(module.Settings, flags)
+    assert verb in launcher.VERBS
+    settings.parse(launcher.Settings, flags)
     if command := shlex.join(words[cut + 1 :]):
         check_stage(command)
-
-
-def load_launcher():
-    name = "tpu_vm_launcher"  # tpu_vm is the package beside it
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools/tpu_vm.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def flags_in(folder):

@@ -20,15 +20,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tools.tpu_vm import launcher, up
+from tools.tpu_vm.gcloud import BACKOFF_CAP, accelerator, backoff
+from tools.tpu_vm.machine import pack
+from tools.tpu_vm.up import resumed
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import tpu_vm  # noqa: E402
-from tpu_vm import up  # noqa: E402
-from tpu_vm.gcloud import BACKOFF_CAP, accelerator, backoff  # noqa: E402
-from tpu_vm.machine import pack  # noqa: E402
-from tpu_vm.up import resumed  # noqa: E402
-
 PYTHON = Path(sys.executable).resolve()  # without the environment's start-up
 STAGE = '''
 """Counts to 16 with a checkpoint after each step, as a stage of ours would; SIGTERM saves and ends it. The fake gcloud
@@ -101,7 +98,7 @@ class Cloud:
         return [verb, *where, *flags]
 
     def __call__(self, verb, *flags, sleep=None):
-        return tpu_vm.main(self.argv(verb, *flags), sleep or self.sleep)
+        return launcher.main(self.argv(verb, *flags), sleep or self.sleep)
 
     def up(self, *flags, command=(".venv/bin/python", "-m", "nanochat_jax.sft"), sleep=None):
         self.plays(**self.scenario, paced="nanochat_jax.sft" in command)
@@ -533,7 +530,7 @@ def test_nobody_to_ask_means_nothing_is_created(cloud, monkeypatch):
     argv = [arg for arg in cloud.argv("create") if arg != "--yes"]
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(ValueError, match="--yes"):
-        tpu_vm.main(argv)
+        launcher.main(argv)
     assert not cloud.calls("create")
 
 
@@ -542,7 +539,7 @@ def test_no_means_no(cloud, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: "")
     with pytest.raises(ValueError, match="nothing was done"):
-        tpu_vm.main(argv)
+        launcher.main(argv)
     assert not cloud.calls("create")
 
 
@@ -863,7 +860,7 @@ def test_a_damaged_record_is_said(cloud):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/tpu").glob("*.toml")), ids=lambda file: file.stem)
 def test_every_tpu_file_is_a_tpu_that_exists(cloud, capsys, file):
     argv = ["create", "--config", str(file), "--dry-run", "--state-dir", str(cloud.state)]
-    assert tpu_vm.main(argv) == 0 and "tpus" in capsys.readouterr().out
+    assert launcher.main(argv) == 0 and "tpus" in capsys.readouterr().out
     assert f"tools/tpu_vm.py up --config configs/tpu/{file.name}" in file.read_text()
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ def main(
     """out: base directory to make (must not exist); checkpoint: nanochat base directory to start from, in place of a
     base model of depth 4 that is trained here; data: mirror of the datasets; sft_iterations: 0 = RL of the base model;
     problems: of GSM8K's test split, the first, to judge by."""
-    out, seconds = out.absolute(), {}
+    out, seconds, result = out.absolute(), {}, {}
     os.environ |= {"NANOCHAT_BASE_DIR": str(out), "JAX_PLATFORMS": "cpu"}
     jax.config.update("jax_platforms", "cpu")  # in this process the variable is read already
     if checkpoint:
@@ -60,17 +61,17 @@ def main(
         questions = write_texts(out, data)
         length = ("--num-iterations", base_iterations, "--warmup-steps", 10, "--total-batch-size", 4096)
         often = ("--eval-every", -1, "--save-every", -1, "--sample-every", -1, "--seed", seed)
-        run("base", seconds, "-m", "nanochat_jax.base", "--data-dir", questions, *MODEL, *length, *FAST, *often)
+        seconds["base"] = run("base", "--data-dir", questions, *MODEL, *length, *FAST, *often)
     common = ("--data-dir", data, "--seed", seed)
-    source, result = "sft" if sft_iterations else "base", {}
+    source = "sft" if sft_iterations else "base"
     if sft_iterations:
         mixture = ("--smoltalk-epochs", 0, "--mmlu-epochs", 0, "--simple-spelling-rows", 0, "--spelling-bee-rows", 0)
         often = ("--eval-every", 100, "--eval-tokens", 65536, "--chatcore-every", -1, "--save-every", -1)
         sizes = ("--num-iterations", sft_iterations, "--init-lr-frac", 0.5, "--load-optimizer", 0, *GENTLE)
-        run("sft", seconds, "-m", "nanochat_jax.sft", "--gsm8k-epochs", 4, *mixture, *sizes, *often, *common)
-        records = read_metrics(folder_of("sft", out) / "metrics.jsonl")
+        seconds["sft"] = run("sft", "--gsm8k-epochs", 4, *mixture, *sizes, *often, *common)
+        records = read_metrics(find_model("sft", base=out).folder / "metrics.jsonl")
         result["sft_val_bpb"] = {r["step"]: round(r["val_bpb"], 4) for r in records if "val_bpb" in r}
-    result["before"] = evaluate(source, out, problems, seconds, common)
+    result["before"], seconds[f"eval_{source}"] = evaluate(source, out, problems, common)
 
     sizes = ("--num-steps", num_steps, "--save-every", 2, "--device-batch-size", 16, "--log-rollouts", 16)
     often = ("--eval-every", num_steps, "--eval-examples", 64, "--eval-samples", 4)
@@ -87,7 +88,7 @@ def main(
     result["rl"] = history(rl.folder) | {"resumed_from": [int(s) for s in re.findall(r"from step (\d+)", again)]}
     result["rl"]["weights_moved"] = moved(*(weights_of(stage, out) for stage in (source, "rl")))
     result["rl"] |= kept_answers(rl.folder)
-    result["after"] = evaluate("rl", out, problems, seconds, common)
+    result["after"], seconds["eval_rl"] = evaluate("rl", out, problems, common)
     print(json.dumps(result | {"seconds": seconds}))
 
 
@@ -102,27 +103,23 @@ def write_texts(out: Path, data: Path) -> Path:
     return out / "base_data"
 
 
-def run(name: str, seconds: dict, *command) -> None:
-    """Run a stage, its output on stderr; its failure is ours."""
+def run(module: str, *flags: Any) -> float:
+    """Run a stage, its output on stderr -> the seconds that it took. SystemExit: it fails."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=sys.stderr)
+    command = [sys.executable, "-m", f"nanochat_jax.{module}", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
     if done.returncode:
         raise SystemExit(done.returncode)
-    seconds[name] = round(time.perf_counter() - began, 1)
+    return round(time.perf_counter() - began, 1)
 
 
-def evaluate(stage: str, out: Path, problems: int, seconds: dict, common) -> dict:
-    """GSM8K with the most likely answers, as `nanochat_jax.eval` judges them."""
+def evaluate(stage: str, out: Path, problems: int, common: tuple) -> tuple[dict, float]:
+    """(GSM8K with the most likely answers, as `nanochat_jax.eval` judges them; seconds)"""
     report = out / f"gsm8k_{stage}.json"
-    flags = ("-i", stage, "-a", "GSM8K", "-x", problems, "-m", 256, "--json", report)
-    run(f"eval_{stage}", seconds, "-m", "nanochat_jax.eval", *flags, *common)
+    seconds = run("eval", "-i", stage, "-a", "GSM8K", "-x", problems, "-m", 256, "--json", report, *common)
     task = json.loads(report.read_text())["tasks"]["GSM8K"]
     share = {name: round(value, 4) for name, value in task["accuracy"].items()}
-    return share | {"problems": task["problems"], "cut": round(task["cut"], 4)}
-
-
-def folder_of(stage: str, out: Path) -> Path:
-    return find_model(stage, base=out).folder
+    return share | {"problems": task["problems"], "cut": round(task["cut"], 4)}, seconds
 
 
 def weights_of(stage: str, out: Path) -> dict[str, np.ndarray]:

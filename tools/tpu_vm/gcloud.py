@@ -176,8 +176,13 @@ class Gcloud:
         if self.dry_run:
             return Answer(0, b"", "")
         # A session of its own: Ctrl-C reaches the launcher, which decides what becomes of gcloud.
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         out, err = bytearray(), bytearray()
 
         def drain(stream, kept: bytearray, shown: bool) -> None:
@@ -232,12 +237,10 @@ class Record:
     dry_run: bool = False  # nothing is written
 
     @classmethod
-    def load(cls, path: Path) -> "Record":
+    def load(cls, path: Path, dry_run: bool) -> "Record":
         """ValueError: there is a file, and it is damaged."""
-        if not path.exists():
-            return cls(path)
         try:
-            return cls(path, **json.loads(path.read_text()))
+            return cls(path, **json.loads(path.read_text() if path.exists() else "{}"), dry_run=dry_run)
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path} is damaged ({e}): delete it, and look after the TPU with gcloud") from e
 

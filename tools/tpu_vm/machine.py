@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nanochat_jax.cli.settings import require
 from nanochat_jax.files.paths import write_atomically
-from tpu_vm.gcloud import (
+from tools.tpu_vm.gcloud import (
     EXISTS,
     FINAL,
     LABEL,
@@ -178,30 +178,32 @@ class Machine:
 
     # ---- its workers
 
-    def ssh(self, script: str, workers: str = "all", **how):
-        """Run a line of shell; what a worker's own connection needs longer than 5 minutes for counts as lost."""
+    def ssh(self, script: str, workers: str = "all", *, echo: bool = False, timeout: float = 300) -> Answer:
+        """Run a line of shell; what takes longer than `timeout` seconds counts as lost."""
         head = ("compute", "tpus", "tpu-vm", "ssh", self.name, f"--worker={workers}")
-        how = {"timeout": 300, **how}
-        return self.gcloud(*head, "--ssh-flag=-oServerAliveInterval=15", *self.ssh_args, f"--command={script}", **how)
+        flags = ("--ssh-flag=-oServerAliveInterval=15", *self.ssh_args, f"--command={script}")
+        return self.gcloud(*head, *flags, echo=echo, timeout=timeout)
 
-    def ask(self, script: str, workers: str = "all", **how) -> dict[int, dict]:
+    def ask(self, script: str, workers: str = "all", *, echo: bool = False, timeout: float = 300) -> dict[int, dict]:
         """What each worker printed for us, by its number."""
-        answer = self.ssh(script, workers, **how)
+        answer = self.ssh(script, workers, echo=echo, timeout=timeout)
         lines = [json.loads(line) for line in LINE.findall(answer.out)]
         if not lines and FINAL.search(answer.err):
             raise ValueError(last_error(answer.err))
         if self.hosts > 1 and any(line["worker"] < 0 for line in lines):  # hosts whose names do not end with numbers
             asked = range(self.hosts) if workers == "all" else map(int, workers.split(","))
-            answers = {worker: self.ssh(script, str(worker), **how).out for worker in asked}
-            found = {worker: LINE.findall(out) for worker, out in answers.items()}
+            answers = {worker: self.ssh(script, str(worker), echo=echo, timeout=timeout) for worker in asked}
+            found = {worker: LINE.findall(answer.out) for worker, answer in answers.items()}
             return {worker: {**json.loads(lines[-1]), "worker": worker} for worker, lines in found.items() if lines}
         if self.hosts == 1 and lines:
             lines = [{**lines[-1], "worker": 0}]  # whatever its host is called
         return {line["worker"]: line for line in lines}
 
-    def everywhere(self, what: str, script: str, before: Callable[[str], None] = lambda workers: None, **how) -> None:
-        """On all workers, again on those that did not answer. Lost: the TPU is not ready; Unanswered: some workers
-        never do; ValueError: one refuses."""
+    def everywhere(
+        self, what: str, script: str, before: Callable[[str], None] = lambda workers: None, *, timeout: float = 300
+    ) -> None:
+        """Run a line of shell on all workers, again on those that did not answer; before(workers) comes first each
+        time. Lost: the TPU is not ready; Unanswered: some workers never do; ValueError: one refuses."""
         pending = set(range(self.hosts))
         for attempt in range(TRIES):
             if attempt:
@@ -211,7 +213,7 @@ class Machine:
                 self.sleep(seconds)
             workers = "all" if len(pending) == self.hosts else ",".join(map(str, sorted(pending)))
             before(workers)
-            answers = self.ask(script, workers, echo=True, **how)
+            answers = self.ask(script, workers, echo=True, timeout=timeout)
             if self.gcloud.dry_run:
                 return
             for worker, facts in sorted(answers.items()):
@@ -247,8 +249,8 @@ class Machine:
         )
 
         def scp(workers: str) -> None:
-            how = {"echo": True, "timeout": 1800}
-            answer = self.gcloud("compute", "tpus", "tpu-vm", "scp", *copy, f"--worker={workers}", **how)
+            words = ("compute", "tpus", "tpu-vm", "scp", *copy, f"--worker={workers}")
+            answer = self.gcloud(*words, echo=True, timeout=1800)
             if answer.code and re.search(r"ssh-add", answer.err):  # gcloud asks for it where there are several workers
                 raise ValueError("the key is not in ssh's agent: run ssh-add ~/.ssh/google_compute_engine first")
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.coordinator import LOST_EXIT_CODE
-from tpu_vm.gcloud import Unreachable
-from tpu_vm.machine import DEAD, HALTED, Lost, Machine, Unanswered, numbers
+from tools.tpu_vm.gcloud import Unreachable
+from tools.tpu_vm.machine import DEAD, HALTED, Lost, Machine, Unanswered, numbers
+from tools.tpu_vm.settings import Settings
 
 STAGE = re.compile(r"nanochat_jax\.(base|sft|rl)")
 # exit codes of a stage that SIGTERM made save and end, and of one that lost another process
@@ -35,7 +36,16 @@ class Supervisor:
     """create(ask) makes sure of a READY TPU and says whether it is new; hint(verb) is the command line of a verb; disk:
     where an attached disk is mounted, or None."""
 
-    def __init__(self, cfg, machine: Machine, create: Callable, hint: Callable, say: Callable, sleep: Callable, disk):
+    def __init__(
+        self,
+        cfg: Settings,
+        machine: Machine,
+        create: Callable[[bool], bool],
+        hint: Callable[[str], str],
+        say: Callable[[str], None],
+        sleep: Callable[[float], None],
+        disk: str | None,
+    ):
         self.cfg, self.machine, self.record = cfg, machine, machine.record
         self.create, self.hint, self.say, self.sleep, self.disk = create, hint, say, sleep, disk
 
