@@ -37,15 +37,24 @@ def sizes(file, cfg):
     depth = getattr(cfg, "depth", None) or int(re.search(r"depth (\d+)", file.read_text())[1])
     rows = re.search(r"rows of ([\d,]+) tokens", file.read_text().replace("\n# ", " "))
     T = int(rows[1].replace(",", "")) if rows else 2048
-    dials = {"aspect_ratio": 64, "head_dim": 128, "window_pattern": "SSSL", "max_seq_len": T}
-    dials = {name: getattr(cfg, name, None) or default for name, default in dials.items()}
-    model, reference = (config_of_depth(d, vocab_size=VOCAB, **dials) for d in (depth, REFERENCE_DEPTH))
+    T = getattr(cfg, "max_seq_len", None) or T
+    model, reference = (
+        config_of_depth(
+            depth,
+            aspect_ratio=getattr(cfg, "aspect_ratio", 64),
+            head_dim=getattr(cfg, "head_dim", 128),
+            window_pattern=getattr(cfg, "window_pattern", "SSSL"),
+            max_seq_len=T,
+            vocab_size=VOCAB,
+        )
+        for depth in (depth, REFERENCE_DEPTH)
+    )
     if file.stem.startswith("rl"):
         most = most_rows(cfg.examples_per_step * cfg.num_samples, PROMPT + cfg.max_new_tokens, T)
         return model, T, cfg.device_batch_size, most * T
     inherited = recipe(model, reference, num_iterations=1).total_batch_size
     total = cfg.total_batch_size if (cfg.total_batch_size or -1) > 0 else inherited
-    return model, dials["max_seq_len"], cfg.device_batch_size, total
+    return model, T, cfg.device_batch_size, total
 
 
 def estimated_gb(model, T: int, rows: int, total: int, devices: int, on_cpu: bool) -> float:

@@ -227,8 +227,9 @@ def shortened(screen: str) -> Text:
 
 def terminal(name: str, command: Sequence[str], said: Text) -> str:
     """A command and what it said, as an SVG of a terminal."""
-    seen = {"width": WIDTH, "highlight": False, "color_system": "truecolor", "no_color": False}
-    console = Console(record=True, file=io.StringIO(), **seen)
+    console = Console(
+        record=True, file=io.StringIO(), width=WIDTH, highlight=False, color_system="truecolor", no_color=False
+    )
     console.print(Text.assemble(("$ ", FAINT), (" ".join(command), f"bold {BLUE}")))
     console.print(said)
     return console.export_svg(title="", theme=THEME, code_format=TERMINAL, unique_id=name)
@@ -268,9 +269,10 @@ def box(axes: Axes, left: float, bottom: float, name: str, what: str, colour: st
         axes.text(left + 10, height, line, ha="center", va="center")
 
 
-def patch(left: float, bottom: float, width: float, height: float, colour: str, **style: str) -> FancyBboxPatch:
+def patch(left: float, bottom: float, width: float, height: float, colour: str, linestyle: str = "-") -> FancyBboxPatch:
     shape = "round,pad=0,rounding_size=1.2"
-    return FancyBboxPatch((left, bottom), width, height, shape, facecolor=PANEL, edgecolor=colour, **style)
+    corner = (left, bottom)
+    return FancyBboxPatch(corner, width, height, shape, facecolor=PANEL, edgecolor=colour, linestyle=linestyle)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:

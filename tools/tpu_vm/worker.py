@@ -296,25 +296,31 @@ def log(start_at):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb")
+    verbs = parser.add_subparsers(metavar="VERB")
     verbs.required = True
-    verbs.add_parser("install")
-    verbs.add_parser("setup").add_argument("--extra", default="tpu")
-    verbs.add_parser("report").add_argument("--tail", type=int, default=0)  # tail_at: where so many last lines begin
-    verbs.add_parser("mount").add_argument("place")
-    verbs.add_parser("stop").add_argument("--seconds", type=float, default=60)
-    verbs.add_parser("log").add_argument("--start-at", type=int, default=0)
-    for verb in ("start", "keep"):
-        add = verbs.add_parser(verb).add_argument
+
+    def takes(function):
+        verb = verbs.add_parser(function.__name__)
+        verb.set_defaults(function=function)
+        return verb.add_argument
+
+    takes(install)
+    takes(setup)("--extra", default="tpu")
+    takes(report)("--tail", type=int, default=0)  # tail_at: where so many last lines begin
+    takes(mount)("place")
+    takes(stop)("--seconds", type=float, default=60)
+    takes(log)("--start-at", type=int, default=0)
+    for function in (start, keep):
+        add = takes(function)
         add("--id", dest="name", required=True)
-        if verb == "start":
+        if function is start:
             add("--env", dest="settings", action="append", default=[], metavar="NAME=VALUE")
         add("command", nargs=argparse.REMAINDER)
     args = vars(parser.parse_args())
     if "command" in args:
         args["command"] = args["command"][1:]  # without --
     try:
-        globals()[args.pop("verb")](**args)
+        args.pop("function")(**args)
     except Refused as e:
         say(error=str(e))
         sys.exit(3)
