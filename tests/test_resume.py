@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 
 def flags(base, save_every=2):
     steps = ["--num-iterations", str(STEPS), "--save-every", str(save_every), "--eval-every", "-1"]
-    return [*kill_resume.tiny_flags(base), *steps]
+    return [*tiny.sft_flags(base), *steps]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,9 @@ def alone(base):
 
     def get(devices):
         if devices not in folders:
-            process = kill_resume.start(base, f"alone{devices}", devices, flags(base, save_every=-1))
-            output, _ = process.communicate()
-            assert process.returncode == 0, output
-            folders[devices] = base / "chatsft_checkpoints" / f"alone{devices}"
+            run = kill_resume.Run("sft", f"alone{devices}", base, devices, flags(base, save_every=-1))
+            run.to_end()
+            folders[devices] = run.folder
         return folders[devices]
 
     return get
@@ -52,61 +51,57 @@ def assert_identical(one, other):
 
 
 def test_a_run_on_eight_devices_that_is_killed_at_a_random_moment_ends_bit_identical(base, alone):
-    folder = base / "chatsft_checkpoints" / "kill8"
-    case = kill_resume.killed_run(base, folder.name, 8, flags(base), signal.SIGKILL, 1, STEPS, random.Random(8))
+    run = kill_resume.Run("sft", "kill8", base, 8, flags(base))
+    case = kill_resume.train_killed(run, signal.SIGKILL, 1, STEPS, random.Random(8))
     assert case["exit_codes"] == [-signal.SIGKILL]
-    assert_identical(folder, alone(8))
+    assert_identical(run.folder, alone(8))
 
 
 def test_pretraining_that_is_killed_ends_bit_identical_across_shards_and_epochs(tmp_path):
     steps = ["--num-iterations", str(STEPS), "--save-every", "3", "--eval-every", "-1"]
-    run = {"devices": 1, "flags": [*kill_resume.tiny_base_flags(tmp_path), *steps], "stage": "base"}
-    undisturbed = run | {"flags": [*run["flags"], "--save-every", "-1"]}
-    output, _ = kill_resume.start(tmp_path, "alone", **undisturbed).communicate()
-    case = kill_resume.killed_run(
-        tmp_path, "killed", **run, number=signal.SIGKILL, kills=2, total=STEPS, rng=random.Random(1)
-    )
+    run_flags = [*tiny.base_flags(tmp_path), *steps]
+    alone, killed = (kill_resume.Run("base", tag, tmp_path, 1, run_flags) for tag in ("alone", "killed"))
+    output = alone.to_end("--save-every", "-1")
+    case = kill_resume.train_killed(killed, signal.SIGKILL, 2, STEPS, random.Random(1))
     assert -signal.SIGKILL in case["exit_codes"]
     assert "epoch 2" in output and case["resumed_from"], output
-    assert_identical(*(tmp_path / "base_checkpoints" / tag for tag in ("killed", "alone")))
+    assert_identical(killed.folder, alone.folder)
 
 
 def test_sigterm_saves_the_step_it_came_in_and_exits_with_143(base, alone):
-    folder = base / "chatsft_checkpoints" / "term"
-    process = kill_resume.start(base, "term", 1, flags(base, save_every=-1))
-    code, output = kill_resume.run_until(process, kill_resume.at_step(5, STEPS), 0.0, signal.SIGTERM)
+    run = kill_resume.Run("sft", "term", base, 1, flags(base, save_every=-1))
+    code, output = kill_resume.run_until(run.start(), kill_resume.at_step(5, STEPS), 0.0, signal.SIGTERM)
     assert code == 143, output
-    (step,) = integrity.steps(folder)
-    assert 5 <= step < STEPS and integrity.is_intact(folder / str(step))
-    last = kill_resume.start(base, "term", 1, ["--resume"])  # what is not given is the run's own
-    output, _ = last.communicate()
-    assert f"Resuming {folder} from step {step}" in output, output
-    assert last.returncode == 0, output
-    assert_identical(folder, alone(1))
+    (step,) = integrity.steps(run.folder)
+    assert 5 <= step < STEPS and integrity.is_intact(run.folder / str(step))
+    again = kill_resume.Run("sft", "term", base, 1, [])  # what is not given is the run's own
+    output = again.to_end("--resume")
+    assert f"Resuming {run.folder} from step {step}" in output, output
+    assert_identical(run.folder, alone(1))
 
 
 def test_a_save_that_is_killed_in_the_middle_leaves_the_one_before_it_and_so_does_a_kill_after_that(base, alone):
-    folder = base / "chatsft_checkpoints" / "midsave"
+    run = kill_resume.Run("sft", "midsave", base, 1, flags(base))
+    again, folder = kill_resume.Run("sft", "midsave", base, 1, ["--resume"]), run.folder
     for _ in range(8):  # the moment is short: look for it again where it was missed
         shutil.rmtree(folder, ignore_errors=True)
-        process = kill_resume.start(base, "midsave", 1, flags(base))
+        process = run.start()
         while process.poll() is None and not any(folder.glob("6.orbax-checkpoint-tmp*")):
             time.sleep(0.001)
         process.kill()
         process.communicate()
-        if kill_resume.unfinished(folder):
+        if kill_resume.is_in(folder, "a save"):
             break
     else:
         pytest.skip("this machine writes a checkpoint faster than one can look")
     before = integrity.newest_intact(folder)
     assert before == 4
     rng = random.Random(1)
-    process, later = kill_resume.start(base, "midsave", 1, ["--resume"]), kill_resume.at_step(rng.randint(7, 13), STEPS)
-    code, output = kill_resume.run_until(process, later, rng.uniform(0, 0.1), signal.SIGKILL)
+    later = kill_resume.at_step(rng.randint(7, 13), STEPS)
+    code, output = kill_resume.run_until(again.start(), later, rng.uniform(0, 0.1), signal.SIGKILL)
     assert code == -signal.SIGKILL and f"from step {before}" in output, output
-    process = kill_resume.start(base, "midsave", 1, ["--resume"])
-    output, _ = process.communicate()
-    assert process.returncode == 0 and "from step" in output, output
+    output = again.to_end()
+    assert "from step" in output, output
     assert not list(folder.glob("*tmp*"))
     assert_identical(folder, alone(1))
 

@@ -45,12 +45,12 @@ def test_what_a_killed_run_was_at_is_told_by_its_files(tmp_path):
 
 def test_a_log_is_cut_back_to_the_size_that_was_recorded(tmp_path):
     log = RolloutLog(tmp_path)
-    log.file.write(b"one\n")
+    log._file.write(b"one\n")
     size = log.saved()
-    log.file.write(b"two\n")
+    log._file.write(b"two\n")
     log.close()
     log = RolloutLog(tmp_path, size)
-    log.file.write(b"three\n")
+    log._file.write(b"three\n")
     assert log.saved() == 10
     log.close()
     assert (tmp_path / "rollouts.jsonl").read_bytes() == b"one\nthree\n"
@@ -62,7 +62,7 @@ def test_a_log_is_cut_back_to_the_size_that_was_recorded(tmp_path):
 def test_a_log_that_has_lost_its_end_says_so_and_goes_on_with_a_line_of_its_own(tmp_path, capsys, left, expected):
     (tmp_path / "rollouts.jsonl").write_bytes(left)
     log = RolloutLog(tmp_path, 100)
-    log.file.write(b"three\n")
+    log._file.write(b"three\n")
     log.close()
     assert (tmp_path / "rollouts.jsonl").read_bytes() == expected + b"three\n"
     assert f"has lost answers of earlier steps: {len(left)} of 100 bytes" in capsys.readouterr().out

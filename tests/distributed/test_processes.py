@@ -39,8 +39,8 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(base):
     """Of a stage's run."""
-    sft = [*kill_resume.tiny_flags(base), "--num-iterations", str(STEPS["sft"]), "--eval-every", "10"]
-    rl = [*kill_resume.rl_flags(), "--num-steps", str(STEPS["rl"]), "--device-batch-size", "1"]
+    sft = [*tiny.sft_flags(base), "--num-iterations", str(STEPS["sft"]), "--eval-every", "10"]
+    rl = [*kill_resume.RL_FLAGS, "--num-steps", str(STEPS["rl"]), "--device-batch-size", "1"]
     rl += ["--max-new-tokens", "16"]  # one call of the device: each further one is two more programs
     rl += ["--eval-every", "5", "--eval-task", "tests.support.process_tasks:Vowels", "--eval-samples", "2"]
     sft += ["--save-every", "4", "--keep-checkpoints", "9"]

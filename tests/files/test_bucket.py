@@ -397,7 +397,7 @@ def alone(server, tmp_path_factory):
     base = tmp_path_factory.mktemp("alone")
     tiny.write_base(base)
     steps = ["--num-iterations", str(STEPS), "--save-every", "2", "--eval-every", "-1"]
-    flags = [*kill_resume.tiny_flags(base), *steps]
+    flags = [*tiny.sft_flags(base), *steps]
     ended(start(base, "run", flags, base=base))
     return base, flags
 

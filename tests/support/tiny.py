@@ -118,3 +118,15 @@ DIALS = ["--depth", "2", "--aspect-ratio", "32", "--head-dim", "32", "--window-p
 BASE_FLAGS = [*DIALS, "--total-batch-size", "512", "--device-batch-size", "1", "--sample-every", "-1"]
 NO_SPELLING = ["--simple-spelling-rows", "0", "--spelling-bee-rows", "0"]
 FLAGS = ["--smoltalk-epochs", "0", "--mmlu-epochs", "0", "--gsm8k-epochs", "0", *NO_SPELLING, "--chatcore-every", "-1"]
+
+
+def sft_flags(base: Path) -> list[str]:
+    """Flags of SFT on conversations that are written into the base directory."""
+    files = [write_conversations(base / f"{name}.jsonl", seed=i) for i, name in enumerate(("train", "val"))]
+    return [*FLAGS, "--custom-json", str(files[0]), "--val-json", str(files[1]), "--eval-tokens", "512"]
+
+
+def base_flags(base: Path) -> list[str]:
+    """Flags of pretraining on documents that are written into the base directory, with a tokenizer."""
+    tokenizer().save(base / "tokenizer")
+    return [*BASE_FLAGS, "--data-dir", str(write_shards(base / "shards")), "--eval-tokens", "512"]

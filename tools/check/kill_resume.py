@@ -65,8 +65,7 @@ def make_base(base: Path, stage: str) -> list[str]:
     from tests.support import tiny
 
     if stage == "base":
-        tiny.tokenizer().save(base / "tokenizer")
-        return [*tiny.BASE_FLAGS, "--data-dir", str(tiny.write_shards(base / "shards")), "--eval-tokens", "512"]
+        return tiny.base_flags(base)
     golden = Path(os.environ.get("NANOCHAT_GOLDEN", ROOT.parent / "shared" / "golden"))
     is_golden = (golden / "checkpoints" / "c1_master").is_dir()
     if is_golden:
@@ -79,8 +78,7 @@ def make_base(base: Path, stage: str) -> list[str]:
         shutil.copytree(golden / "sft_run" / "task_data", base / "task_data")
         shutil.copy(golden / "words_alpha.txt", base)
         return ["--mmlu-epochs", "2", "--gsm8k-epochs", "2", "--total-batch-size", "2048", "--eval-tokens", "2048"]
-    files = [tiny.write_conversations(base / f"{name}.jsonl", seed=i) for i, name in enumerate(("train", "val"))]
-    return [*tiny.FLAGS, "--custom-json", str(files[0]), "--val-json", str(files[1]), "--eval-tokens", "512"]
+    return tiny.sft_flags(base)
 
 
 @dataclasses.dataclass(frozen=True)
