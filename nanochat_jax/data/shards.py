@@ -9,7 +9,7 @@ import numpy as np
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import digest_of, file_digest
-from nanochat_jax.files.download import fetch_dataset_files, locked
+from nanochat_jax.files.download import fetch_parquet, locked
 from nanochat_jax.files.parquet import count_rows, read_files
 from nanochat_jax.files.paths import kept_dir
 
@@ -44,10 +44,24 @@ class Documents:
     """The texts of one parquet shard: a sequence of str with a name and a fingerprint, for the token cache."""
 
     def __init__(self, path: Path):
-        """Reads the footer only. ValueError: no parquet file, no column of strings, or it says where one is missing."""
+        """Reads the footer only. ValueError: no parquet file, no column of strings, or a row has no text."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         self.path, self.name = path, path.name
         self._size = count_rows([path], ("text",))
-        self._check_footer()
+        kind = pq.read_schema(path).field("text").type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise ValueError(f"{path}: the column text must hold strings, it holds {kind}")
+        footer, first = pq.read_metadata(path), 0
+        for g in range(footer.num_row_groups):
+            group = footer.row_group(g)
+            (text,) = (c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "text")
+            if text.statistics is not None and text.statistics.null_count:
+                nulls = np.flatnonzero(self._texts[first : first + group.num_rows].is_null())
+                raise ValueError(f"{path}, row {first + nulls[0]}: the text is missing (null)")
+            first += group.num_rows
 
     def __len__(self) -> int:
         return self._size
@@ -65,23 +79,6 @@ class Documents:
     def _texts(self):
         return read_files([self.path], ("text",)).column("text")
 
-    def _check_footer(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        kind = pq.read_schema(self.path).field("text").type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise ValueError(f"{self.path}: the column text must hold strings, it holds {kind}")
-        footer, first = pq.read_metadata(self.path), 0
-        for g in range(footer.num_row_groups):
-            group = footer.row_group(g)
-            (text,) = (c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "text")
-            if text.statistics is not None and text.statistics.null_count:
-                nulls = np.flatnonzero(self._texts[first : first + group.num_rows].is_null())
-                raise ValueError(f"{self.path}, row {first + nulls[0]}: the text is missing (null)")
-            first += group.num_rows
-
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # nanochat's pretraining text
 LAST_SHARD = 6542  # of climbmix, for validation
@@ -98,5 +95,5 @@ def fetch_shards(n: int, folder: Path, log: Callable = print0) -> list[Path]:
     if missing := [file for file in files if not file.is_file()]:
         log(f"downloading {len(missing):,} of {len(files):,} shards of {CLIMBMIX} to {folder}")
         with locked(Path(folder) / "shards", log):
-            fetch_dataset_files(CLIMBMIX, "main", {file.name: file.name for file in missing}, Path(folder), log)
+            fetch_parquet(CLIMBMIX, "main", {file.name: file.name for file in missing}, Path(folder), log)
     return files

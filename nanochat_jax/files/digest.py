@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -16,21 +17,17 @@ def file_digest(path: Path) -> str:
     path = Path(path).absolute()
     memo_file = base_dir() / "token_cache" / "file_digests.json"
     stat = path.stat()
-    key = [stat.st_size, stat.st_mtime_ns]
-    known = _read_memo(memo_file).get(str(path))
-    if isinstance(known, list) and len(known) == 3 and known[:2] == key and _is_digest(known[2]):
-        return known[2]
+    match _read_memo(memo_file).get(str(path)):
+        case [stat.st_size, stat.st_mtime_ns, str(known)] if re.fullmatch("[0-9a-f]{64}", known):
+            return known
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if time.time() - stat.st_mtime > RACY_SECONDS:
-        memo = _read_memo(memo_file) | {str(path): [*key, digest]}  # read again: others write it too
+        memo = _read_memo(memo_file)  # again, because other processes write it too
+        memo[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
         with contextlib.suppress(OSError):  # a read-only base directory only costs the time to hash again
             write_atomically(memo_file, json.dumps(memo, indent=0).encode())
     return digest
-
-
-def _is_digest(value) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def _read_memo(path: Path) -> dict:

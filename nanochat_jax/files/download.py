@@ -51,9 +51,7 @@ def list_dataset(repo: str, revision: str, log: Callable = print0) -> tuple[str,
     return _repeat(ask, f"dataset {repo} ({revision})", log)
 
 
-def fetch_dataset_files(
-    repo: str, revision: str, files: Mapping[str, str], folder: Path, log: Callable = print0
-) -> None:
+def fetch_parquet(repo: str, revision: str, files: Mapping[str, str], folder: Path, log: Callable = print0) -> None:
     """Download parquet files of a hub dataset, a few at a time; `files` maps paths in the dataset to names in `folder`.
 
     The caller holds a lock on the folder. Files that are there already stay as they are. DownloadError: the first
@@ -136,14 +134,12 @@ def locked(target: Path, log: Callable = print0) -> Iterator[None]:
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=1)
+            held = lock.acquire(timeout=1)
         except Timeout:
             log(f"another process is downloading {target.name}: waiting for it")
-            lock.acquire()
-    try:
+            held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _repeat(attempt: Callable[[], Any], what: str, log: Callable) -> Any:

@@ -1,6 +1,7 @@
 """Parquet files through pyarrow: rows counted from the footers, columns read, and faults that name the file."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -8,22 +9,8 @@ def read_footer(path: Path):
     """pyarrow's FileMetaData of a parquet file. ValueError, with the path: damaged, or no parquet file."""
     import pyarrow.parquet as pq
 
-    return read_parquet(pq.read_metadata, path)
-
-
-def read_parquet(read: Callable, path: Path, **kwargs):
-    """read(path, **kwargs) of one of pyarrow.parquet's functions; errors as read_footer."""
-    import pyarrow as pa
-
-    try:
-        return read(path, **kwargs)
-    except (pa.ArrowException, OSError, ValueError) as e:
-        raise ValueError(f"{path} is not a readable parquet file: {first_line(e)}") from e
-
-
-def first_line(e: BaseException) -> str:
-    """An exception's message as it fits into a sentence."""
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+    with _named(path):
+        return pq.read_metadata(path)
 
 
 def count_rows(files: list[Path], columns: tuple[str, ...]) -> int:
@@ -40,19 +27,33 @@ def count_rows(files: list[Path], columns: tuple[str, ...]) -> int:
     return total
 
 
-def read_files(files: list[Path], columns: tuple[str, ...] | None = None):
-    """pyarrow Table of these columns (None: all) of the files, one after the other."""
+def read_files(files: list[Path], columns: tuple[str, ...]):
+    """pyarrow Table of these columns of the files, one after the other. ValueError as count_rows, and other types."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if columns is not None:
-        count_rows(files, columns)  # its message names a missing column
-        columns = list(columns)
-    tables = [
-        read_parquet(pq.read_table, path, columns=columns, memory_map=True).replace_schema_metadata(None)
-        for path in files
-    ]
+    count_rows(files, columns)  # its message names a missing column
+    tables = []
+    for path in files:
+        with _named(path):
+            table = pq.read_table(path, columns=list(columns), memory_map=True)
+            tables.append(table.replace_schema_metadata(None))
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"the parquet files of {files[0].parent} do not fit together: {first_line(e)}") from e
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise ValueError(f"{path} is not a readable parquet file: {first_line(e)}") from e
+
+
+def first_line(e: BaseException) -> str:
+    """An exception's message as it fits into a sentence."""
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]

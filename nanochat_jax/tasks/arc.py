@@ -1,5 +1,8 @@
 """ARC: science questions of school exams, an easy and a hard set, https://arxiv.org/abs/1803.05457"""
 
+from typing import Unpack
+
+from nanochat_jax.tasks.hub import HubOptions
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, choice_conversation
 
 SUBSETS = ("ARC-Easy", "ARC-Challenge")
@@ -13,13 +16,13 @@ class ARC(MultipleChoice):
 
     repo = "allenai/ai2_arc"
     columns = ("question", "choices", "answerKey")
-    splits = {"train": "train", "validation": "validation", "test": "test"}  # noqa: RUF012
+    splits = ("train", "validation", "test")
 
-    def __init__(self, subset: str = "ARC-Easy", split: str = "train", **kwargs):
+    def __init__(self, subset: str = "ARC-Easy", split: str = "train", **options: Unpack[HubOptions]):
         if subset not in SUBSETS:
             raise ValueError(f"ARC has the subsets {', '.join(SUBSETS)}, got {subset!r:.40}")
         self.subset = subset  # already here: what follows may refuse the split, by name
-        super().__init__(split, subset=subset, **kwargs)
+        super().__init__(split, **options)
 
     @property
     def name(self) -> str:

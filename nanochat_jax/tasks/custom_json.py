@@ -4,12 +4,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.files.digest import digest_of
-from nanochat_jax.tasks.task import Task, message_fault
+from nanochat_jax.tasks.task import Slice, Task, message_fault
 
 SHOWN = 20  # bad lines that an error spells out
 
@@ -26,33 +26,24 @@ def source_hint(path: Path) -> str:
     return f"; to download it: curl -L -o {path} {url}" if url else ""
 
 
-def require_file(path: Path, log: Callable = print0) -> None:
-    """Warn through `log` and raise FileNotFoundError where `path` does not exist, with the way to get a known file."""
-    if path.is_file():
-        return
-    if path.exists():
-        raise ValueError(f"{path} is not a file")
-    hint = source_hint(path)
-    log(f"Warning: File {path} does not exist{hint}")
-    raise FileNotFoundError(f"{path} does not exist{hint}")
-
-
 class CustomJSON(Task):
     """CustomJSON(path): one conversation a line, a list of messages or an object that has them under "messages".
 
-    At least two messages of text that alternate from user; other keys are kept; lines of white space are skipped. All
-    bad lines are reported in one ValueError, and nothing is left out silently. Two differences from nanochat are
-    deliberate: it refuses the object form, and it takes a missing file for an empty one, where this raises
-    FileNotFoundError.
-
-    The file's bytes are kept, and a conversation is parsed again when it is asked for: Python objects of a large file
-    would take several times its size.
+    At least two messages of text that alternate from user; other keys are kept; lines of white space are skipped. One
+    ValueError reports all bad lines. nanochat refuses the object form, and takes a missing file for an empty one, where
+    this raises FileNotFoundError. The file's bytes are kept and a conversation is parsed when it is asked for, because
+    Python objects of a large file would take several times its size.
     """
 
-    def __init__(self, path: Path | str, *, log: Callable = print0, **slice_):
+    def __init__(self, path: Path | str, *, log: Callable = print0, **slice_: Unpack[Slice]):
         super().__init__(**slice_)
         self.path = Path(path)
-        require_file(self.path, log)
+        if not self.path.exists():
+            missing = f"{self.path} does not exist{source_hint(self.path)}"
+            log(f"Warning: File {missing}")
+            raise FileNotFoundError(missing)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is not a file")
         self._data = self.path.read_bytes()
         spans, faults, at = [], [], 0
         for number, line in enumerate(self._data.split(b"\n"), start=1):
@@ -78,7 +69,7 @@ class CustomJSON(Task):
         return _parse(self._data[a:b])
 
     def fingerprint(self) -> str:
-        return digest_of(hashlib.sha256(self._data).hexdigest(), self._slice(), self._sources())
+        return self.fingerprint_of(hashlib.sha256(self._data).hexdigest())
 
 
 def _parse(line: bytes) -> dict | None:
@@ -98,13 +89,11 @@ def _parse(line: bytes) -> dict | None:
         raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from e
     except RecursionError:
         raise ValueError("not a conversation: nested too deeply") from None
-    if isinstance(data, dict):
-        if "messages" not in data:
-            raise ValueError('an object must have "messages"')
-    elif isinstance(data, list):
-        data = {"messages": data}
-    else:
+    data = {"messages": data} if isinstance(data, list) else data
+    if not isinstance(data, dict):
         raise ValueError(f'must be a list of messages or an object with "messages", got {type(data).__name__}')
+    if "messages" not in data:
+        raise ValueError('an object must have "messages"')
     if fault := message_fault(data["messages"]):
         raise ValueError(fault)
     return data

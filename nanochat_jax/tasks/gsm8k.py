@@ -7,6 +7,7 @@ part ("36"), so that the model learns to call the tool and to go on from what th
 import re
 
 from nanochat_jax.tasks.hub import HubTask
+from nanochat_jax.tasks.task import question_and_answer, require_text
 
 CALL = re.compile(r"<<([^>]+)>>")
 FINAL = re.compile(r"#### (-?[0-9.,]+)")
@@ -37,26 +38,17 @@ class GSM8K(HubTask):
     repo = "openai/gsm8k"
     subset = "main"
     columns = ("question", "answer")
-    splits = {"train": "train", "test": "test"}  # noqa: RUF012
+    splits = ("train", "test")
 
     def conversation(self, row: dict) -> dict:
-        self.require_text(row)
-        return {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": answer_parts(row["answer"])},
-            ]
-        }
+        self.require_columns_of_text(row)
+        return question_and_answer(row["question"], answer_parts(row["answer"]))
 
     def evaluate(self, conversation: dict, answer: str) -> int:
         """1 where the answer's final number is, as a string, that of the last part of the reference.
 
         As in nanochat 5.0 is not 5, and two answers without a number are equal.
         """
-        if not isinstance(answer, str):
-            raise ValueError(f"the answer must be text, got {type(answer).__name__}")
+        require_text(answer)
         reference = conversation["messages"][-1]["content"][-1]["text"]
         return int(final_answer(reference) == final_answer(answer))
-
-    def reward(self, conversation: dict, answer: str) -> float:
-        return float(self.evaluate(conversation, answer))

@@ -13,28 +13,28 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
-from nanochat_jax.files.digest import digest_of, file_digest
-from nanochat_jax.files.download import DownloadError, download, fetch_dataset_files, list_dataset, locked, writing
+from nanochat_jax.files.digest import file_digest
+from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_dataset, locked, writing
 from nanochat_jax.files.parquet import count_rows, read_files
 from nanochat_jax.files.paths import base_dir, kept_dir, write_atomically
 from nanochat_jax.tasks.custom_json import SOURCES, source_hint
-from nanochat_jax.tasks.task import Task
+from nanochat_jax.tasks.task import Slice, Task
 
 SHUFFLE_SEED = 42  # nanochat permutes every dataset with this seed before it slices
 EXPORT = "refs/convert/parquet"  # the branch of every dataset in which the hub keeps its conversion to parquet
-FETCHED = ("words_alpha.txt",)  # files that are downloaded unasked; the others are the user's choice
+WORD_LIST = "words_alpha.txt"  # is downloaded unasked; the other files of SOURCES are the user's choice
 
 
 def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None = None) -> list[Path]:
     """The split's parquet files in order, downloaded where no folder of datasets has it.
 
-    FileNotFoundError: it cannot be had; the message says where it was looked for and what helps. ValueError: a damaged
-    manifest.
+    FileNotFoundError: it cannot be had; it says where it was looked for and what helps. ValueError: a damaged manifest.
     """
     looked = []
     for root in (*_roots(data_dir), kept_dir() / "task_data"):
@@ -77,7 +77,7 @@ def _download_split(repo: str, subset: str, split: str, final: Path) -> None:
         if not folder.is_dir():
             shutil.rmtree(building, ignore_errors=True)  # of another commit
             folder.mkdir(parents=True)
-    fetch_dataset_files(repo, commit, dict(zip(paths, names)), folder)
+    fetch_parquet(repo, commit, dict(zip(paths, names)), folder)
     with writing(final.parent):
         write_atomically(folder / "manifest.json", json.dumps(names).encode())
         if final.exists() and any(final.iterdir()):  # of nanochat's download, stopped halfway, or a user's own
@@ -93,29 +93,20 @@ def find_file(name: str, data_dir: Path | str | None = None) -> Path:
 
     The word list is downloaded to the base directory where no place has it. FileNotFoundError: it cannot be had.
     """
-    around = [folder for root in _roots(data_dir) for folder in (root, root.parent)]
-    folders = (*around, kept_dir())
+    folders = (*(folder for root in _roots(data_dir) for folder in (root, root.parent)), kept_dir())
     places = [bucket.fetch(place) for folder in folders for place in (folder / name, folder / "words" / name)]
     if found := next((place for place in places if place.is_file()), None):
         return found
     why = ""
-    if name in FETCHED:
+    if name == WORD_LIST:
         try:
-            return fetch_file(name)
+            return download(SOURCES[name], base_dir() / name)
         except DownloadError as e:
             why = f", and cannot be downloaded: {e}"
     raise FileNotFoundError(
         f"{name} is not on this machine, looked for {', '.join(map(str, places))}{why}; put it into one of these, or "
         f"set NANOCHAT_DATA_DIR or --data-dir to a folder that holds it{source_hint(base_dir() / name)}"
     )
-
-
-def fetch_file(name: str) -> Path:
-    """A file of custom_json.SOURCES at nanochat's place for it, the base directory; downloaded where it is not there.
-
-    DownloadError: it cannot be had.
-    """
-    return download(SOURCES[name], base_dir() / name)
 
 
 def _roots(data_dir: Path | str | None) -> list[Path]:
@@ -139,41 +130,39 @@ def _read_manifest(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_split(
-    repo: str, subset: str, split: str, data_dir: Path | str | None = None, columns: tuple[str, ...] | None = None
-):
-    """A split as a pyarrow Table: columns in Arrow's own memory, no Python object per row. Errors as split_files."""
-    return read_files(split_files(repo, subset, split, data_dir), columns)
+class HubOptions(Slice, total=False):
+    """What every task of the hub takes besides its split, for signatures: **options: Unpack[HubOptions]."""
+
+    subset: str
+    data_dir: Path | str | None
 
 
 class HubTask(Task):
     """A task on one split of a hub dataset, in nanochat's order: default_rng(42).permutation(rows), then the slice.
 
-    A subclass sets repo, subset, columns and splits (what the user writes -> the split's folder), and defines
-    `conversation(row) -> dict`, where ValueError says what is wrong with the row. Rows stay in Arrow until they are
-    asked for; making a task reads the files' footers only.
+    A subclass sets repo, subset, columns and splits, and defines `conversation(row) -> dict`, where ValueError says
+    what is wrong with the row. Rows stay in Arrow until they are asked for; making a task reads the footers only.
     """
 
     repo: str
     subset: str
     columns: tuple[str, ...]
-    splits: dict[str, str]
+    splits: tuple[str, ...]
 
     def __init__(
-        self, split: str = "train", *, subset: str | None = None, data_dir: Path | str | None = None, **slice_
+        self, split: str = "train", subset: str = "", data_dir: Path | str | None = None, **slice_: Unpack[Slice]
     ):
         super().__init__(**slice_)
         if split not in self.splits:
             raise ValueError(f"{self.name} has the splits {', '.join(self.splits)}, got {split!r:.40}")
-        self.subset, self.split = subset or self.subset, split
-        self.files = split_files(self.repo, self.subset, self.splits[split], data_dir)
+        self.subset, self.split = subset or self.subset, self.split_on_hub(split)
+        self.files = split_files(self.repo, self.subset, self.split, data_dir)
         self._size = count_rows(self.files, self.columns)
 
-    def conversation(self, row: dict) -> dict:
-        raise NotImplementedError(f"{self.name} must define conversation(row)")
+    def split_on_hub(self, split: str) -> str:
+        return split
 
-    def require_text(self, row: dict) -> None:
-        """ValueError where one of the row's columns is not text."""
+    def require_columns_of_text(self, row: dict) -> None:
         for column in self.columns:
             if not isinstance(row[column], str):
                 raise ValueError(f"{column} must be text, got {row[column]!r:.40}")
@@ -182,15 +171,13 @@ class HubTask(Task):
         return self._size
 
     def get_example(self, index: int) -> dict:
-        if not 0 <= index < self._size:
-            raise IndexError(f"{self.name} has {self._size} examples, there is no number {index}")
         at = int(self._order[index])
         batches, starts = self._batches
         i = bisect.bisect_right(starts, at) - 1
         try:
             return self.conversation({name: column[at - starts[i]].as_py() for name, column in batches[i]})
         except ValueError as e:  # UnicodeDecodeError is one: Arrow does not check that text is UTF-8
-            raise ValueError(f"row {at} of {self.repo} ({self.subset}/{self.splits[self.split]}): {e}") from e
+            raise ValueError(f"row {at} of {self.repo} ({self.subset}/{self.split}): {e}") from e
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
@@ -204,4 +191,4 @@ class HubTask(Task):
         return [[(name, b.column(name)) for name in self.columns] for b in batches], starts
 
     def fingerprint(self) -> str:
-        return digest_of([file_digest(file) for file in self.files], self._slice(), self._sources())
+        return self.fingerprint_of([file_digest(file) for file in self.files])

@@ -2,8 +2,11 @@
 
 import re
 import secrets
+from typing import Unpack
 
-from nanochat_jax.tasks.hub import HubTask
+from nanochat_jax.tasks import sandbox
+from nanochat_jax.tasks.hub import HubOptions, HubTask
+from nanochat_jax.tasks.task import question_and_answer, require_text
 
 OPENING = re.compile(r"```(?:python)?\s*\n")
 CLOSING = "\n```"
@@ -49,32 +52,23 @@ class HumanEval(HubTask):
     repo = "openai/openai_humaneval"
     subset = "openai_humaneval"
     columns = ("prompt", "canonical_solution", "test", "entry_point")
-    splits = {"test": "test"}  # noqa: RUF012
+    splits = ("test",)
 
-    def __init__(self, split: str = "test", *, unsafe: bool = False, **kwargs):
-        super().__init__(split, **kwargs)
+    def __init__(self, split: str = "test", *, unsafe: bool = False, **options: Unpack[HubOptions]):
+        super().__init__(split, **options)
         self.unsafe = unsafe
 
     def conversation(self, row: dict) -> dict:
-        self.require_text(row)
-        return {
-            "messages": [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": f"{row['prompt']}\n{row['canonical_solution']}"},
-            ],
-            "entry_point": row["entry_point"],
-            "test": row["test"],
-        }
+        self.require_columns_of_text(row)
+        solved = question_and_answer(row["prompt"], f"{row['prompt']}\n{row['canonical_solution']}")
+        return solved | {"entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, conversation: dict, answer: str) -> int:
         """1 where the answer's program, after the prompt's imports, passes the tests in the sandbox.
 
         The tests run in the program's own interpreter, as they must to call it: one that sets out to deceive them can.
         """
-        from nanochat_jax.tasks import sandbox
-
-        if not isinstance(answer, str):
-            raise ValueError(f"the answer must be text, got {type(answer).__name__}")
+        require_text(answer)
         imports = extract_imports(conversation["messages"][0]["content"])
         marker = secrets.token_hex(16)
         program = PROGRAM.format(

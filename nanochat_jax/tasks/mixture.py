@@ -2,17 +2,18 @@
 
 import functools
 import random
+from typing import Unpack
 
 import numpy as np
 
 from nanochat_jax.files.digest import digest_of
-from nanochat_jax.tasks.task import AdaptedTask, Task
+from nanochat_jax.tasks.task import AdaptedTask, Slice, Task
 
 
 class TaskSequence(Task):
     """The conversations of all tasks, task by task. To train more on a task, name it several times."""
 
-    def __init__(self, tasks: list, **slice_):
+    def __init__(self, tasks: list, **slice_: Unpack[Slice]):
         super().__init__(**slice_)
         self.tasks = [task if isinstance(task, Task) else AdaptedTask(task) for task in tasks]
         if not self.tasks:
@@ -22,14 +23,15 @@ class TaskSequence(Task):
     @functools.cached_property
     def pairs(self) -> np.ndarray:
         """int32 [N,2]: (task, index within the task) of every conversation, in order; the slice is not applied."""
-        return self._task_by_task()
-
-    def _task_by_task(self) -> np.ndarray:
         starts = np.cumsum([0, *self.lengths[:-1]])
         pairs = np.empty((sum(self.lengths), 2), np.int32)
         pairs[:, 0] = np.repeat(np.arange(len(self.tasks)), self.lengths)
         pairs[:, 1] = np.arange(len(pairs)) - starts[pairs[:, 0]]
-        return pairs
+        return pairs[self.order()]
+
+    def order(self) -> list[int] | slice:
+        """How the tasks' conversations, task by task, are put in order."""
+        return slice(None)
 
     def num_examples(self) -> int:
         return sum(self.lengths)
@@ -40,22 +42,20 @@ class TaskSequence(Task):
 
     def fingerprint(self) -> str:
         known = {id(task): task.fingerprint() for task in {id(task): task for task in self.tasks}.values()}
-        return digest_of([known[id(task)] for task in self.tasks], self._slice(), self._sources())
+        return self.fingerprint_of([known[id(task)] for task in self.tasks])
 
 
 class TaskMixture(TaskSequence):
     """The conversations of all tasks in the order of `random.Random(seed).shuffle`, as in nanochat."""
 
-    def __init__(self, tasks: list, seed: int = 42, **slice_):
+    def __init__(self, tasks: list, seed: int = 42, **slice_: Unpack[Slice]):
         super().__init__(tasks, **slice_)
         self.seed = seed
 
-    @functools.cached_property
-    def pairs(self) -> np.ndarray:
-        """int32 [N,2]: (task, index within the task) of every conversation, in order; the slice is not applied."""
+    def order(self) -> list[int]:
         order = list(range(sum(self.lengths)))  # how a list is shuffled depends on its length alone
         random.Random(self.seed).shuffle(order)
-        return self._task_by_task()[order]
+        return order
 
     def fingerprint(self) -> str:
         return digest_of(super().fingerprint(), self.seed)

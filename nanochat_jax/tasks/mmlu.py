@@ -11,13 +11,10 @@ class MMLU(MultipleChoice):
     repo = "cais/mmlu"
     subset = "all"
     columns = ("question", "subject", "choices", "answer")
-    splits = {  # noqa: RUF012
-        "train": "auxiliary_train",
-        "auxiliary_train": "auxiliary_train",
-        "test": "test",
-        "validation": "validation",
-        "dev": "dev",
-    }
+    splits = ("train", "auxiliary_train", "test", "validation", "dev")
+
+    def split_on_hub(self, split: str) -> str:
+        return "auxiliary_train" if split == "train" else split
 
     def conversation(self, row: dict) -> dict:
         choices, answer = row["choices"], row["answer"]

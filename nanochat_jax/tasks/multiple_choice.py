@@ -1,6 +1,7 @@
 """Questions with lettered choices: how they are put to the model, and how a letter is judged."""
 
 from nanochat_jax.tasks.hub import HubTask
+from nanochat_jax.tasks.task import question_and_answer
 
 CLOSING = "Respond only with the letter of the correct answer."
 
@@ -17,11 +18,9 @@ def choice_conversation(question: str, choices: list[str], letters: list[str], a
         raise ValueError(f"each of the {len(choices)} choices needs a letter of its own, got {letters!r:.80}")
     if answer not in letters:
         raise ValueError(f"the answer must be one of {', '.join(letters)}, got {answer!r:.40}")
-    lines = [f"Multiple Choice question: {question}"]
-    lines += [f"- {choice}={letter}" for choice, letter in zip(choices, letters)]
-    prompt = "\n".join([*lines, "", CLOSING])
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "letters": list(letters)}
+    listed = "\n".join(f"- {choice}={letter}" for choice, letter in zip(choices, letters))
+    prompt = f"Multiple Choice question: {question}\n{listed}\n\n{CLOSING}"
+    return question_and_answer(prompt, answer) | {"letters": list(letters)}
 
 
 def is_right(conversation: dict, letter: str) -> bool:
@@ -32,7 +31,7 @@ def is_right(conversation: dict, letter: str) -> bool:
 
 
 class MultipleChoice(HubTask):
-    """A hub dataset of such questions."""
+    """A dataset of the hub whose rows are such questions."""
 
     eval_type = "categorical"
 

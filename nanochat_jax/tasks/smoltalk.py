@@ -1,6 +1,8 @@
 """SmolTalk: general conversations, in the edition for small models, https://arxiv.org/abs/2502.02737"""
 
-from nanochat_jax.tasks.hub import HubTask
+from typing import Unpack
+
+from nanochat_jax.tasks.hub import HubOptions, HubTask
 from nanochat_jax.tasks.task import message_fault
 
 
@@ -14,11 +16,11 @@ class SmolTalk(HubTask):
     repo = "HuggingFaceTB/smol-smoltalk"
     subset = "default"
     columns = ("messages",)
-    splits = {"train": "train", "test": "test"}  # noqa: RUF012
+    splits = ("train", "test")
 
-    def __init__(self, split: str = "train", *, repo: str | None = None, **kwargs):
+    def __init__(self, split: str = "train", *, repo: str = "", **options: Unpack[HubOptions]):
         self.repo = repo or self.repo
-        super().__init__(split, **kwargs)
+        super().__init__(split, **options)
 
     def conversation(self, row: dict) -> dict:
         messages = row["messages"]

@@ -6,74 +6,51 @@ word in HELD_OUT belongs to the test split alone, so that a test asks for words 
 """
 
 import hashlib
-import operator
 import random
 import zlib
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Unpack
 
-from nanochat_jax.files.digest import digest_of
 from nanochat_jax.tasks.gsm8k import GSM8K
-from nanochat_jax.tasks.hub import find_file
-from nanochat_jax.tasks.task import Task
+from nanochat_jax.tasks.hub import WORD_LIST, find_file
+from nanochat_jax.tasks.task import MadeUpTask, Slice, question_and_answer, require_text
 
-WORD_LIST = "words_alpha.txt"
 HELD_OUT = 20  # the checksum of a word decides, so that other words in the list change nothing for it
 TEST_SEED = 10_000_000  # example i has the seed i, in the test split TEST_SEED + i
 LIST_SEED = 42  # shuffles SimpleSpelling's list, else example i of both tasks would have the same word
 
-SPELL = (
-    "Spell {word}",
-    "Please spell {word}",
-    "Can you spell {word}?",
-    "How is {word} spelled?",
-    "How do you spell {word}?",
-    "Spell the word {word}",
-    "Spell {word} for me",
-    "Spell out {word}",
-    "Spell {word} letter by letter",
-    "Give me the letters of {word}",
-    "Which letters make up {word}?",
-    "What is the spelling of {word}?",
-    "List the letters of the word {word}",
-    "I need the spelling of {word}",
-    "Take {word} apart into letters",
-    "Write {word} one letter at a time",
-)
-COUNT = (
-    "How often is {letter} in {word}?",
-    "How often does {letter} occur in {word}?",
-    "How often does the letter {letter} come up in {word}?",
-    "How many times does {word} have the letter {letter}?",
-    "How many times do you see {letter} in {word}?",
-    "How many times is {letter} used to write {word}?",
-    "How many letters {letter} does {word} have?",
-    "How many of the letters in {word} are {letter}?",
-    "How many {letter} does one need to write {word}?",
-    "How many {letter} can you find in the word {word}?",
-    "In {word}, how many letters are {letter}?",
-    "In the word {word}, how often do you find {letter}?",
-    "If you spell {word}, how often do you say {letter}?",
-    "Looking at {word}, how many {letter} are there?",
-    "What is the number of letters {letter} in {word}?",
-    "What number of {letter} does {word} contain?",
-    "What do you get when you count {letter} in {word}?",
-    "Does {word} have any {letter}, and how many?",
-    "Can you say how many {letter} the word {word} has?",
-    "Could you count {letter} in {word} for me?",
-    "Do you know how many times {letter} is in {word}?",
-    "I want to know how many {letter} are in {word}",
-    "I wonder how often {letter} stands in {word}",
-    "Please count the letter {letter} in {word}",
-    "Please tell me how often {word} has {letter}",
-    "Count {letter} in {word}",
-    "Count how often the letter {letter} is in {word}",
-    "Go through {word} and count every {letter}",
-    "Find every {letter} in {word} and say how many there are",
-    "Give the number of times that {letter} is in {word}",
-    "{word}: how many {letter}?",
-    "The word is {word}, the letter is {letter}, how many are there?",
-)
+
+def split_questions(table: str) -> list[str]:
+    """Questions that stand in lines, with | between two of a line."""
+    return table.strip().replace("\n", " | ").split(" | ")
+
+
+SPELL = split_questions("""
+Spell {word} | Please spell {word} | Can you spell {word}? | How is {word} spelled? | How do you spell {word}?
+Spell the word {word} | Spell {word} for me | Spell out {word} | Spell {word} letter by letter
+Give me the letters of {word} | Which letters make up {word}? | What is the spelling of {word}?
+List the letters of the word {word} | I need the spelling of {word} | Take {word} apart into letters
+Write {word} one letter at a time
+""")
+COUNT = split_questions("""
+How often is {letter} in {word}? | How often does {letter} occur in {word}?
+How often does the letter {letter} come up in {word}? | How many times does {word} have the letter {letter}?
+How many times do you see {letter} in {word}? | How many times is {letter} used to write {word}?
+How many letters {letter} does {word} have? | How many of the letters in {word} are {letter}?
+How many {letter} does one need to write {word}? | How many {letter} can you find in the word {word}?
+In {word}, how many letters are {letter}? | In the word {word}, how often do you find {letter}?
+If you spell {word}, how often do you say {letter}? | Looking at {word}, how many {letter} are there?
+What is the number of letters {letter} in {word}? | What number of {letter} does {word} contain?
+What do you get when you count {letter} in {word}? | Does {word} have any {letter}, and how many?
+Can you say how many {letter} the word {word} has? | Could you count {letter} in {word} for me?
+Do you know how many times {letter} is in {word}? | I want to know how many {letter} are in {word}
+I wonder how often {letter} stands in {word} | Please count the letter {letter} in {word}
+Please tell me how often {word} has {letter} | Count {letter} in {word}
+Count how often the letter {letter} is in {word} | Go through {word} and count every {letter}
+Find every {letter} in {word} and say how many there are | Give the number of times that {letter} is in {word}
+{word}: how many {letter}? | The word is {word}, the letter is {letter}, how many are there?
+""")
 QUOTES = ("", "'", '"')
 
 
@@ -96,21 +73,15 @@ def parse_words(data: bytes) -> list[str]:
     return words
 
 
-def draw_letter(word: str, rng: random.Random) -> str:
-    """The letter to count: nine times in ten one of the word's own."""
-    return rng.choice(word) if rng.random() < 0.9 else rng.choice(ascii_lowercase)
+class Spelling(MadeUpTask):
+    """What the two tasks share. A subclass defines exchange(word, rng) -> question and answer about the word."""
 
+    max_size = TEST_SEED
 
-class Spelling(Task):
-    """What the two tasks share. `size` is how many conversations there are, at most TEST_SEED."""
-
-    def __init__(self, split: str = "train", size: int = 1000, *, data_dir: Path | str | None = None, **slice_):
-        super().__init__(**slice_)
-        if split not in ("train", "test"):
-            raise ValueError(f"{self.name} has the splits train, test, got {split!r:.40}")
-        if not 1 <= operator.index(size) <= TEST_SEED:
-            raise ValueError(f"{self.name} needs a size from 1 to {TEST_SEED:,}, got {size}")
-        self.split, self.size = split, size
+    def __init__(
+        self, split: str = "train", size: int = 1000, *, data_dir: Path | str | None = None, **slice_: Unpack[Slice]
+    ):
+        super().__init__(split, size, **slice_)
         path = word_list(data_dir)
         data = path.read_bytes()
         self._digest = hashlib.sha256(data).hexdigest()
@@ -125,23 +96,12 @@ class Spelling(Task):
     def ordered(self, words: list[str]) -> list[str]:
         return words
 
-    def num_examples(self) -> int:
-        return self.size
-
-    def get_example(self, index: int) -> dict:
-        if not 0 <= index < self.size:
-            raise IndexError(f"{self.name} has {self.size} examples, there is no number {index}")
+    def make(self, index: int) -> dict:
         rng = random.Random(index + (TEST_SEED if self.split == "test" else 0))
-        question, answer = self.exchange(rng.choice(self.words), rng)
-        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-    def exchange(self, word: str, rng: random.Random) -> tuple[str, str | list[dict]]:
-        """Question and answer about `word`."""
-        raise NotImplementedError(f"{self.name} must define exchange(word, rng)")
+        return question_and_answer(*self.exchange(rng.choice(self.words), rng))
 
     def fingerprint(self) -> str:
-        parts = type(self).__name__, self._digest, self.split, self.size
-        return digest_of(*parts, self._slice(), self._sources())
+        return self.fingerprint_of(type(self).__name__, self._digest, self.split, self.size)
 
 
 class SimpleSpelling(Spelling):
@@ -152,12 +112,11 @@ class SimpleSpelling(Spelling):
         return words
 
     def exchange(self, word: str, rng: random.Random) -> tuple[str, str]:
-        return ask(SPELL, rng, word=quoted(word, rng)), spelled(word)
+        return ask(SPELL, rng, word=quoted(word, rng)), f"{word}:{','.join(word)}"
 
     def evaluate(self, conversation: dict, answer: str) -> int:
         """1 where the answer is the reference, white space around it aside."""
-        if not isinstance(answer, str):
-            raise ValueError(f"the answer must be text, got {type(answer).__name__}")
+        require_text(answer)
         return int(answer.strip() == conversation["messages"][-1]["content"])
 
 
@@ -167,12 +126,12 @@ class SpellingBee(Spelling):
     evaluate = GSM8K.evaluate  # the number after `#### ` decides
 
     def exchange(self, word: str, rng: random.Random) -> tuple[str, list[dict]]:
-        letter = draw_letter(word, rng)
+        letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(ascii_lowercase)  # often one of the word's own
         question = ask(COUNT, rng, word=quoted(word, rng), letter=quoted(letter, rng))
         return question, count_parts(word, letter)
 
 
-def ask(templates: tuple[str, ...], rng: random.Random, **slots: str) -> str:
+def ask(templates: list[str], rng: random.Random, **slots: str) -> str:
     """One of the questions about `slots`, in one of the ways in which people type it."""
     template = rng.choice(templates)
     if rng.random() < 0.3:
@@ -187,10 +146,6 @@ def quoted(text: str, rng: random.Random) -> str:
     return mark + text + mark
 
 
-def spelled(word: str) -> str:
-    return f"{word}:{','.join(word)}"
-
-
 def count_parts(word: str, letter: str) -> list[dict]:
     """The answer to how often `letter` is in `word`: spelled, counted by hand, checked with the tool."""
     lines, count = [], 0
@@ -201,8 +156,8 @@ def count_parts(word: str, letter: str) -> list[dict]:
     return [
         {
             "type": "text",
-            "text": f"I first count the letter '{letter}' in '{word}' by hand.\n\nThe word letter by letter:\n"
-            f"{spelled(word)}\n\nNow I go through it and look for '{letter}':\n{by_hand}\n\nThat makes {count}.",
+            "text": f"I first count the letter '{letter}' in '{word}' by hand.\n\nThe word letter by letter:\n{word}:"
+            f"{','.join(word)}\n\nNow I go through it and look for '{letter}':\n{by_hand}\n\nThat makes {count}.",
         },
         {"type": "text", "text": "\n\nPython can check this:\n\n"},
         {"type": "python", "text": f"'{word}'.count('{letter}')"},

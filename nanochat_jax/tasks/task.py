@@ -18,8 +18,20 @@ import operator
 import os
 import sys
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from nanochat_jax.files.digest import digest_of
+
+MAX_SIZE = 2**31 - 1  # conversations are numbered by int32
+
+
+class Slice(TypedDict, total=False):
+    """Which examples a task takes of its dataset, for signatures: **slice_: Unpack[Slice]."""
+
+    start: int
+    stop: int | None
+    step: int
+    clip: bool
 
 
 class Task:
@@ -43,7 +55,7 @@ class Task:
         raise NotImplementedError(f"{self.name} must define num_examples()")
 
     def get_example(self, index: int) -> dict:
-        """Conversation `index` of the whole dataset."""
+        """Conversation `index` of the whole dataset, where 0 <= index < num_examples()."""
         raise NotImplementedError(f"{self.name} must define get_example(index)")
 
     def evaluate(self, conversation: dict, answer: str) -> int | bool:
@@ -84,14 +96,82 @@ class Task:
                 raise ValueError(f"{self.name}, row {i} cannot be read: {type(e).__name__}: {e}") from e
         return digest.hexdigest()
 
-    def _slice(self) -> list:
-        return [self.start, self.stop, self.step, self.clip]
-
-    def _sources(self) -> list[str]:
-        """sha256 of the modules that define this task's class, up to Task: code decides conversations too."""
+    def fingerprint_of(self, *parts) -> str:
+        """sha256 (hex) of `parts` (JSON values), the slice, and the modules that define the task's class."""
         modules = {sys.modules[cls.__module__] for cls in type(self).__mro__ if cls is not object}
         files = sorted(m.__file__ for m in modules if getattr(m, "__file__", None))
-        return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+        code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+        return digest_of(*parts, [self.start, self.stop, self.step, self.clip], code)
+
+
+class MadeUpTask(Task):
+    """`size` problems that are made up as they are asked for, in a train and a test split.
+
+    A subclass defines make(index) -> conversation, which must depend on the arguments of the task and on nothing else.
+    """
+
+    max_size = MAX_SIZE
+
+    def __init__(self, split: str, size: int, **slice_: Unpack[Slice]):
+        super().__init__(**slice_)
+        if split not in ("train", "test"):
+            raise ValueError(f"{self.name} has the splits train, test, got {split!r:.40}")
+        if not 1 <= operator.index(size) <= self.max_size:
+            raise ValueError(f"{self.name} needs a size from 1 to {self.max_size:,}, got {size}")
+        self.split, self.size = split, size
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> dict:
+        if not 0 <= index < self.size:
+            raise IndexError(f"{self.name} has {self.size} examples, there is no number {index}")
+        return self.make(index)
+
+
+class AdaptedTask(Task):
+    """Any sequence of conversations as a Task. Its own evaluate, reward, name, eval_type, fingerprint count."""
+
+    def __init__(self, inner, **slice_: Unpack[Slice]):
+        super().__init__(**slice_)
+        self.inner = inner
+        self.eval_type = getattr(inner, "eval_type", Task.eval_type)
+
+    def num_examples(self) -> int:
+        return len(self.inner)
+
+    def get_example(self, index: int) -> dict:
+        return self.inner[index]
+
+    def evaluate(self, conversation: dict, answer: str) -> int | bool:
+        return (getattr(self.inner, "evaluate", None) or super().evaluate)(conversation, answer)
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        return float((getattr(self.inner, "reward", None) or super().reward)(conversation, answer))
+
+    @property
+    def name(self) -> str:
+        own = getattr(self.inner, "name", None)
+        return own if isinstance(own, str) else type(self.inner).__name__
+
+    def fingerprint(self) -> str:
+        own = getattr(self.inner, "fingerprint", None)
+        if not callable(own):
+            return super().fingerprint()
+        try:
+            return digest_of(own(), [self.start, self.stop, self.step, self.clip])
+        except Exception as e:
+            raise ValueError(f"{self.name}: fingerprint() must return text, {type(e).__name__}: {e}") from e
+
+
+def question_and_answer(question: str, answer: str | list[dict]) -> dict:
+    """A conversation of two messages; the answer is a text, or parts of text, code and what the code prints."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def require_text(answer: str) -> None:
+    if not isinstance(answer, str):
+        raise ValueError(f"the answer must be text, got {type(answer).__name__}")
 
 
 def message_fault(messages) -> str | None:
@@ -110,43 +190,6 @@ def message_fault(messages) -> str | None:
         if not isinstance(content, str):
             return f"the content of message {i} must be a string, got {type(content).__name__}"
     return None
-
-
-class AdaptedTask(Task):
-    """Any sequence of conversations as a Task. Its own evaluate, reward, name, eval_type, fingerprint count."""
-
-    def __init__(self, inner, start: int = 0, stop: int | None = None, step: int = 1, *, clip: bool = True):
-        super().__init__(start, stop, step, clip=clip)
-        self.inner = inner
-        self.eval_type = getattr(inner, "eval_type", Task.eval_type)
-
-    def num_examples(self) -> int:
-        return len(self.inner)
-
-    def get_example(self, index: int) -> dict:
-        return self.inner[index]
-
-    def evaluate(self, conversation: dict, answer: str) -> int | bool:
-        own = getattr(self.inner, "evaluate", None)
-        return own(conversation, answer) if own else super().evaluate(conversation, answer)
-
-    def reward(self, conversation: dict, answer: str) -> float:
-        own = getattr(self.inner, "reward", None)
-        return float(own(conversation, answer)) if own else super().reward(conversation, answer)
-
-    @property
-    def name(self) -> str:
-        own = getattr(self.inner, "name", None)
-        return own if isinstance(own, str) else type(self.inner).__name__
-
-    def fingerprint(self) -> str:
-        own = getattr(self.inner, "fingerprint", None)
-        if not callable(own):
-            return super().fingerprint()
-        try:
-            return digest_of(own(), self._slice())
-        except Exception as e:
-            raise ValueError(f"{self.name}: fingerprint() must return text, {type(e).__name__}: {e}") from e
 
 
 def load_task(spec: str, flag: str = "--task") -> Task:
@@ -174,21 +217,14 @@ def load_task(spec: str, flag: str = "--task") -> Task:
             made = made()
         except (Exception, SystemExit) as e:
             raise ValueError(f"{flag} {spec}: {attribute}() failed, {type(e).__name__}: {e}") from e
-    if isinstance(made, Task):
-        return _sized(made, f"{flag} {spec}")
-    if missing := [method for method in ("__len__", "__getitem__") if not hasattr(made, method)]:
-        raise ValueError(
-            f"{flag} {spec}: {attribute} is no sequence of conversations, it lacks {' and '.join(missing)}"
-        )
-    return _sized(AdaptedTask(made), f"{flag} {spec}")
-
-
-def _sized(task: Task, typed: str) -> Task:
-    """The task, when it can tell its length and name, as whatever a user wrote may not."""
+    if missing := [m for m in ("__len__", "__getitem__") if not hasattr(made, m)]:
+        lacks = " and ".join(missing)
+        raise ValueError(f"{flag} {spec}: {attribute} is no sequence of conversations, it lacks {lacks}")
+    task = made if isinstance(made, Task) else AdaptedTask(made)
     try:
         size, _ = len(task), task.name
-    except Exception as e:
-        raise ValueError(f"{typed}: its length and name must be known, {type(e).__name__}: {e}") from e
-    if not 0 < size < 2**31:
-        raise ValueError(f"{typed} must have from 1 to 2147483647 conversations, it has {size}")
+    except Exception as e:  # whatever a user's class does
+        raise ValueError(f"{flag} {spec}: its length and name must be known, {type(e).__name__}: {e}") from e
+    if not 0 < size <= MAX_SIZE:
+        raise ValueError(f"{flag} {spec} must have from 1 to {MAX_SIZE} conversations, it has {size}")
     return task

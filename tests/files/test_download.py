@@ -21,7 +21,7 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from nanochat_jax.files import download as module
-from nanochat_jax.files.download import DownloadError, download, fetch_dataset_files, list_dataset
+from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_dataset
 from tests.support.loopback import COMMIT, Answer, file_answer, isolate, serve_dataset, servers, together, use_hub
 
 BODY = bytes(range(256)) * 4096  # 1 MiB
@@ -248,7 +248,7 @@ def fetch(hub, tmp_path, said):
     def run(*paths):
         folder = tmp_path / "d"
         folder.mkdir(exist_ok=True)
-        fetch_dataset_files("o/n", "main", {path: path.rpartition("/")[2] for path in paths}, folder, said.append)
+        fetch_parquet("o/n", "main", {path: path.rpartition("/")[2] for path in paths}, folder, said.append)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     return run
@@ -324,8 +324,8 @@ def test_the_first_failure_stops_all_and_leaves_no_half_file(fetch, hub, server,
 def test_ctrl_c_does_not_wait_for_transfers(hub, server, tmp_path):
     hold = threading.Event()
     server.answers[hub.file("s/0.parquet", "main")] = file_answer(FILES["s/0.parquet"], sent=50, hold=hold)
-    code = "import pathlib, sys; from nanochat_jax.files.download import fetch_dataset_files"
-    code += '; fetch_dataset_files("o/n", "main", {"s/0.parquet": "0.parquet"}, pathlib.Path(sys.argv[1]))'
+    code = "import pathlib, sys; from nanochat_jax.files.download import fetch_parquet"
+    code += '; fetch_parquet("o/n", "main", {"s/0.parquet": "0.parquet"}, pathlib.Path(sys.argv[1]))'
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
     assert server.held.wait(60)
     process.send_signal(signal.SIGINT)
@@ -357,7 +357,7 @@ def test_a_full_disk_is_noticed_before_the_transfer_or_in_it(fetch, server, monk
 def test_a_folder_that_cannot_be_written_is_a_sentence(hub, tmp_path):
     (tmp_path / "d").write_text("a file, not a folder")
     with pytest.raises(DownloadError, match=r"cannot be written .*NANOCHAT_BASE_DIR"):
-        fetch_dataset_files("o/n", "main", {"s/0.parquet": "0.parquet"}, tmp_path / "d", str)
+        fetch_parquet("o/n", "main", {"s/0.parquet": "0.parquet"}, tmp_path / "d", str)
 
 
 def test_offline_the_hub_is_not_asked(fetch, server, monkeypatch):
@@ -372,7 +372,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch, tmp_path, wai
     use_hub(monkeypatch, "http://127.0.0.1:1")
     for ask in (
         lambda: list_dataset("o/n", "main"),
-        lambda: fetch_dataset_files("o/n", COMMIT, {"s/0.parquet": "0.parquet"}, tmp_path),
+        lambda: fetch_parquet("o/n", COMMIT, {"s/0.parquet": "0.parquet"}, tmp_path),
     ):
         with pytest.raises(DownloadError, match=r"cannot be reached .*name a mirror with HF_ENDPOINT"):
             ask()

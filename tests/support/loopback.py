@@ -123,7 +123,7 @@ def together(server, hold, start, tmp_path):
         deadline = time.monotonic() + 60
         while "another process is downloading" not in said.read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert server.held.is_set()
+        assert server.held.wait(60)
         hold.set()
         return [process.wait(60) for process in both], said.read_text()
 

@@ -4,14 +4,13 @@ import json
 import subprocess
 import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import nanochat_jax
-from nanochat_jax.tasks import ARC, HumanEval
+from nanochat_jax.tasks import ARC, HumanEval, humaneval, sandbox
 from nanochat_jax.tasks.humaneval import extract_imports, extract_program
 
 
@@ -105,10 +104,7 @@ calls = []
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    stand_in = ModuleType("nanochat_jax.tasks.sandbox")
-    stand_in.run = run
-    monkeypatch.setitem(sys.modules, "nanochat_jax.tasks.sandbox", stand_in)
-    monkeypatch.setattr(nanochat_jax, "sandbox", stand_in, raising=False)
+    monkeypatch.setattr(humaneval, "sandbox", SimpleNamespace(run=run))
     calls.clear()
     write_split(tmp_path, "openai/openai_humaneval", "openai_humaneval", "test", [ROW])
     return HumanEval(data_dir=tmp_path)
@@ -211,7 +207,6 @@ def test_imports_are_those_before_anything_else():
 
 
 def test_the_sandbox_gives_the_same_verdicts(tmp_path):
-    sandbox = pytest.importorskip("nanochat_jax.tasks.sandbox")
     if fault := sandbox.guard_fault():
         pytest.skip(fault)
     write_split(tmp_path, "openai/openai_humaneval", "openai_humaneval", "test", [ROW])

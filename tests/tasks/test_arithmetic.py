@@ -195,5 +195,5 @@ def test_the_fingerprint_follows_everything_that_changes_the_problems():
 
 
 def test_a_fingerprint_reads_no_conversation(monkeypatch):
-    monkeypatch.delattr(Arithmetic, "get_example")
+    monkeypatch.delattr(Arithmetic, "make")
     assert len(Arithmetic().fingerprint()) > 8

@@ -295,7 +295,11 @@ def test_the_identity_conversations_are_the_users_choice(server, tmp_path, monke
     with pytest.raises(FileNotFoundError, match=r"to download it: curl -L -o .*/identity$"):
         hub.find_file(name)
     assert server.requests == []
-    assert hub.fetch_file(name) == tmp_path / "base" / name == hub.find_file(name)
+    assert (
+        download.download(hub.SOURCES[name], tmp_path / "base" / name)
+        == tmp_path / "base" / name
+        == hub.find_file(name)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

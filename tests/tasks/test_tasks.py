@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.files.digest import file_digest
+from nanochat_jax.files.parquet import read_files
 from nanochat_jax.tasks import GSM8K, MMLU, CustomJSON, SmolTalk, Task, TaskMixture, TaskSequence, load_task
 from nanochat_jax.tasks import custom_json as custom_json_module
 from nanochat_jax.tasks.gsm8k import answer_parts, final_answer
-from nanochat_jax.tasks.hub import load_split
+from nanochat_jax.tasks.hub import split_files
 from nanochat_jax.tasks.multiple_choice import choice_conversation
 
 
@@ -144,7 +145,8 @@ def test_rows_come_in_nanochats_permuted_order_also_across_files(tmp_path):
     order = [4, 2, 3, 1, 0]  # numpy's default_rng(42).permutation(5)
     assert [conversation["messages"][0]["content"] for conversation in task] == [f"q{i}" for i in order]
     assert users(GSM8K("train", data_dir=tmp_path, start=1, stop=3)) == "q2q3"
-    assert load_split("openai/gsm8k", "main", "train", tmp_path)["question"].to_pylist() == PROBLEMS["question"]
+    table = read_files(split_files("openai/gsm8k", "main", "train", tmp_path), ("question",))
+    assert table["question"].to_pylist() == PROBLEMS["question"]
 
 
 def test_a_mirror_is_found_by_argument_then_environment_then_base_directory(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
-"""Runs Python that a model wrote, without trusting it: its own process, shut in by the kernel before the first line.
+"""Runs Python that a model wrote without trusting it: in a process that the kernel locks in before the first line.
 
-guard.py says what the process cannot do. Not covered: faults of the kernel, side channels; and where the machine allows
-no namespaces, names and sizes of files whose path the program guesses. A program runs in the interpreter that judges
-it, so `ok` is no proof against one that looks for the guard's own variables.
+guard.py says what the process cannot do. Not covered are faults of the kernel and side channels; and, where the machine
+allows no namespaces, the names and sizes of files whose path the program guesses. A program runs in the interpreter
+that judges it, so `ok` is no proof against a program that looks for the guard's own variables.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ GUARD = Path(__file__).with_name("guard.py")
 OUTPUT_BYTES = 1 << 16  # kept of stdout and of stderr each; what follows is read and thrown away
 START_SECONDS = 30.0  # for the interpreter and the guard, before the program's own time begins
 MAX_SECONDS = 86_400
-READY = "ready"
 
 
 class GuardError(RuntimeError):
@@ -35,8 +34,8 @@ class GuardError(RuntimeError):
 class Result:
     """What became of a program.
 
-    reason: "" the program ran to its last line; "error" an exception, told at the end of stderr; "memory" it was
-    MemoryError; "timeout"; "exit" it left before its end, with whatever code; "signal" the interpreter crashed.
+    reason: "" the program ran to its last line; "error" an exception, which stderr ends with; "memory" MemoryError;
+    "timeout"; "exit" it left before its end, with whatever code; "signal" the interpreter crashed.
     """
 
     stdout: str
@@ -66,7 +65,7 @@ def run(program: str, *, timeout: float = 5.0, memory_bytes: int = 256 << 20, un
 
 @functools.cache
 def guard_fault() -> str | None:
-    """One sentence why this machine cannot hold a program, None where it can: found by shutting one in."""
+    """Why this machine cannot lock a program in, in one sentence, None where it can: found by trying."""
     if sys.platform != "linux":
         return f"the sandbox needs Linux with Landlock and seccomp, and this is {sys.platform}"
     try:
@@ -77,15 +76,16 @@ def guard_fault() -> str | None:
 
 
 def _run(program: str, timeout: float, memory_bytes: int, unsafe: bool) -> Result:
-    done = 3 + secrets.randbelow(117)  # the exit status that says "ran to its end": the program cannot know it
-    order = {"program": program, "memory_bytes": memory_bytes, "cpu_seconds": math.ceil(timeout) + 1, "unsafe": unsafe}
+    done = 3 + secrets.randbelow(117)  # the exit status that means "ran to its end": the program cannot know it
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True))
+        source = stack.enter_context(tempfile.TemporaryFile())
         status, report = os.pipe()
         stack.callback(os.close, status)
         try:
-            source = stack.enter_context(tempfile.TemporaryFile())
-            source.write(json.dumps(order | {"done": done, "folder": folder, "status": report}).encode())
+            limits = {"memory_bytes": memory_bytes, "cpu_seconds": math.ceil(timeout) + 1, "unsafe": unsafe}
+            start = {"program": program, "folder": folder, "status": report, "done": done, **limits}
+            source.write(json.dumps(start).encode())
             source.seek(0)
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", str(GUARD)],
@@ -101,18 +101,18 @@ def _run(program: str, timeout: float, memory_bytes: int, unsafe: bool) -> Resul
             os.close(report)
         with process:
             try:
-                said, stdout, stderr, in_time = _watch(process, status, timeout)
+                state, stdout, stderr, in_time = _watch(process, status, timeout)
             finally:
                 if unsafe or process.poll() is None:  # a guarded process has no children
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.killpg(process.pid, signal.SIGKILL)
-    if said.strip() != READY:
-        raise GuardError(said.strip() or f"the guard did not start: {stderr.strip()[-300:] or process.returncode}")
+    if state.strip() != "ready":
+        raise GuardError(state.strip() or f"the guard did not start: {stderr.strip()[-300:] or process.returncode}")
     return Result(stdout, stderr, _reason(process.returncode, done, in_time, stderr))
 
 
 def _watch(process: subprocess.Popen, status: int, timeout: float) -> tuple[str, str, str, bool]:
-    """What came out of the three pipes, and whether the process ended in time. Time runs from the guard's report on."""
+    """The guard's state, stdout, stderr, and whether the process ended in time, counted from when the state came."""
     pipes = [status, process.stdout.fileno(), process.stderr.fileno()]
     kept = {pipe: bytearray() for pipe in pipes}
     deadline = time.monotonic() + START_SECONDS
@@ -127,13 +127,10 @@ def _watch(process: subprocess.Popen, status: int, timeout: float) -> tuple[str,
                     selector.unregister(key.fd)
                     if key.fd == status:
                         deadline = time.monotonic() + timeout
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.0, deadline - time.monotonic()))
-        in_time = True
-    except subprocess.TimeoutExpired:
-        in_time = False
-    said, stdout, stderr = (kept[pipe].decode(errors="replace") for pipe in pipes)
-    return said, stdout, stderr, in_time
+    state, stdout, stderr = (kept[pipe].decode(errors="replace") for pipe in pipes)
+    return state, stdout, stderr, process.returncode is not None
 
 
 def _reason(code: int, done: int, in_time: bool, stderr: str) -> str:

@@ -1,6 +1,6 @@
-"""The inside of the sandbox: shuts its own process in, then runs the program. Started by sandbox.run as a script.
+"""The inside of the sandbox: locks its own process in, then runs the program. Started by sandbox.run as a script.
 
-Layers, each for itself (kernel documentation: userspace-api/landlock, userspace-api/seccomp_filter; man namespaces):
+Independent layers (kernel documentation: userspace-api/landlock, userspace-api/seccomp_filter; man namespaces):
 - limits: address space, processor time, file size, open files, no core;
 - namespaces of its own, where the machine allows them: no network interface, no shared memory, and a root directory
   that holds what it may read and a small folder in memory. Without them it sees the names of the machine's files, and
@@ -170,8 +170,8 @@ def seccomp() -> None:
     check(LIBC.prctl(22, 2, rules, 0, 0), "seccomp")
 
 
-def shut(folder: str, cpu_seconds: int, memory_bytes: int, unsafe: bool) -> str:
-    """Shuts this process in; "" or, in words, the first required layer that this machine does not have."""
+def lock_in(folder: str, cpu_seconds: int, memory_bytes: int, unsafe: bool) -> str:
+    """Lock this process in; "" or, in words, the first required layer that this machine does not have."""
     for kind, value in {"CPU": cpu_seconds, "FSIZE": FILE_BYTES, "NOFILE": 64, "CORE": 0}.items():
         limit(getattr(resource, f"RLIMIT_{kind}"), value)
     writable = folder if unsafe else None
@@ -196,13 +196,12 @@ def shut(folder: str, cpu_seconds: int, memory_bytes: int, unsafe: bool) -> str:
 
 
 def main() -> None:
-    order = json.load(sys.stdin)
+    settings = json.load(sys.stdin)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    status, done, end = order.pop("status"), order.pop("done"), os._exit
-    source = order.pop("program")
-    fault = shut(**order)
+    status, done, source, end = *(settings[name] for name in ("status", "done", "program")), os._exit
+    fault = lock_in(settings["folder"], settings["cpu_seconds"], settings["memory_bytes"], settings["unsafe"])
     os.write(status, (fault or "ready").encode())
     os.close(status)
     if fault:
