@@ -38,8 +38,8 @@ class MuonState(NamedTuple):
 def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransformationExtraArgs:
     """Gradients of matrices (out, in) -> orthogonalized Nesterov momentum, float32. `update` reads muon_momentum.
 
-    b2 is the decay of the second moment, compute_dtype the type that the momentum is rounded to before devices exchange
-    and orthogonalize it. Matrices of one shape are one stack; with a mesh in force each device takes whole ones.
+    b2 is the decay of the second moment, compute_dtype the type in which the devices exchange and orthogonalize the
+    momentum. Matrices of one shape are one stack; with a mesh in force each device takes whole ones.
     """
 
     def init(params):
@@ -114,13 +114,12 @@ def orthogonalize_stack(U: jax.Array, second: jax.Array, b2: float) -> tuple[jax
 
 
 def orthogonalize(U: jax.Array) -> jax.Array:
-    """[...,r,c] -> [...,r,c] with singular values near 1 and Frobenius norm sqrt(min(r, c)), all in float32.
+    """[...,r,c] -> float32 [...,r,c] with singular values near 1 and Frobenius norm sqrt(min(r, c)).
 
-    A matrix of zeros stays zero."""
+    The iteration runs in U's dtype, as nanochat's does in bfloat16. A matrix of zeros stays zero."""
     r, c = U.shape[-2:]
-    U = U.astype(jnp.float32)
     rows = jnp.linalg.norm(U, axis=-1, keepdims=True)
-    U = U * ((frobenius_norm(U) / r**0.5) / jnp.maximum(rows, 1e-6))
+    U = U * ((frobenius_norm(U) / r**0.5) / jnp.maximum(rows, 1e-6)).astype(U.dtype)
     X = U / (1.01 * frobenius_norm(U) + 1e-6)
     for a, b, c3 in POLAR_EXPRESS:
         if r > c:  # the same polynomial with the smaller of the two square matrices
@@ -129,6 +128,7 @@ def orthogonalize(U: jax.Array) -> jax.Array:
         else:
             A = X @ X.mT
             X = a * X + (b * A + c3 * (A @ A)) @ X
+    X = X.astype(jnp.float32)
     return X * (min(r, c) ** 0.5 / jnp.maximum(frobenius_norm(X), 1e-6))
 
 

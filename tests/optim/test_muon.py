@@ -1,6 +1,7 @@
 """Muon's parts by themselves; whole steps of it are in test_groups.py and tests/golden/test_optimizer.py."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.optim.muon import orthogonalize, reduce_variance
@@ -12,6 +13,18 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
         values = np.linalg.svd(X, compute_uv=False)
         assert values.min() > 0.6 and values.max() < 1.4
         np.testing.assert_allclose(np.linalg.norm(X), 24**0.5, rtol=1e-5)
+
+
+def test_the_iteration_multiplies_in_the_compute_type():
+    """Else an accelerator multiplies float32 matrices, at a fraction of its rate; nanochat iterates in bfloat16."""
+    for dtype in (jnp.bfloat16, jnp.float32):
+        program = jax.make_jaxpr(orthogonalize)(jnp.ones((3, 16, 8), dtype))
+        products = [equation.invars[0].aval.dtype for equation in program.eqns if "dot_general" in str(equation)]
+        assert len(products) == 15 and set(products) == {jnp.dtype(dtype)}
+    U = jax.random.normal(jax.random.key(0), (16, 8))
+    rounded = orthogonalize(U.astype(jnp.bfloat16))
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_allclose(rounded, orthogonalize(U), atol=0.05)
 
 
 def test_a_zero_gradient_changes_nothing_but_the_decay():
