@@ -1,6 +1,5 @@
 """The tools print what they promise. Run: python -m pytest tests/tools"""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,13 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_attention
+import bench_device
+import bench_rollout
+import bench_sft
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nanochat_jax.model.attention import NAMES
-from nanochat_jax.model.gpt import GPTConfig, abstract_gpt, window_sizes
+from nanochat_jax.model.gpt import abstract_gpt
+from tests.support.models import tiny_config
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--depth=1", "--width=64", "--head-dim=16", "--vocab-size=256", "--seq-len=64", "--batch-size=8", "--steps=3"]
@@ -25,13 +29,12 @@ TINY_ROLLOUT += ["--samples=4", "--new-tokens=20", "--slots=4", "--repeats=1", "
 
 
 @pytest.fixture
-def bench(tool, monkeypatch, capfd):
+def bench(monkeypatch, capfd):
     """Runs a benchmark as its command line does, in this process -> (lines of output, what went to stderr).
 
     The yardsticks run in it as they are, but in two short samples, and their large arrays hold ones: random numbers and
     repetitions take seconds, and change nothing that is promised about the output."""
-    device, normal = tool("bench_device"), jax.random.normal
-    timed = device.seconds_per_call
+    normal, timed = jax.random.normal, bench_device.seconds_per_call
 
     def briefly(call, *, samples, least):
         return timed(call, samples=min(samples, 2), least=min(least, 0.01))
@@ -46,7 +49,7 @@ def bench(tool, monkeypatch, capfd):
         out, err = capfd.readouterr()
         return out.splitlines(), err
 
-    monkeypatch.setattr(device, "seconds_per_call", briefly)
+    monkeypatch.setattr(bench_device, "seconds_per_call", briefly)
     monkeypatch.setattr(jax.random, "normal", drawn)
     return run
 
@@ -67,60 +70,40 @@ def test_the_benchmark_prints_one_line_of_json(bench):
     assert result["matmul_share"] == pytest.approx(rates[0] / result["matmul_gflops_per_second"], rel=0.01)
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """A tool by its name, as a module."""
-    sys.path.insert(0, str(ROOT / "tools/bench"))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/bench/{name}.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    sys.path.remove(str(ROOT / "tools/bench"))
-
-
-def test_settings_that_cannot_be_built_are_refused_with_a_sentence(tool, monkeypatch):
+def test_settings_that_cannot_be_built_are_refused_with_a_sentence(monkeypatch):
     command = [sys.executable, ROOT / "tools/bench/bench_sft.py", "--width", "70", "--head-dim", "16"]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --width=70 must be a multiple of --head-dim=16")
-    sft = tool("bench_sft")
     for flags, sentence in (
         (("--kv-heads", "3"), "--kv-heads=3 must divide the 4 query heads"),
         (("--window-pattern", "X"), "--window-pattern must be made of the letters S and L"),
     ):
         monkeypatch.setattr(sys, "argv", ["bench", *flags])
         with pytest.raises(ValueError, match=sentence):
-            sft.main(sft.parse(sft.Bench, sft.PRESETS))
+            bench_sft.main(bench_device.parse(bench_sft.Bench, bench_sft.PRESETS))
 
 
 @pytest.mark.parametrize(("name", "depth", "width"), [("d12", 12, 768), ("d20", 20, 1280), ("d26", 26, 1664)])
-def test_presets_are_nanochats_shapes_and_flags_beside_them_hold(tool, name, depth, width, monkeypatch):
+def test_presets_are_nanochats_shapes_and_flags_beside_them_hold(name, depth, width, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "--preset", name, "--batch-size=3"])
-    sft = tool("bench_sft")
-    cfg = sft.parse(sft.Bench, sft.PRESETS)
+    cfg = bench_device.parse(bench_sft.Bench, bench_sft.PRESETS)
     assert (cfg.preset, cfg.batch_size, cfg.seq_len) == (name, 3, 2048)
-    config = sft.model_config(cfg, cfg.seq_len)
+    config = bench_device.model_config(cfg, cfg.seq_len)
     assert (config.n_layer, config.n_embd, config.head_dim, config.vocab_size) == (depth, width, 128, 32768)
     assert config.windows[:4] == (512, 512, 512, 2048)
 
 
-def test_the_optimizers_products_are_those_of_every_matrix(tool):
-    windows = window_sizes("L", 1, 64)
-    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "value_embed_scale": 0.0}
-    config = GPTConfig(sequence_len=64, vocab_size=64, padded_vocab=64, windows=windows, **shape)
+def test_the_optimizers_products_are_those_of_every_matrix():
+    config = tiny_config(n_layer=1, n_head=2, n_kv_head=1, windows=(-1,), value_embed_scale=0.0)
     sides = [(64, 64), (32, 64), (32, 64), (64, 64), (64, 256), (64, 256)]  # q, k, v, proj; fc, proj
     expected = sum(5 * (4 * s * s * l + 2 * s**3) for s, l in sides)
-    assert tool("bench_sft").orthogonalization_flops(abstract_gpt(config)[1]) == expected
+    assert bench_sft.orthogonalization_flops(abstract_gpt(config)[1]) == expected
 
 
 @pytest.mark.parametrize(("lengths", "shared"), [([5, 9, 2], 3), ([40, 40], 2), ([1], 1)])
-def test_the_keys_that_decoding_must_read_are_those_that_some_row_sees(tool, lengths, shared):
+def test_the_keys_that_decoding_must_read_are_those_that_some_row_sees(lengths, shared):
     prompt, windows = 12, (6, 30, -1)
-    shape = {"n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 64}
-    config = GPTConfig(sequence_len=64, vocab_size=64, padded_vocab=64, windows=windows, **shape)
+    config = tiny_config(windows=windows)
     read = 0
     for window in windows:
         for t in range(max(lengths)):  # all rows at once
@@ -128,8 +111,8 @@ def test_the_keys_that_decoding_must_read_are_those_that_some_row_sees(tool, len
             seen = range(max(0, position - window) if window >= 0 else 0, position + 1)
             read += sum(key < prompt - 1 for key in seen)
             read += sum(key >= prompt - 1 for key in seen) * sum(length > t for length in lengths)
-    assert tool("bench_rollout").kv_tokens(config, prompt, lengths, shared) == read
-    assert tool("bench_rollout").kv_tokens(config, prompt, lengths, 1) >= read  # a prompt is read again for each
+    assert bench_rollout.kv_tokens(config, prompt, lengths, shared) == read
+    assert bench_rollout.kv_tokens(config, prompt, lengths, 1) >= read  # a prompt is read again for each
 
 
 def test_the_rollout_bench_tells_speed_and_the_share_of_memory_bandwidth(bench):
@@ -163,12 +146,11 @@ def test_the_attention_bench_times_what_runs_here_and_says_why_the_rest_does_not
     assert all(line["visible_pairs"] == pairs[line["packed"]] for line in lines if "forward" in line)
 
 
-def test_visible_pairs_are_counted_as_the_mask_shows_them(tool):
-    attention = tool("bench_attention")
-    cfg = attention.Bench(document_tokens=9)
+def test_visible_pairs_are_counted_as_the_mask_shows_them():
+    cfg = bench_attention.Bench(document_tokens=9)
     for window, packed in ((7, True), (-1, True), (7, False)):
-        case = attention.Case("reference", packed, window, 64, 8, 3, 1, 1)
-        k_start = attention.k_starts(cfg, case)
+        case = bench_attention.Case("reference", packed, window, 64, 8, 3, 1, 1)
+        k_start = bench_attention.k_starts(cfg, case)
         t = np.arange(64)
         visible = (t >= k_start[..., None]) & (t <= t[:, None])
         assert (np.arange(64) - k_start + 1).sum() == visible.sum()

@@ -1,13 +1,15 @@
 """What a compiled program does on one device, from the text of its HLO: products, memory traffic, collectives, with
-loop bodies counted as often as they run (the compiler's own cost analysis counts them once).
+loop bodies counted as often as they run (the compiler's own cost analysis counts them once). For the tools beside it.
 
-Counted is what is reached from the entry. How often a loop runs is read from its condition and its counter's step.
-FLOPs are 2 per multiply-add of every dot and convolution, also within fusions; a kernel (custom call) is opaque and has
-none here. Bytes are those of operands and results in the device's memory (not those the compiler keeps on the chip,
-S(1)), of slices and updates only the part: XLA may read less, so it is an upper bound. A collective that the compiler
-cut into several fusions is one, known by its channel, which collectives that stand alone may share; a fusion that sums
-and keeps a part (all-reduce-scatter) is a reduce-scatter. Bytes are what a device sends in a ring. `groups` has the
-same collectives by who takes part: (kind, devices of a group, distance of neighbours in the order of the mesh).
+- Counted is what is reached from the entry. How often a loop runs is read from its condition and its counter's step.
+- FLOPs are 2 per multiply-add of every dot and convolution, also within fusions; a kernel (custom call) is opaque and
+  has none here.
+- Bytes are those of operands and results in the device's memory (not those the compiler keeps on the chip, S(1)), of
+  slices and updates only the part: XLA may read less, so it is an upper bound.
+- Bytes of a collective are what a device sends in a ring. One that the compiler cut into several fusions counts once:
+  its pieces have one channel, which collectives that stand alone may share. A fusion that sums and keeps a part
+  (all-reduce-scatter) is a reduce-scatter. `groups` has the same collectives by who takes part: (kind, devices of a
+  group, distance of neighbours in the order of the mesh).
 """
 
 import dataclasses
@@ -137,7 +139,7 @@ def positions(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
     return count
 
 
-def trips(condition: dict[str, Instruction], body: dict[str, Instruction]) -> int | None:
+def loop_trips(condition: dict[str, Instruction], body: dict[str, Instruction]) -> int | None:
     """How often a loop runs, whose counter starts at 0: the integer that its condition compares with, over the step of
     the counter, which is 2 or more where the compiler has unrolled the body. None: no such integer."""
 
@@ -161,77 +163,57 @@ def trips(condition: dict[str, Instruction], body: dict[str, Instruction]) -> in
 
 
 def cost(text: str, *, unknown_trips: int = 1, rates: tuple[float, float] = (math.inf, math.inf)) -> Cost:
-    """rates: FLOP/s and bytes/s of a device, for `seconds`."""
+    """What the program with this text costs. unknown_trips: how often to count a loop whose length it does not say.
+    rates: FLOP/s and bytes/s of a device, for `seconds`."""
     computations, entry = parse(text)
-    total, seen = Cost(), set()
     shapes = {name: {i.name: i.shape for i in body.values()} for name, body in computations.items()}
-
-    def called(instruction, *names):
-        return [m[1] for name in names if (m := re.search(rf"{name}=%?([\w.\-]+)", instruction.rest))]
+    total, seen = Cost(), set()
 
     def flops_within(name: str) -> float:
         body = computations.get(name, {})
         own = sum(product_flops(i, shapes[name]) for i in body.values())
         return own + sum(flops_within(c) for i in body.values() for c in called(i, "calls"))
 
-    def collective(instruction, times, fusion=""):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+    def count_collective(instruction: Instruction, times: float, fusion: str = "") -> None:
+        if not (found := collective(instruction, fusion)):
             return
         if fusion:
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = channel[1] if channel else (fusion, instruction.name)
-            if (kind, key) in seen:
+            key = instruction.opcode.removesuffix("-start"), channel[1] if channel else (fusion, instruction.name)
+            if key in seen:
                 return
-            seen.add((kind, key))
-        sizes = [size for size, _, _ in arrays(instruction.shape)]
-        n, distance = group(instruction.rest)
-        if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-            sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]  # operand and result
-        if kind == "all-reduce" and fusion.startswith("all-reduce-scatter"):
-            kind, sizes = "reduce-scatter", [size / n for size in sizes]
-        factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
-        sent = sum(sizes) * factor.get(kind, (n - 1) / n)
-        for entry in (
-            total.collectives.setdefault(kind, [0, 0.0]),
-            total.groups.setdefault((kind, n, distance), [0, 0.0]),
-        ):
+            seen.add(key)
+        kind, n, distance, sent = found
+        for counts, name in ((total.collectives, kind), (total.groups, (kind, n, distance))):
+            entry = counts.setdefault(name, [0, 0.0])
             entry[0] += times
             entry[1] += times * sent
 
-    def within(name: str, times: float):
+    def visit_fusion(name: str, times: float) -> None:
         for instruction in computations.get(name, {}).values():
-            collective(instruction, times, name)
+            count_collective(instruction, times, name)
             for inner in called(instruction, "calls"):
-                within(inner, times)
+                visit_fusion(inner, times)
 
-    def visit(name: str, times: float):
+    def visit(name: str, times: float) -> None:
         for i in computations[name].values():
             if i.opcode == "while":
                 (condition,), (body,) = called(i, "condition"), called(i, "body")
-                count = trips(computations[condition], computations[body])
-                total.unknown_loops += count is None
-                visit(body, times * (count or unknown_trips))
+                trips = loop_trips(computations[condition], computations[body])
+                total.unknown_loops += trips is None
+                visit(body, times * (trips or unknown_trips))
             elif i.opcode in ("call", "conditional"):
                 for inner in called(i, "to_apply", "true_computation"):
                     visit(inner, times)
-            collective(i, times)
+            count_collective(i, times)
             if i.opcode == "fusion":
                 for inner in called(i, "calls"):
-                    within(inner, times)
+                    visit_fusion(inner, times)
             if i.opcode in FREE:
                 continue
             if i.opcode == "custom-call" and "tpu_custom_call" in i.rest:
                 total.kernels[re.sub(r"[.\d]+$", "", i.name)] += times
-            result = in_memory(i.shape)
-            if i.opcode in PART_READ:
-                moved = 2 * min(result, *(s for s, _, _ in arrays(i.shape)))
-            elif i.opcode == "dynamic-update-slice":
-                moved = 2 * in_memory(shapes[name].get(i.operands[1], ""))
-            elif i.opcode.endswith("-start"):
-                moved = result
-            else:
-                moved = result + sum(in_memory(shapes[name].get(operand, "")) for operand in i.operands)
+            moved = traffic(i, shapes[name])
             flops = product_flops(i, shapes[name]) + sum(flops_within(c) for c in called(i, "calls"))
             total.flops += times * flops
             total.bytes += times * moved
@@ -241,8 +223,43 @@ def cost(text: str, *, unknown_trips: int = 1, rates: tuple[float, float] = (mat
     return total
 
 
+def called(instruction: Instruction, *names: str) -> list[str]:
+    """The computations that these attributes of an instruction name."""
+    return [m[1] for name in names if (m := re.search(rf"{name}=%?([\w.\-]+)", instruction.rest))]
+
+
+def traffic(instruction: Instruction, shapes: dict[str, str]) -> float:
+    """Bytes that it reads from the device's memory and writes to it."""
+    result = in_memory(instruction.shape)
+    if instruction.opcode in PART_READ:
+        return 2 * min(result, *(size for size, _, _ in arrays(instruction.shape)))
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * in_memory(shapes.get(instruction.operands[1], ""))
+    if instruction.opcode.endswith("-start"):
+        return result
+    return result + sum(in_memory(shapes.get(operand, "")) for operand in instruction.operands)
+
+
+def collective(instruction: Instruction, fusion: str) -> tuple[str, int, int, float] | None:
+    """(kind, devices of a group, their distance, bytes that a device sends); None where it is no collective.
+
+    fusion: name of the fusion that it is in, or ""."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    sizes = [size for size, _, _ in arrays(instruction.shape)]
+    n, distance = group(instruction.rest)
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]  # operand and result
+    if kind == "all-reduce" and fusion.startswith("all-reduce-scatter"):
+        kind, sizes = "reduce-scatter", [size / n for size in sizes]
+    factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
+    return kind, n, distance, sum(sizes) * factor.get(kind, (n - 1) / n)
+
+
 def group(rest: str) -> tuple[int, int]:
-    """(devices that a collective goes over, distance between the first two of them in the order of the devices)"""
+    """(devices that a collective goes over, distance between the first two of them in the order of the devices), from
+    its attributes."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         over = re.findall(r"'(\w+)'", mesh[2])
