@@ -101,7 +101,7 @@ def make_optimizer(groups: Groups, compute_dtype=jnp.float32) -> optax.GradientT
     """The optimizer of the whole parameter tree. `update` must be given lr_multiplier and muon_momentum, may be given
     decay_multiplier (Muon's weight decay, default 1), and ignores keywords that no transform reads.
 
-    compute_dtype: what Muon's matrices are rounded to before they are exchanged and orthogonalized, in float32.
+    compute_dtype: the type in which Muon's matrices are exchanged and orthogonalized.
     """
 
     def transform(group):
