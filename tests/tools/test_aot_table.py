@@ -72,10 +72,7 @@ ENTRY %main (x: f32[8,16], w: f32[2,4]) -> f32[8,16] {
 def test_a_loop_counts_as_often_as_it_runs_and_a_collective_in_pieces_once():
     found = cost(PROGRAM)
     assert found.flops == 6 * 2 * 8 * 16 * 4  # 12 iterations in 6 passes of a body that was unrolled twice
-    assert found.collectives == {
-        "all-reduce": [6, 6 * 2 * 7 / 8 * 512],
-        "all-gather": [1, 7 / 8 * 256],
-    }
+    assert found.collectives == {"all-reduce": [6, 6 * 2 * 7 / 8 * 512], "all-gather": [1, 7 / 8 * 256]}
     assert found.groups == {
         ("all-reduce", 8, 1): found.collectives["all-reduce"],
         ("all-gather", 8, 1): found.collectives["all-gather"],

@@ -18,6 +18,7 @@ python tools/bench/bench_attention.py --backends mosaic_gpu cudnn --seq-lens 204
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -34,15 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax.cli.device import compute_dtype
+from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.model.attention import (
-    NAMES,
-    AttentionShapes,
-    attention,
-    choose_attention_backend,
-    first_key,
-)
+from nanochat_jax.model.attention import NAMES, AttentionShapes, attention, choose_attention_backend, first_key
 
 PER_PAIR = {"forward": 4, "backward": 10, "both": 14}  # FLOPs, times the head size
 INPUTS = 1 if jax.default_backend() == "cpu" else 4  # sets of arrays that calls take in turn
@@ -96,10 +92,8 @@ def cases(cfg: Bench) -> list[Case]:
     cpu = jax.default_backend() == "cpu"
     tokens, width = cfg.tokens or (8192 if cpu else 32768), cfg.width or (256 if cpu else 2048)
     sizes = (*cfg.seq_lens, *cfg.head_dims, cfg.group, cfg.samples, cfg.document_tokens, tokens, width)
-    require(
-        min(sizes) >= 1 and min(cfg.sample_seconds, cfg.seed) >= 0 and min(cfg.windows, default=0) >= -1,
-        "sizes must be above 0, windows at least 0, or -1 for no limit",
-    )
+    holds = min(sizes) >= 1 and min(cfg.sample_seconds, cfg.seed) >= 0 and min(cfg.windows, default=0) >= -1
+    require(holds, "sizes must be above 0, windows at least 0, or -1 for no limit")
     for H in cfg.head_dims:
         fits = width % (H * cfg.group) == 0
         require(fits, f"--width={width} must be a multiple of heads of {H} times --group={cfg.group}")
@@ -163,7 +157,7 @@ def draw(cfg: Bench, case: Case, dtype: Any) -> list[list[jax.Array]]:
 
 
 def measure(cfg: Bench, case: Case, dtype: Any, matmul: float) -> dict[str, Any]:
-    """Of one case: for every part seconds, their least and most, and rates."""
+    """Of one case: for every part the seconds of a call, their least and most, and rates."""
     k_start = k_starts(cfg, case).astype(np.int64)
     seen = int((np.arange(case.T) - k_start + 1).sum()) / INPUTS  # of a call, in the mean
     dense = case.B * case.T * (case.T + 1) / 2
@@ -186,22 +180,14 @@ def measure(cfg: Bench, case: Case, dtype: Any, matmul: float) -> dict[str, Any]
     return result
 
 
-def refusals(dtype: Any, windows: tuple[int, ...]) -> Callable[[Case], str | None]:
-    """Case -> why its backend cannot do it, as a sentence, or None. A kernel is tried once for heads and rows' kind."""
-    mesh, known = make_mesh("data=1,model=1"), {}
-
-    def why(case):
-        key = dataclasses.replace(case, window=0, T=0, B=0)
-        if key not in known:
-            try:
-                shapes = AttentionShapes(case.N, case.K, case.H, windows, case.T)
-                choose_attention_backend(case.backend, mesh, dtype, shapes, packed=case.packed)
-                known[key] = None
-            except ValueError as e:
-                known[key] = str(e).partition("cannot be used: ")[2] or str(e)
-        return known[key]
-
-    return why
+@functools.cache  # a kernel is tried once for all cases with these heads
+def refusal(backend: str, packed: bool, shapes: AttentionShapes, dtype: np.dtype) -> str | None:
+    """Why the backend cannot do it, as a sentence, or None."""
+    try:
+        choose_attention_backend(backend, make_mesh("data=1,model=1"), dtype, shapes, packed=packed)
+    except ValueError as e:
+        return str(e).partition("cannot be used: ")[2] or str(e)
+    return None
 
 
 def main(cfg: Bench) -> None:
@@ -210,10 +196,11 @@ def main(cfg: Bench) -> None:
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     matmul = matmul_rate(dtype)
     common = {"matmul_flops_per_second": round(matmul), "dtype": dtype.name, **facts(device)}
-    refused, lines = refusals(dtype, cfg.windows), []
+    lines = []
     for case in grid:
         line = dataclasses.asdict(case)
-        if why := refused(case):
+        shapes = AttentionShapes(case.N, case.K, case.H, cfg.windows, max(cfg.seq_lens))
+        if why := refusal(case.backend, case.packed, shapes, dtype):
             line["refused"] = why
         else:
             line |= measure(cfg, case, dtype, matmul)
@@ -248,7 +235,4 @@ def report(console: Console, lines: list[dict], common: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Bench))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    run_stage(main, tyro.cli(Bench))

@@ -17,11 +17,12 @@ python tools/bench/bench_rollout.py --preset d20     # 256 slots, 16 prompts of 
 
 import dataclasses
 import json
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from operator import truediv
+from statistics import median
+from typing import Literal
 
 import jax
 import numpy as np
@@ -29,10 +30,11 @@ from bench_device import DEPTHS, depth_shape, facts, memory_rate, model_config, 
 from flax import nnx
 
 from nanochat_jax.cli.device import choose_attention, compute_dtype
+from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.device_memory import beside_arguments
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.inference.engine import Engine, GenerationStats
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import arrange_slots
 from nanochat_jax.model.cost import parameter_counts
@@ -106,33 +108,15 @@ def kv_tokens(config: GPTConfig, prompt: int, lengths: Sequence[int], shared: in
     return own[last].sum() + max(of_prompt[-1], of_prompt[last].sum() / shared)
 
 
-class Run(NamedTuple):
-    """One call of `generate`."""
-
-    stats: GenerationStats
-    bytes_read: float  # by decoding, at the least
-    compiles: int  # programs until its end
-
-    @property
-    def device_seconds(self) -> float:
-        return self.stats.seconds - self.stats.host_seconds
-
-
 def main(cfg: Bench) -> None:
-    counts = (cfg.prompts, cfg.prompt_tokens, cfg.samples, cfg.repeats)
-    require(min(counts) >= 1, "sizes and counts must be at least 1")
+    sizes = (cfg.prompts, cfg.prompt_tokens, cfg.samples, cfg.repeats)
+    require(min(sizes) >= 1, "sizes and counts must be at least 1")
     config, mesh = model_config(cfg, cfg.sequence_len), make_mesh(cfg.mesh)
-    device = mesh.devices.flat[0]
+    device, T = mesh.devices.flat[0], cfg.prompt_tokens + cfg.new_tokens
     dtype = compute_dtype(cfg.dtype, device.platform)
-    attention = choose_attention(
-        cfg.attention,
-        config,
-        cfg.prompt_tokens + cfg.new_tokens,
-        mesh=mesh,
-        dtype=dtype,
-        log=partial(print, file=sys.stderr),
-        packed=True,  # as in RL's training, whose backend the prefill has
-    )
+    say = partial(print, file=sys.stderr)
+    # as in RL's training, whose backend the prefill has
+    attention = choose_attention(cfg.attention, config, T, mesh=mesh, dtype=dtype, log=say, packed=True)
     engine = Engine(
         config,
         tokenizer(cfg.vocab_size),
@@ -151,19 +135,14 @@ def main(cfg: Bench) -> None:
     weight_bytes = (counts["matrices"] + counts["lm_head"]) * dtype.itemsize * mesh.size
     key_value_bytes = 2 * config.kv_dim * engine.programs.layout.dtype.itemsize
     shared, _ = arrange_slots(cfg.prompts, cfg.samples, cfg.slots)
-    runs = []
+    runs, bytes_read, compiles = [], [], []
     for step in range(cfg.repeats + 1):
-        reports = []
-        results = engine.generate(params, prompts, sampling, samples=cfg.samples, step=step, report=reports.append)
-        (stats,) = reports
+        results = engine.generate(params, prompts, sampling, samples=cfg.samples, step=step, report=runs.append)
         keys = sum(kv_tokens(config, cfg.prompt_tokens, [len(s.tokens) for s in row], shared) for row in results)
-        bytes_read = weight_bytes * stats.decode_steps + key_value_bytes * keys
-        runs.append(Run(stats, bytes_read, engine.compiles))
-    warmup, *timed = runs
-
-    def median(value: Callable[[Run], float]) -> float:
-        return statistics.median(map(value, timed))
-
+        bytes_read.append(weight_bytes * runs[-1].decode_steps + key_value_bytes * keys)
+        compiles.append(engine.compiles)
+    (warmup, *timed), (_, *bytes_read) = runs, bytes_read
+    steps, device_seconds = [run.decode_steps for run in timed], [run.seconds - run.host_seconds for run in timed]
     peak_memory = (device.memory_stats() or {}).get("peak_bytes_in_use") or max(
         program.memory_analysis().argument_size_in_bytes + beside_arguments(program)
         for program in engine.programs.compiled.values()
@@ -171,19 +150,19 @@ def main(cfg: Bench) -> None:
     del params
     memory = memory_rate()
     result = {
-        "tokens_per_second": round(median(lambda run: run.stats.generated_tokens / run.stats.seconds)),
-        "ms_per_decode_step": round(median(lambda run: 1e3 * run.device_seconds / run.stats.decode_steps), 3),
-        "host_share": round(median(lambda run: run.stats.host_seconds / run.stats.seconds), 4),
-        "mbu": round(median(lambda run: run.bytes_read / run.device_seconds) / memory / mesh.size, 4),
-        "mb_per_decode_step": round(median(lambda run: run.bytes_read / run.stats.decode_steps) / 1e6, 2),
+        "tokens_per_second": round(median(run.generated_tokens / run.seconds for run in timed)),
+        "ms_per_decode_step": round(1e3 * median(map(truediv, device_seconds, steps)), 3),
+        "host_share": round(median(run.host_seconds / run.seconds for run in timed), 4),
+        "mbu": round(median(map(truediv, bytes_read, device_seconds)) / memory / mesh.size, 4),
+        "mb_per_decode_step": round(median(map(truediv, bytes_read, steps)) / 1e6, 2),
         "memory_gb_per_second": round(memory / 1e9, 2),
-        "seconds": [round(run.stats.seconds, 3) for run in timed],
-        "compiles_after_warmup": timed[-1].compiles - warmup.compiles,
-        "compiles": warmup.compiles,
-        "warmup_seconds": round(warmup.stats.seconds, 2),
+        "seconds": [round(run.seconds, 3) for run in timed],
+        "compiles_after_warmup": compiles[-1] - compiles[0],
+        "compiles": compiles[0],
+        "warmup_seconds": round(warmup.seconds, 2),
         "peak_memory_bytes": peak_memory,
-        "generated_tokens": timed[-1].stats.generated_tokens,
-        "decode_steps": timed[-1].stats.decode_steps,
+        "generated_tokens": timed[-1].generated_tokens,
+        "decode_steps": steps[-1],
         "platform": device.platform,
         "devices": mesh.size,
         "machine": facts(device)["device"],
@@ -196,7 +175,4 @@ def main(cfg: Bench) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(Bench, PRESETS))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    run_stage(main, parse(Bench, PRESETS))

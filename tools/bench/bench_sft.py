@@ -31,6 +31,7 @@ from bench_device import DEPTHS, depth_shape, document_starts, facts, matmul_rat
 from jax.sharding import Mesh
 
 from nanochat_jax.cli.device import peak_flops
+from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import StageConfig, require
 from nanochat_jax.distributed.mesh import make_mesh, row_shards
 from nanochat_jax.distributed.sharding import to_global
@@ -166,7 +167,4 @@ def main(cfg: Bench) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(Bench, PRESETS))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    run_stage(main, parse(Bench, PRESETS))

@@ -56,7 +56,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -z "$out" ] || case "$out" in /*) ;; *) out=$PWD/$out ;; esac
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." || exit 2
 out=${out:-$PWD/build/gpu_check}
 mkdir -p -- "$out" || fail "the folder $out cannot be made"
 python=${PYTHON:-.venv/bin/python}

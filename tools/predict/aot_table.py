@@ -23,13 +23,9 @@ from hlo_cost import cost
 from roofline import RATES, append, attention_flops, bounds, head_split, provenance, sending, spans
 
 from nanochat_jax.cli.device import peak_flops
+from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import require
-from nanochat_jax.distributed.device_memory import (
-    beside_arguments,
-    device_memory,
-    is_out_of_memory,
-    parse_memory_error,
-)
+from nanochat_jax.distributed.device_memory import beside_arguments, device_memory, is_out_of_memory, parse_memory_error
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.train import preflight
@@ -172,7 +168,4 @@ def main(table: Table) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Table))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    run_stage(main, tyro.cli(Table))

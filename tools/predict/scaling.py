@@ -48,6 +48,7 @@ from scaling_programs import Workload, model_of
 from scaling_table import render
 
 from nanochat_jax.cli.device import peak_flops
+from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import require
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
 
@@ -329,7 +330,4 @@ def main(s: Scaling) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what is being compiled ends too
-    try:
-        main(tyro.cli(Scaling))
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    run_stage(main, tyro.cli(Scaling))

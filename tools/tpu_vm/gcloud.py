@@ -177,11 +177,7 @@ class Gcloud:
             return Answer(0, b"", "")
         # A session of its own: Ctrl-C reaches the launcher, which decides what becomes of gcloud.
         process = subprocess.Popen(
-            command,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         out, err = bytearray(), bytearray()
 
