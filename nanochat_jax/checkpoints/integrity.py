@@ -1,8 +1,9 @@
-"""The seal of a checkpoint: a hash of every file of its folder <tag>/<step>, written last.
+"""The manifest of a checkpoint: a hash of every file of its folder <tag>/<step>, written last.
 
-Orbax finds neither a flipped bit nor an older step by itself, so only what is sealed counts, and is compared with its
-hashes before it is used. In a bucket (storage.py) files have their final names from the beginning, so that the seal
-alone tells a checkpoint from what a killed save has left; its hashes are those that the bucket keeps, of what arrived.
+Orbax finds neither a flipped bit nor an older step by itself. So a checkpoint counts only once it has its manifest, and
+its files are compared with the hashes before it is used. In a bucket files have their final names from the beginning,
+and only the manifest tells a checkpoint from what a killed save has left; there the hashes are those that the bucket
+keeps, of what has arrived.
 """
 
 import hashlib
@@ -19,21 +20,21 @@ MANIFEST = "INTEGRITY.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Record a hash of every file. Call when the save is committed; a checkpoint without its seal does not count."""
+    """Write the manifest of a checkpoint whose files are all there; from now on the checkpoint counts."""
     write_atomically(folder / MANIFEST, json.dumps(_digests(folder)).encode())
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of our own checkpoints in the folder, ascending; whether they are intact is another question."""
+    """Steps of our own checkpoints in the folder, ascending, also of those that are damaged."""
     names = {p.parent.name for p in folder.glob(f"*/{MANIFEST}")}
     return sorted(int(name) for name in names if name.isdigit() and name == str(int(name)))
 
 
 def is_intact(folder: Path) -> bool:
-    """Every file that was sealed is there and has its bytes. Files beside them do not matter."""
+    """Whether every file of the manifest is there with its bytes. Other files in the folder do not matter."""
     try:
         digests = json.loads((folder / MANIFEST).read_bytes())
-        return bool(digests) and _as_sealed(folder, digests)
+        return bool(digests) and _matches(folder, digests)
     except FileNotFoundError:
         return False
     except (OSError, ValueError, AttributeError, TypeError) as e:  # unreadable, or not the JSON that was written
@@ -43,7 +44,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def newest_intact(folder: Path, log: Callable = print0) -> int | None:
-    """The last step whose files are as they were sealed; newer damaged ones are named. None: there is none."""
+    """The last step that is intact, None where there is none; later ones that are damaged are named."""
     for step in reversed(steps(folder)):
         if is_intact(folder / str(step)):
             return step
@@ -52,7 +53,7 @@ def newest_intact(folder: Path, log: Callable = print0) -> int | None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; one that is deleted by half, because the process was killed, does not look like one."""
+    """Delete a checkpoint. If the process is killed meanwhile, what is left does not look like a checkpoint."""
     if bucket.in_bucket(folder):
         (folder / MANIFEST).unlink(missing_ok=True)
         folder.rmtree(missing_ok=True)
@@ -66,7 +67,7 @@ def discard(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what killed saves and deletions left in a run's folder. No other process may be saving there."""
     if bucket.in_bucket(folder):
-        bucket.Ownership(folder)  # first: a run that was believed lost must not seal what is swept away here
+        bucket.Ownership(folder)  # first: a run that was believed lost must not complete what is deleted here
         begun = {name.split("/")[0] for name in bucket.list_objects(folder) if "/" in name}
         for name in begun - {str(step) for step in steps(folder)}:
             if name.isdigit():
@@ -93,12 +94,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _as_sealed(folder: Path, sealed: Mapping[str, str]) -> bool:
-    """A folder that was copied from a bucket, or to one, has the other place's kind of hashes."""
+def _matches(folder: Path, manifest: Mapping[str, str]) -> bool:
+    """Whether the files have these hashes: MD5 where the manifest was made in a bucket, else SHA-256."""
     found = _digests(folder) if bucket.in_bucket(folder) else {}
     return all(
         (found.get(name) or bucket.md5(folder / name)) == digest
         if digest.startswith("md5:")
         else _digest(folder / name) == digest
-        for name, digest in sealed.items()
+        for name, digest in manifest.items()
     )

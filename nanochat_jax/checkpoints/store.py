@@ -53,7 +53,7 @@ class Saver:
         if self._owner:
             self._owner.check()
         if not processes.index() and target.exists():
-            integrity.discard(target)  # a damaged or unsealed leftover: an intact one would have been resumed from
+            integrity.discard(target)  # damaged or incomplete, else the run would have gone on from it
         processes.exchange("a checkpoint", step)  # the others must not find it there
         with _orbax():
             response = ocp.save_checkpointables_async(target, {**items, "meta": meta})
@@ -74,7 +74,7 @@ class Saver:
                 write_atomically(folder / MEASURED, json.dumps(_read_measured(folder) | numbers).encode())
 
     def wait(self) -> None:
-        """Until the last save is on disk, sealed; OSError tells what went wrong in the background."""
+        """Wait until the last save is on disk with its manifest; OSError tells what went wrong in the background."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -84,7 +84,7 @@ class Saver:
             raise OSError(f"the checkpoint could not be written to {self.folder}: {error}") from error
 
     def newest(self) -> str:
-        """For an error's end: where to go on from."""
+        """The end of an error's sentence: which checkpoint a run can go on from."""
         step = integrity.newest_intact(self.folder)
         return (
             f"the last good checkpoint is {self.folder / str(step)}" if step is not None else "there is no checkpoint"
@@ -105,7 +105,8 @@ class Saver:
 
 
 def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] | None, meta: dict) -> None:
-    """One sealed checkpoint folder <tag>/<step>, at once; what killed calls left of it is replaced."""
+    """Write a checkpoint folder <tag>/<step> with its manifest, and return when it is done; what a killed call has left
+    there is replaced."""
     if target.exists():
         integrity.discard(target)
     for leftover in target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*"):
@@ -142,7 +143,8 @@ def _read_measured(folder: Path) -> dict:
 
 
 def converted_from(folder: Path) -> str | None:
-    """sha256 of the file that a checkpoint was converted from, sealed or not; None where it was not, or is damaged."""
+    """SHA-256 of nanochat's file that a checkpoint was converted from, with or without a manifest; None where it was not
+    converted, or is damaged."""
     try:
         return read_meta(folder).get("converted_from")
     except Exception:  # whatever Orbax makes of a damaged folder
