@@ -68,6 +68,8 @@ class Saver:
             self._write_measured()
 
     def _write_measured(self) -> None:
+        if self._measured and self._owner:
+            self._owner.check()
         for step in sorted(self._measured):
             folder, numbers = self.folder / str(step), self._measured.pop(step)
             if not processes.index() and (folder / integrity.MANIFEST).exists():
@@ -143,8 +145,8 @@ def _read_measured(folder: Path) -> dict:
 
 
 def converted_from(folder: Path) -> str | None:
-    """SHA-256 of nanochat's file that a checkpoint was converted from, with or without a manifest; None where it was not
-    converted, or is damaged."""
+    """SHA-256 of nanochat's file that a checkpoint, complete or not, was converted from; None where it was not converted
+    or is damaged."""
     try:
         return read_meta(folder).get("converted_from")
     except Exception:  # whatever Orbax makes of a damaged folder

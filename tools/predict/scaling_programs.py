@@ -32,7 +32,7 @@ from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.model.gpt import REMAT, GPTConfig, window_sizes
 from nanochat_jax.train import preflight
 from nanochat_jax.train.plan import BatchShape, Plan
-from nanochat_jax.train.remat import ROOM, held_anyway, kept_for_backward
+from nanochat_jax.train.remat import USABLE, held_anyway, kept_for_backward
 from nanochat_jax.train.step import abstract_state, make_train_step
 
 SINGLE = {"v5e": ("v5e-1", "data=1"), "v6e": ("v6e-1", "data=1"), "v5p": ("v5p-8", "data=1")}  # one chip, for decoding
@@ -90,7 +90,7 @@ def split_rows(work: Workload, model: GPTConfig, shards: int, fixed: int, memory
         rows = most
         while rows:
             needed = fixed + kept_for_backward(model, remat, rows * work.max_seq_len, jnp.bfloat16)
-            if memory is None or needed <= ROOM * memory:
+            if memory is None or needed <= USABLE * memory:
                 return -(-step // rows), rows, remat
             rows //= 2
     return step, 1, REMAT[-1]
@@ -113,7 +113,7 @@ def sizes_of(work: Workload, case: Case) -> dict[str, Any]:
 
     slots = max(work.samples, work.prompts * work.samples // mesh.size)
     slots = 1 << (slots.bit_length() - 1)
-    while slots > work.samples and memory and held_in_rollouts(slots) > ROOM * memory:
+    while slots > work.samples and memory and held_in_rollouts(slots) > USABLE * memory:
         slots //= 2
     return {
         "chip": device.device_kind,
@@ -199,7 +199,7 @@ def compile_part(
         replicate=case.replicate,
     )
     if name == "decode":
-        # half of the new tokens: the size that the own part has on average while answers grow
+        # half of the new tokens: the mean size of the continuation's cache while answers grow
         rollouts = rollouts_of(work, sizes["slots"], 1, work.new_tokens // 2)
         return costs(lambda: preflight.compile_decode(plan, rollouts), plan, {"once": rollouts.chunk})
     return costs(lambda: COMPILERS[name](plan), plan, {"once": 1, "twice": 2})
