@@ -31,6 +31,7 @@ from nanochat_jax.data.documents import DocumentRows, describe_documents
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_shards
 from nanochat_jax.distributed.processes import print0
+from nanochat_jax.distributed.signals import collect
 from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
@@ -330,9 +331,13 @@ def samples(every: int, plan: Plan, tokenizer: Tokenizer) -> Measurement:
         own = own_devices(plan.mesh)
         engine = Engine(plan.model, tokenizer, own, tools=False, dtype=plan.dtype, attention=plan.attention)
         sampling = SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)
-        with engine.holding(params, plan.mesh) as held:
-            answers = engine.generate(held, prompts, sampling, progress=progress)
-        return {"samples": [printable(tokenizer.decode([*p[1:], *a[0].tokens])) for p, a in zip(prompts, answers)]}
+
+        def texts() -> list[str]:
+            with engine.holding(params, plan.mesh) as held:
+                groups = engine.generate(held, prompts, sampling, progress=progress)
+            return [printable(tokenizer.decode([*p[1:], *sample.tokens])) for p, (sample,) in zip(prompts, groups)]
+
+        return {"samples": collect("samples", texts)[0]}
 
     return Measurement("samples", every if prompts else -1, measure)
 

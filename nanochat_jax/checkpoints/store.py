@@ -145,8 +145,8 @@ def _read_measured(folder: Path) -> dict:
 
 
 def converted_from(folder: Path) -> str | None:
-    """SHA-256 of nanochat's file that a checkpoint, complete or not, was converted from; None where it was not converted
-    or is damaged."""
+    """SHA-256 of nanochat's file that a checkpoint, complete or not, was converted from; None where it was converted
+    from none, or is damaged."""
     try:
         return read_meta(folder).get("converted_from")
     except Exception:  # whatever Orbax makes of a damaged folder
