@@ -102,13 +102,13 @@ def test_layers_that_are_alike_cost_alike_so_two_depths_foretell_a_third():
     programs = [scaling_programs.compile_gradient(plan) for plan in plans]
     small, large, real = map(as_part, programs)
     for passes in (1, 3):
-        told = scaling.extended(*(scaling.of_passes(p, passes) for p in (small, large)), (2, 4), 6)
+        guess = scaling.extended(*(scaling.of_passes(p, passes) for p in (small, large)), (2, 4), 6)
         found = scaling.of_passes(real, passes)
-        assert told["flops"] == found["flops"] > 0
-        told, found = (scaling.by_kind(cost["groups"]) for cost in (told, found))
+        assert guess["flops"] == found["flops"] > 0
+        guess, found = (scaling.by_kind(cost["groups"]) for cost in (guess, found))
         assert found
         for kind, (_, sent) in found.items():
-            assert told[kind][1] == pytest.approx(sent, rel=0.02), kind
+            assert guess[kind][1] == pytest.approx(sent, rel=0.02), kind
     for plan, program in zip(plans, programs):  # and the arguments are known exactly from shapes
         exact = bytes_on_device([plan.abstract_state._replace(opt_state=()), plan.abstract_batch])
         assert program.memory_analysis().argument_size_in_bytes == exact

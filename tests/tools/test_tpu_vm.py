@@ -373,7 +373,7 @@ def test_a_preemption_that_gcloud_does_not_know_of_yet_is_no_failure(cloud, capf
     assert "lost: the TPU is PREEMPTED" in capfd.readouterr().out and len(cloud.calls("create")) == 2
 
 
-@pytest.mark.parametrize("code", [143, 75], ids=["told to end", "another process was lost"])
+@pytest.mark.parametrize("code", [143, 75], ids=["ended by SIGTERM", "another process was lost"])
 def test_a_command_that_saved_and_ended_goes_on_where_it_was(cloud, capfd, code):
     once = f"f=$NANOCHAT_BASE_DIR/once; [ -e $f ] || {{ mkdir -p $(dirname $f); touch $f; exit {code}; }}"
     command = ("bash", "-c", once)

@@ -1,6 +1,7 @@
 """Time the data path on real conversations: building the token cache, opening it, planning rows, making batches.
 
-tools/bench/bench_data.py --data-dir ../shared/data/hub --tokenizer ../shared/golden/checkpoints/c1_master/tokenizer
+python tools/bench/bench_data.py --data-dir ../shared/data/hub \\
+    --tokenizer ../shared/golden/checkpoints/c1_master/tokenizer
 """
 
 import json
@@ -27,7 +28,7 @@ def text_bytes(task) -> int:
 
 
 def main(data_dir: Path, tokenizer: Path, seq_len: int = 512, repeats: int = 3) -> None:
-    """One JSON line a data set; medians over the repeats."""
+    """One JSON line a data set. Times of the cache are medians over the repeats, the others of the last of them."""
     encoder = Tokenizer.load(tokenizer)
     makers = {
         "sgd-dialogues": lambda: SmolTalk("train", repo="sgd-dialogues", data_dir=data_dir),

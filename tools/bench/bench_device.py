@@ -70,7 +70,7 @@ def document_starts(rng: np.random.Generator, shape: tuple[int, ...], mean: int)
 
 
 def facts(device: jax.Device) -> dict[str, Any]:
-    """What a number depends on beside the settings. large_pages: whether glibc was told to ask for them."""
+    """What a number depends on beside the settings. large_pages: whether glibc asks the kernel for them."""
     found = {"device": device.device_kind}
     if device.platform == "cpu":
         found = {"device": cpu_name(), "large_pages": "hugetlb" in os.environ.get("GLIBC_TUNABLES", "")}

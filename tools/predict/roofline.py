@@ -1,4 +1,5 @@
-"""How long a compiled program takes on TPU chips at the least and at the most, from what hlo_cost.py counts.
+"""How long a compiled program takes on TPU chips at the least and at the most, from what hlo_cost.py counts. For the
+tools beside it.
 
 Computing: each operation takes as long as its products or its memory traffic need, whichever is longer; attention
 kernels, which are opaque, as long as the products of all visible pairs (forward 2 products, backward 7). Sending: what

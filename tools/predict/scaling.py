@@ -6,26 +6,25 @@ python tools/predict/scaling.py --out FILE --cases d20:v6e-256 d20:v6e-256:model
 python tools/predict/scaling.py --out FILE --alternatives                                   # where links decide
 python tools/predict/scaling.py --out FILE --render --plot tools/bench/results/scaling.svg  # table and plot, in seconds
 
-Nothing is run and nothing is measured. Programs are compiled by the TPU's own compiler, their operations counted
-(hlo_cost.py) and turned into seconds by the vendor's rates (roofline.py says how). A model of 20 to 34 layers takes the
-compiler very long, and its layers are alike, so:
+Nothing is run and nothing is measured. Programs are compiled by the TPU's own compiler (scaling_programs.py), their
+operations counted (hlo_cost.py) and turned into seconds by the vendor's rates (roofline.py says how). A model of 20 to
+34 layers takes the compiler very long, and its layers are alike, so:
 
 - Forward and backward pass are compiled at the real width, vocabulary and rows of a chip, but with --layers 2 and 4
   layers, and every count is extended linearly to the real depth: products, memory traffic, roofline seconds,
   collectives, temporaries. Every second layer has a value embedding, so both numbers must be even as the depth is.
-  Attention kernels are counted from the real depth's windows. --check-layers compiles a third depth and tells how far
-  the extension is off (on d20:v5e-8, 2 and 4 layers foretell 8 to 0.2 % in each count); --full compiles the whole step
-  at the real depth instead.
+  Attention kernels are counted from the real depth's windows. --check-layers compiles a third depth and reports how far
+  the extension is off (on d20:v5e-8, 0.2 to 8 % in each count); --full compiles the whole step at the real depth.
 - The optimizer's part is compiled by itself at the real depth, because it is not linear in it: Muon puts as many whole
   matrices on a chip as the next multiple of the data axis says.
-- Bytes of parameters, moments and batch are exact, from shapes. A chip holds these, and the more of: what the pass
-  needs beside them, or the gradients and what the optimizer needs.
+- Bytes of parameters, moments and batch are exact, from shapes. A chip holds these, and the larger of two: what the
+  pass needs beside them, or the gradients and what the optimizer needs.
 - The passes of a step cost the same, and are counted from one program.
 - An RL step is: the weights gathered once, in float32 at most; prompts read by every chip for its own answers; each new
-  token at the roofline of the decode program on one chip (--layers, extended) with an own part of half the new
-  tokens, times the waves that fit the slots; and the update, with the passes that the packed answers need. All answers
-  are as long as they may be; no reference model, one update a batch, so no scoring pass (the defaults); rewards, tools
-  and their waiting are not in it.
+  token at the roofline of the decode program on one chip (--layers, extended) with a cache of half the new tokens,
+  times the waves that fit the slots; and the update, with the passes that the packed answers need. All answers are as
+  long as they may be; there is no reference model and one update a batch, so no scoring pass (the defaults); rewards,
+  tools and their waiting are not in it.
 
 Each compiled program is a line of --out with "line": "part", each case one with "line": "prediction". What is there
 already is not compiled again, so an interrupted call goes on where it was. A file belongs to one state of the model's

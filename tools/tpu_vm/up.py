@@ -4,6 +4,7 @@ A preemption, a machine that started anew and a SIGTERM are interruptions: the c
 exit code than 0 is the command's own failure, and ends `up` after --retries.
 """
 
+import dataclasses
 import itertools
 import re
 import secrets
@@ -32,22 +33,17 @@ def resumed(command: list[str]) -> list[str]:
     return [*command, "--resume"] if stage and "--resume" not in command else command
 
 
+@dataclasses.dataclass(frozen=True)
 class Supervisor:
-    """create(ask) makes sure of a READY TPU and says whether it is new; hint(verb) is the command line of a verb; disk:
-    where an attached disk is mounted, or None."""
+    """Has the command of `up` run to its end, on one TPU after the other."""
 
-    def __init__(
-        self,
-        cfg: Settings,
-        machine: Machine,
-        create: Callable[[bool], bool],
-        hint: Callable[[str], str],
-        say: Callable[[str], None],
-        sleep: Callable[[float], None],
-        disk: str | None,
-    ):
-        self.cfg, self.machine, self.record = cfg, machine, machine.record
-        self.create, self.hint, self.say, self.sleep, self.disk = create, hint, say, sleep, disk
+    cfg: Settings
+    machine: Machine
+    create: Callable[[bool], bool]  # makes sure of a READY TPU, asking the user if so said -> whether it is new
+    hint: Callable[[str], str]  # verb of the launcher -> its command line
+    say: Callable[[str], None]
+    sleep: Callable[[float], None]
+    disk: str | None  # where an attached disk is mounted
 
     def up(self, env: tuple[str, ...], command: list[str]) -> int:
         """The command's exit code. ValueError: it cannot be started, or gcloud refuses."""
@@ -84,7 +80,7 @@ class Supervisor:
     def finish(self, code: int) -> int:
         if self.cfg.delete_at_end:
             self.machine.delete()
-            self.record.forget()
+            self.machine.record.forget()
         else:
             self.say(f"the TPU {self.cfg.name} still costs money; delete it with {self.hint('delete')}")
         if self.cfg.dry_run:
@@ -99,7 +95,8 @@ class Supervisor:
         """
         found = {} if new or self.cfg.dry_run else self.machine.report()
         alive = {worker: facts for worker, facts in found.items() if facts["state"] == "running"}
-        ours = all(facts["id"] == self.record.run for facts in alive.values()) and self.record.command == command
+        record = self.machine.record
+        ours = record.command == command and all(facts["id"] == record.run for facts in alive.values())
         require(ours or not alive, f"another command is running; end it with {self.hint('stop')}")
         if len(alive) == self.machine.hosts:
             self.say(f"the command is running already: {shlex.join(command)}")
@@ -112,10 +109,11 @@ class Supervisor:
         self.start(env, command)
 
     def start(self, env: tuple[str, ...], command: list[str]) -> None:
-        self.record.run, self.record.command = secrets.token_hex(4), command
-        self.record.save()
+        record = self.machine.record
+        record.run, record.command = secrets.token_hex(4), command
+        record.save()
         self.say(f"running on all workers: {shlex.join(command)}")
-        self.machine.start(self.record.run, env, command)
+        self.machine.start(record.run, env, command)
 
     def run_to_end(self, env: tuple[str, ...], command: list[str]) -> tuple[str, int]:
         """(ended, failed, unreachable or halted; exit code) of the command, started again where it was interrupted."""
@@ -146,12 +144,12 @@ class Supervisor:
                 machine.log_from(0)
                 return "ended", 0, "the last three every --poll-seconds, until it has ended"
             state = node["state"] if node else "deleted"
-            if not self.record.path.exists() or state in HALTED:  # by `delete` in another terminal, or by hand
+            if not self.machine.record.path.exists() or state in HALTED:  # by `delete` in another terminal, or by hand
                 return "halted", 1, f"the TPU is {state}"
             if node is None or state in DEAD:
                 raise Lost(f"the TPU is {state}")
             found = machine.report() if state == "READY" else {}
-            if 0 in found and found[0]["id"] == self.record.run and found[0]["log_bytes"] > place:
+            if 0 in found and found[0]["id"] == self.machine.record.run and found[0]["log_bytes"] > place:
                 place += self.show_log(place)
             missing = set(range(machine.hosts)) - set(found)
             if missing:
@@ -180,7 +178,7 @@ class Supervisor:
         if any(facts["stopped"] for facts in found.values()):
             return "halted", 1, "the command was stopped"
         anew = {worker for worker, facts in found.items() if facts["state"] in ("none", "rebooted")}
-        anew |= {worker for worker, facts in found.items() if facts["id"] != self.record.run}
+        anew |= {worker for worker, facts in found.items() if facts["id"] != self.machine.record.run}
         if anew:
             return "again", 1, f"{numbers(anew)} started anew, without the command"
         ended = {worker: facts["exit_code"] for worker, facts in found.items() if facts["state"] == "ended"}
