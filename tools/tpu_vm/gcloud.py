@@ -1,4 +1,4 @@
-"""What tools/tpu_vm.py says to gcloud and how it reads the answers; nothing here knows what runs on a machine."""
+"""What the launcher says to gcloud and how it reads the answers; nothing here knows what runs on a machine."""
 
 import contextlib
 import dataclasses

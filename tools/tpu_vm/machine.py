@@ -1,6 +1,6 @@
 """One TPU VM: to have it ready, to send it the project, to start a command on all its workers and to watch it.
 
-tools/tpu_vm/worker.py is what runs there; tools/tpu_vm.py decides what is done when.
+tools/tpu_vm/worker.py is what runs there; launcher.py and up.py decide what is done when.
 """
 
 import dataclasses
