@@ -54,7 +54,9 @@ def test_a_log_is_cut_back_to_the_size_that_was_recorded(tmp_path):
     assert log.saved() == 10
     log.close()
     assert (tmp_path / "rollouts.jsonl").read_bytes() == b"one\nthree\n"
-    RolloutLog(tmp_path).close()
+    log = RolloutLog(tmp_path)  # of a new run
+    assert log.saved() == 0
+    log.close()
     assert (tmp_path / "rollouts.jsonl").read_bytes() == b""
 
 

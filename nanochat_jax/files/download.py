@@ -7,6 +7,7 @@ imported when something is downloaded, because the import takes 0.2 seconds that
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import re
 import shutil
@@ -78,8 +79,11 @@ def fetch_parquet(repo: str, revision: str, files: Mapping[str, str], folder: Pa
     with ThreadPool(PARALLEL) as pool, warnings.catch_warnings():  # daemon threads, for which Ctrl-C does not wait
         warnings.filterwarnings("error", "Not enough free disk space")  # the library warns and goes on
         try:
-            for number, final in enumerate(pool.imap_unordered(fetch, files.items()), start=1):
-                log(f"{final.name}: {final.stat().st_size / 1e6:,.1f} MB ({number:,} of {len(files):,} files)")
+            arrived, number = pool.imap_unordered(fetch, files.items()), 0
+            while number < len(files):
+                with contextlib.suppress(multiprocessing.TimeoutError):  # an endless wait might never see Ctrl-C
+                    final, number = arrived.next(timeout=0.5), number + 1
+                    log(f"{final.name}: {final.stat().st_size / 1e6:,.1f} MB ({number:,} of {len(files):,} files)")
         except DownloadError:
             failed.set()
             pool.close()

@@ -32,6 +32,7 @@ class RolloutLog:
         file = local.open("a+b")
         if file.tell() > self.size:
             file.truncate(self.size)
+            file.seek(self.size)
         elif file.tell() < self.size:  # of a folder that was copied or restored in part
             print0(f"NOTE: {local} has lost answers of earlier steps: {file.tell():,} of {self.size:,} bytes are there")
             file.seek(max(0, file.tell() - 1))

@@ -114,9 +114,11 @@ class Plan:
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step's program, compiled without an array."""
+        # Made outside of the scope: the optimizer's state has constants, which no compile-only device can hold.
+        state, batch = self.abstract_state, self.abstract_batch
+        numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * len(self.scalars)
         with self.scope():
-            numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * len(self.scalars)
-            return self._jitted_step().lower(self.abstract_state, self.abstract_batch, *numbers).compile()
+            return self._jitted_step().lower(state, batch, *numbers).compile()
 
     def _jitted_step(self):
         return make_train_step(

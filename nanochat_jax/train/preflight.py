@@ -219,9 +219,9 @@ def decode_sizes(plan: Plan, rollouts: Rollouts) -> tuple[int, int, int, int]:
 
 def compile_decode(plan: Plan, rollouts: Rollouts) -> jax.stages.Compiled:
     """The decode call with the largest cache."""
+    params, programs = plan.abstract_state.params, decode_programs(plan, rollouts)
     with jax.set_mesh(plan.mesh):
-        programs = decode_programs(plan, rollouts)
-        return programs.compile_decode(plan.abstract_state.params, *decode_sizes(plan, rollouts))
+        return programs.compile_decode(params, *decode_sizes(plan, rollouts))
 
 
 def weight_copy_bytes(plan: Plan) -> int:

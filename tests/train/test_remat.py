@@ -13,6 +13,7 @@ from flax import nnx
 
 from nanochat_jax import sft
 from nanochat_jax.cli import device as memory
+from nanochat_jax.cli.settings import check_bounds
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.sharding import batch_sharding
 from nanochat_jax.model.gpt import REMAT, abstract_gpt
@@ -138,4 +139,4 @@ def test_a_cpu_that_could_have_large_pages_is_told_of(monkeypatch, tmp_path, pla
 
 def test_an_unknown_name_is_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="--remat must be auto, none, elementwise or block, got all"):
-        sft.check(sft.SFTConfig(remat="all"))
+        check_bounds(sft.SFTConfig(remat="all"))

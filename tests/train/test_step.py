@@ -93,7 +93,7 @@ def compiled_step(spec, replicate=False, model=CONFIG):
     """(text of the step that `run` takes for two passes on this mesh, what the compiler wrote to stderr)."""
     _, mesh, like, step = build(spec, replicate, model=model)
     batch = to_global(random_batch(model, 2), mesh)
-    with jax.set_mesh(mesh), tempfile.TemporaryFile() as said:
+    with jax.set_mesh(mesh), replicated_parameters(replicate), tempfile.TemporaryFile() as said:
         stderr = os.dup(2)
         os.dup2(said.fileno(), 2)
         try:

@@ -87,5 +87,4 @@ def sft_plan(
     )
     with contextlib.redirect_stdout(sys.stderr):
         plan = sft.plan_of(cfg, model, mesh)
-    _ = plan.abstract_state  # made here and kept: inside the plan's scope compile-only devices cannot make its zeros
     return plan
