@@ -9,6 +9,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; it start
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones are many: 30 ms each
 
 import jax
+import pytest
+
+from tests.support import tiny
 
 gc.set_threshold(20_000, 20, 20)  # tracing makes many objects and little garbage
 jax.config.update("jax_num_cpu_devices", 8)
@@ -33,6 +37,32 @@ LONGEST = {
     *("distributed/test_processes", "distributed/test_meshes", "inference/test_engine", "files/test_bucket"),
     *("train/test_step", "train/test_tpu_aot", "tools/test_tpu_vm", "test_rl", "test_rl_resume", "test_resume"),
 }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base directory with a tiny base model. The compilation cache that a command turns on ends with the module."""
+    before = jax.config.jax_compilation_cache_dir
+    base = tmp_path_factory.mktemp("base")
+    tiny.write_base(base)
+    yield base
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def in_base(base, monkeypatch):
+    """Commands find and leave their files in `base`, and no data elsewhere."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+    return base
+
+
+@pytest.fixture
+def ctrl_c_raises():
+    """Also where the tests run in the background of a script, whose children ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items):

@@ -13,14 +13,15 @@ import pytest
 from nanochat_jax import base as stage
 from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
-from nanochat_jax.cli import main
 from nanochat_jax.cli.settings import parse, require
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.train import scaling_laws
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import tiny
+from tests.support.commands import run_command
 
 STEPS = 6
+pytestmark = pytest.mark.usefixtures("in_base")
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +35,13 @@ def base(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.fixture(autouse=True)
-def in_base(base, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-
-
 def flags(*more):
     steps = ["--num-iterations", str(STEPS), "--warmup-steps", "0", "--save-every", "2", "--keep-checkpoints", "3"]
     return [*tiny.BASE_FLAGS, *steps, "--eval-tokens", "512", "--eval-every", "3", "--mesh", "data=1", *more]
 
 
 def run(argv, module=stage, settings=stage.BaseConfig) -> int | str:
-    """The exit code, or the error's sentence."""
-    with pytest.raises(SystemExit) as stop:
-        main.run_stage(module.main, parse(settings, list(argv)))
-    return stop.value.code
+    return run_command(module.main, settings, *argv)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,14 +31,7 @@ PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
     TOKENIZER.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
 )
 SAMPLING = SamplingParams(0.6, 50, 20)
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c_raises():
-    """Also where the tests run in the background of a script, whose children ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("in_base", "ctrl_c_raises")
 
 
 @pytest.fixture(autouse=True)
@@ -466,22 +458,13 @@ def test_the_first_answer_says_that_it_compiles(capsys):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(base):
     """A base directory with a tiny model as SFT's, and a newer checkpoint that is damaged."""
-    before = jax.config.jax_compilation_cache_dir
-    base = tmp_path_factory.mktemp("base")
-    folder = tiny.write_base(base)
-    newer = folder.with_name("9")
-    shutil.copytree(folder, newer)
+    newer = base / "base_checkpoints/d2/9"
+    shutil.copytree(newer.with_name("7"), newer)
     next(p for p in (newer / "params").rglob("*") if p.is_file()).write_bytes(b"damaged")
     (base / "base_checkpoints").rename(base / "chatsft_checkpoints")
-    yield base
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-@pytest.fixture(autouse=True)
-def in_base(base, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    return base
 
 
 @pytest.fixture(scope="module")

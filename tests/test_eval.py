@@ -309,20 +309,7 @@ def datasets(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    before = jax.config.jax_compilation_cache_dir
-    base = tmp_path_factory.mktemp("base")
-    tiny.write_base(base)
-    yield base
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-@pytest.fixture(autouse=True)
-def offline_in_base(base, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("in_base")
 
 
 run = functools.partial(run_command, evaluation.main, evaluation.EvalConfig)

@@ -43,19 +43,11 @@ OPERATIONS = {
 RATES = {"embedding_lr": 1.0, "unembedding_lr": 1.0, "matrix_lr": 1.0}
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A base directory of ours with a base model."""
-    folder = tmp_path_factory.mktemp("ours")
-    tiny.write_base(folder)
-    return folder
-
-
 def found_in(base, source="base"):
     return find.find_model(source, base=base)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exported(base, tmp_path_factory):
     """That model for nanochat, with bfloat16 embeddings under bf16/."""
     out = tmp_path_factory.mktemp("theirs")

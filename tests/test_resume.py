@@ -17,13 +17,6 @@ from tools.check import kill_resume
 STEPS = 16
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("base")
-    tiny.write_base(base)
-    return base
-
-
 def flags(base, save_every=2):
     steps = ["--num-iterations", str(STEPS), "--save-every", str(save_every), "--eval-every", "-1"]
     return [*tiny.sft_flags(base), *steps]

@@ -6,17 +6,9 @@ import signal
 import pytest
 
 from nanochat_jax.rollouts.log import RolloutLog
-from tests.support import tiny
 from tools.check import kill_resume
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("base")
-    tiny.write_base(base)
-    return base
 
 
 def test_a_run_that_is_killed_at_a_random_moment_ends_bit_identical(base):

@@ -13,31 +13,21 @@ import pytest
 
 from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
-from nanochat_jax.cli import main
-from nanochat_jax.cli import settings as cli_settings
 from nanochat_jax.cli.device import start_device
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import tiny
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("in_base")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    before = jax.config.jax_compilation_cache_dir
-    base = tmp_path_factory.mktemp("base")
-    tiny.write_base(base)
+def base(base):
     tiny.write_conversations(base / "train.jsonl")
     tiny.write_conversations(base / "val.jsonl", 20, seed=1)
-    yield base
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-@pytest.fixture(autouse=True)
-def in_base(base, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
+    return base
 
 
 def arguments(base, tag, *more):
@@ -47,10 +37,7 @@ def arguments(base, tag, *more):
 
 
 def run(argv) -> int | str:
-    """The exit code, or the error's sentence."""
-    with pytest.raises(SystemExit) as stop:
-        main.run_stage(sft.main, cli_settings.parse(sft.SFTConfig, list(argv)))
-    return stop.value.code
+    return run_command(sft.main, sft.SFTConfig, *argv)
 
 
 COMPILING = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")

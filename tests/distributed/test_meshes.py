@@ -34,10 +34,9 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def rl_runs(tmp_path_factory):
+def rl_runs(base):
     """mesh -> (losses by step, rewards by step, rollouts) of 10 steps of RL."""
-    base, done = tmp_path_factory.mktemp("base"), {}
-    tiny.write_base(base)
+    done = {}
     flags = [
         "--source",
         "base",

@@ -30,13 +30,6 @@ SEED = random.randrange(1 << 30)  # of the moments at which runs are interrupted
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("base")
-    tiny.write_base(base)
-    return base
-
-
-@pytest.fixture(scope="module")
 def flags(base):
     """Of a stage's run."""
     sft = [*tiny.sft_flags(base), "--num-iterations", str(STEPS["sft"]), "--eval-every", "10"]

@@ -321,7 +321,7 @@ def test_the_first_failure_stops_all_and_leaves_no_half_file(fetch, hub, server,
     assert all((tmp_path / "d" / name).read_bytes() == FILES[f"s/{name}"] for name in os.listdir(tmp_path / "d"))
 
 
-def test_ctrl_c_does_not_wait_for_transfers(hub, server, tmp_path):
+def test_ctrl_c_does_not_wait_for_transfers(hub, server, tmp_path, ctrl_c_raises):
     hold = threading.Event()
     server.answers[hub.file("s/0.parquet", "main")] = file_answer(FILES["s/0.parquet"], sent=50, hold=hold)
     code = "import pathlib, sys; from nanochat_jax.files.download import fetch_parquet"

@@ -34,20 +34,10 @@ TPU = pytest.mark.skipif(
 SFT = ("--mesh", "data=1", "--device-batch-size", "4")  # one program for three tests
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny.write_base(folder)
-    return folder
-
-
 @pytest.fixture
-def home(written, monkeypatch):
-    """A base directory with a model and a tokenizer, and nothing to train on. A preflight leaves it as it was, so that
-    tests share it."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(written))
-    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
-    return written
+def home(in_base):
+    """A base directory with nothing to train on. A preflight leaves it as it was, so that tests share it."""
+    return in_base
 
 
 @pytest.fixture(scope="module")
