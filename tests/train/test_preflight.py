@@ -41,14 +41,14 @@ def home(in_base):
 
 
 @pytest.fixture(scope="module")
-def alone(written):
+def alone(base):
     """SFT on one device: (exit code, what it printed, files before, files after)."""
 
     def files():
-        return {path for path in written.rglob("*") if "compilation_cache" not in path.parts}
+        return {path for path in base.rglob("*") if "compilation_cache" not in path.parts}
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setenv("NANOCHAT_BASE_DIR", str(written))
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
         patch.delenv("NANOCHAT_DATA_DIR", raising=False)
         before, code = files(), run(sft, sft.SFTConfig, *SFT)
     return code, printed.getvalue(), before, files()
