@@ -14,6 +14,7 @@ updates that were skipped and gives up after too many. What was trained is saved
 import collections
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -330,6 +331,9 @@ def to_its_end(run: Run) -> Iterator[None]:
             run.finish()
         finally:
             run.saver.wait()  # Python cannot shut down while Orbax writes
+        if run.signals.received and 0 < run.step < run.total:
+            name = signal.Signals(run.signals.received).name
+            run.say(f"Stopped by {name} after step {run.step}, which is saved: --resume goes on from there")
 
 
 def exit_code(run: Run) -> int:

@@ -237,7 +237,7 @@ def test_a_run_that_is_done_says_so_and_saves_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_it_and_is_returned(tmp_path, number):
+def test_a_signal_ends_the_step_saves_it_and_is_returned(tmp_path, number, capsys):
     before = signal.getsignal(number)
     training = Training(tmp_path, on_step=lambda k: k == 4 and os.kill(os.getpid(), number), eval_every=4)
     assert training.train() == 128 + number
@@ -245,6 +245,8 @@ def test_a_signal_ends_the_step_saves_it_and_is_returned(tmp_path, number):
     assert training.evaluated == [0]  # an evaluation may take longer than whoever sent the signal waits
     assert [r["step"] for r in training.records() if "loss" in r] == [1, 2, 3, 4]
     assert signal.getsignal(number) is before
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"Stopped by {signal.Signals(number).name} after step 4, which is saved: --resume goes on from there"
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_save(tmp_path):
