@@ -204,7 +204,7 @@ def hold_folder(start: Start) -> Iterator[None]:
         raise FileExistsError(
             f"another process is training in {start.folder}: choose another folder with {tag_flag(start.folder.parent)}"
         ) from None
-    except NotImplementedError:  # a file system without locks
+    except NotImplementedError:  # so FileLock says that the file system has no locks: train all the same, unguarded
         pass
     try:
         integrity.sweep(start.folder)
