@@ -44,7 +44,7 @@ def main(cfg: ExportConfig) -> int:
     """Export -> the exit code."""
     require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
     require(cfg.dtype in nanochat_write.EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step)
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step, optimizer=cfg.optimizer)
     root = cfg.output.expanduser().absolute() / store.SOURCES[cfg.source]
     tag = cfg.output_tag or f"d{find.peek_meta(found)['model_config']['n_layer']}"
     one_folder = (root / tag).resolve().parent == root.resolve()

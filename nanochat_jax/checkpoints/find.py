@@ -50,9 +50,17 @@ def identity(found: Found) -> str:
     return f"{found.tag}, step {found.step}, {digest[:12]}{f', {size} bytes' if size else ''}"
 
 
-def find_model(source: str, model_tag: str | None = None, step: int | None = None, base: Path | None = None) -> Found:
+def find_model(
+    source: str,
+    model_tag: str | None = None,
+    step: int | None = None,
+    base: Path | None = None,
+    *,
+    optimizer: bool = False,
+) -> Found:
     """Where the model is: the tag d<number> with the largest number, and its last step, unless they are given.
 
+    optimizer: whether its optimizer state is going to be read too; what is not read is not compared with its hashes.
     FileNotFoundError says where was looked and what to do. A damaged checkpoint of ours is named and passed over.
     """
     if source not in SOURCES:
@@ -73,7 +81,7 @@ def find_model(source: str, model_tag: str | None = None, step: int | None = Non
             raise FileNotFoundError(f"--model-step={step} is not in {folder}; its steps: {sorted({*ours, *theirs})}")
         ours, theirs = [s for s in ours if s == step], [s for s in theirs if s == step]
     while ours and not (theirs and theirs[-1] > ours[-1]):
-        if integrity.is_intact(folder / str(ours[-1])):
+        if integrity.is_intact(folder / str(ours[-1]), optimizer):
             return Found(folder, ours[-1], True)
         print0(f"WARNING: checkpoint {folder / str(ours.pop())} is damaged and is passed over")
     if theirs:

@@ -131,6 +131,9 @@ class StageConfig:
     process_id: Maybe[int] = setting(None, "which one this is, from 0", resume="own")
     resume: bool = setting(False, "go on from the newest intact checkpoint of this run, if there is one", resume="own")
     keep_checkpoints: int = setting(2, "how many checkpoints of the run stay on disk", at_least(1), resume="free")
+    save_patience: float = setting(
+        600.0, "seconds that a run's last save is tried again before it gives up", at_least(0), resume="free"
+    )
     overwrite: bool = setting(False, "delete the checkpoints that an earlier run left in the folder", resume="own")
     config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", resume="own")
     # names of the settings that the user gave, here or in the file

@@ -9,14 +9,12 @@ A path in the bucket is an `epath.Path`, with the methods of pathlib's; each fun
 """
 
 import base64
-import contextlib
 import fnmatch
 import functools
 import hashlib
 import logging
 import os
 import tempfile
-import uuid
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -24,7 +22,6 @@ from typing import Any, NamedTuple
 
 SCHEME = "gs://"
 PATTERN = frozenset("*?[]#")  # characters that the libraries take for patterns or numbers of versions
-OWNER = ".owner"  # object in a run's folder: which run trains there
 
 
 def in_bucket(path: Any) -> bool:
@@ -183,20 +180,3 @@ def md5(path: Any) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
     return f"md5:{base64.b64encode(digest.digest()).decode()}"
-
-
-# --------------------------------------------------------------------------------------------------- one run at a time
-class Ownership:
-    """The right to save in a run's folder of a bucket, where locks do not work. The run that started last has it; one
-    before it, perhaps on a machine that was believed lost, ends before it saves again."""
-
-    def __init__(self, folder: Any):
-        self.path, self.token = folder / OWNER, uuid.uuid4().hex
-        self.path.write_text(self.token)
-
-    def check(self) -> None:
-        """OSError: another run has taken the folder."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.path.read_text() == self.token:
-                return
-        raise OSError(f"another run has started in {self.path.parent}: this one has lost it and saves nothing more")

@@ -1,5 +1,6 @@
 """The base directory, and files that are never seen half written."""
 
+import errno
 import functools
 import os
 import tempfile
@@ -49,3 +50,16 @@ def write_atomically(path: Any, data: bytes) -> None:
             os.fsync(f.fileno())
         temporary.chmod(0o644)  # whatever the umask: other users of a shared base directory read it
         temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """What a folder on a disk lists now, it lists after a power cut too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from nanochat_jax.checkpoints.store import Saver
+from nanochat_jax.checkpoints.ownership import FolderLost
+from nanochat_jax.checkpoints.saver import Saver
 from nanochat_jax.cli.device import pages_note
 from nanochat_jax.cli.settings import flag, recorded_settings
 from nanochat_jax.distributed import processes
@@ -98,6 +99,7 @@ class Run:
         *,
         total: int,
         save_every: int,
+        save_patience: float,
         measurements: Sequence[Measurement],
         record: Callable[[int], dict],
         saver: Saver,
@@ -113,7 +115,8 @@ class Run:
         """record: step -> what its checkpoint records. console: a step's record in metrics.jsonl -> its line. skipped:
         updates so far that were not finite. measured: names of what has been measured already at the first step."""
         self.state, self.step = state, int(state.step)
-        self.total, self.save_every, self.measurements, self.record_of = total, save_every, measurements, record
+        self.total, self.measurements, self.record_of = total, measurements, record
+        self.save_every, self.save_patience = save_every, save_patience
         self.saver, self.log, self.reporter, self.signals = saver, log, reporter, Signals()
         self.console, self.average, self.throughput, self.log_late = console, average, throughput, log_late
         self.first, self.saved, self.measured_before = self.step, self.step, measured
@@ -139,7 +142,9 @@ class Run:
                 self._between_steps()
 
     def record(self, state: TrainState, metrics: StepMetrics, **numbers: float) -> None:
-        """A step is dispatched: `state` is what it leaves. numbers: what else metrics.jsonl records of it."""
+        """A step is dispatched: `state` is what it leaves. numbers: what else metrics.jsonl records of it. FolderLost:
+        another run has taken the folder."""
+        self.saver.glance()
         self.state, self.step = state, self.step + 1
         self._log_waiting()  # the step before this one, while this one runs
         self.waiting = Recorded(self.step, metrics, numbers)
@@ -164,9 +169,20 @@ class Run:
         return report
 
     def finish(self) -> None:
-        """After the last step, or a signal: log and save what is not yet."""
+        """After the last step, or a signal: log and save what is not yet. OSError: that cannot be done, and has not
+        become possible for `save_patience` seconds."""
         self._log_waiting()
         if self.saved != self.step:
+            self._save()
+        until, signal_before = time.monotonic() + self.save_patience, self.signals.received
+        while failed := self.saver.failure(wait=True):
+            left = until - time.monotonic()
+            if processes.exchange("patience", left < self.saver.pause or self.signals.received != signal_before)[0]:
+                raise OSError(f"{failed}; the steps after it are lost")
+            self.say(f"WARNING: {failed}. It is tried again for {left:,.0f} s (--save-patience); Ctrl-C gives up")
+            next_try = time.monotonic() + self.saver.pause
+            while time.monotonic() < next_try and self.signals.received == signal_before:
+                time.sleep(0.1)
             self._save()
 
     def rescue(self) -> None:
@@ -175,7 +191,7 @@ class Run:
         alive = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array))
         # With other processes it cannot: they may have got their part, and be in the step already.
         if self.saved != self.step and not self.bad_steps and alive and jax.process_count() == 1:
-            self._save()
+            self.finish()
 
     def _due(self) -> list[Measurement]:
         last = self.step == self.total
@@ -183,7 +199,9 @@ class Run:
 
     def _between_steps(self) -> None:
         last, stop, due = self.step == self.total, self.signals.stop(), self._due()
-        saving = last or stop or (self.save_every > 0 and self.step % self.save_every == 0)
+        self._tell(self.saver.failure())
+        regular = self.save_every > 0 and self.step % self.save_every == 0
+        saving = last or stop or regular or self.saver.due()
         if saving or due or not self.log_late:
             self._log_waiting()
         if saving and (last or stop or not self.bad_steps):  # a state of skipped updates does not replace a good one
@@ -226,7 +244,7 @@ class Run:
         )
         self.log.log(step, event="skipped", skipped=self.skipped)
         if self.bad_steps > MAX_BAD_STEPS:
-            self.saver.wait()
+            self._tell(self.saver.failure(wait=True))
             raise FloatingPointError(
                 f"{self.bad_steps} updates in a row were not finite, the last at step {step}: lower the learning rates "
                 f"(--embedding-lr, --matrix-lr, ...) or look at the data; {self.saver.newest()}"
@@ -250,13 +268,23 @@ class Run:
             self.clock = time.perf_counter()
 
     def _save(self) -> None:
-        self.log.sync()
-        meta = {"step": self.step, **self.found, "skipped": self.skipped, **self.record_of(self.step)}
-        meta |= {f"smoothed_{self.average.name}": self.average.state()}
+        self._tell(self.saver.failure(wait=True))
+
+        def meta() -> dict:
+            self.log.sync()
+            found = {"step": self.step, **self.found, "skipped": self.skipped, **self.record_of(self.step)}
+            return found | {f"smoothed_{self.average.name}": self.average.state()}
+
         self.saver.save(self.step, state_items(self.state), meta)
         self.saved = self.step
         self.reporter.say(f"step {self.step:05d} | saving {self.saver.folder / str(self.step)}")
         self.clock = time.perf_counter()
+
+    def _tell(self, failed: str) -> None:
+        """Training goes on after a save that failed: `_between_steps` tries it again."""
+        if failed:
+            self.saved = -1
+            self.say(f"WARNING: {failed}. Training goes on; the next try is in {self.saver.pause:.0f} s")
 
 
 @contextlib.contextmanager
@@ -286,7 +314,7 @@ def open_run(
         in_force = dict(zip(("device_batch_size", "max_seq_len", "total_batch_size"), sizes))
     with explaining_memory(in_force, advice), plan.scope(), contextlib.ExitStack() as stack:
         describe_run(start, plan, total)
-        stack.enter_context(hold_folder(start))
+        owner = stack.enter_context(hold_folder(start))
         project = f"nanochat-{start.folder.parent.name.removesuffix('_checkpoints').removeprefix('chat')}"
         resumed_at = start.first_step if start.resumed else None
         log = MetricsLog(start.folder, cfg.run, recorded_settings(cfg), project=project, resumed_at=resumed_at)
@@ -298,9 +326,10 @@ def open_run(
             initial.state,
             total=total,
             save_every=cfg.save_every,
+            save_patience=cfg.save_patience,
             measurements=measurements,
             record=lambda step: start.recorded(plan, total) | record(step),
-            saver=Saver(start.folder, cfg.keep_checkpoints),
+            saver=Saver(start.folder, cfg.keep_checkpoints, owner),
             log=log,
             reporter=reporter,
             console=console,
@@ -321,16 +350,18 @@ def to_its_end(run: Run) -> Iterator[None]:
         try:
             with contextlib.suppress(Interrupted):  # a signal in the middle of a step, which is given up
                 yield
+        except FolderLost:  # nothing more may be written there
+            raise
         except Exception:
             try:
                 run.rescue()
             except Exception as e:  # the first error is the one to tell
-                run.reporter.say(f"WARNING: the steps since step {run.saved} are lost: {e}")
+                run.reporter.say(f"WARNING: steps that were not saved are lost: {e}")
             raise
         else:
             run.finish()
         finally:
-            run.saver.wait()  # Python cannot shut down while Orbax writes
+            run.saver.close()  # Python cannot shut down while Orbax writes
         if run.signals.received and 0 < run.step < run.total:
             name = signal.Signals(run.signals.received).name
             run.say(f"Stopped by {name} after step {run.step}, which is saved: --resume goes on from there")

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.checkpoints.ownership import Lock, Token, own
 from nanochat_jax.cli.settings import (
     StageConfig,
     inherit,
@@ -105,12 +106,12 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
     found = None
     tag = cfg.output_tag or (cfg.run if cfg.run != "dummy" else None)
     if tag is None:
-        found = find.find_model(source, cfg.model_tag, cfg.model_step)
+        found = find.find_model(source, cfg.model_tag, cfg.model_step, optimizer=bool(cfg.load_optimizer))
         tag = f"d{find.peek_meta(found)['model_config']['n_layer']}"
     start = find_run(cfg, stage, tag, tokenizer, log)
     if start.resumed:
         return check_agreement(start)
-    found = found or find.find_model(source, cfg.model_tag, cfg.model_step)
+    found = found or find.find_model(source, cfg.model_tag, cfg.model_step, optimizer=bool(cfg.load_optimizer))
     log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
     meta = find.peek_meta(found)
     find.check_tokenizer(tokenizer, meta)
@@ -131,9 +132,9 @@ def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -
         f"{tag_flag(root)}{otherwise} must be the name of one folder, got {tag!r}",
     )
     bucket.check_name(folder)
-    going_on = claim(folder, cfg.resume, cfg.overwrite) and cfg.resume
+    going_on = bool(claim(folder, cfg.resume, cfg.overwrite) and cfg.resume)
+    processes.agree("the folder", {f"checkpoints to resume from in {tag}": going_on})  # before Orbax makes them wait
     step = integrity.newest_intact(folder, log) if going_on else None
-    processes.agree("the folder", {f"the checkpoint to resume in {tag}": step})  # before Orbax makes processes wait
     if going_on:
         if step is None:
             raise ValueError(f"--resume: no checkpoint in {folder} is intact; --overwrite starts the run again")
@@ -187,34 +188,30 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
 
 # ----------------------------------------------------------------------------------------------------------- the folder
 @contextlib.contextmanager
-def hold_folder(start: Start) -> Iterator[None]:
-    """While it is entered, the run's folder is this run's alone: FileExistsError where another process trains in it.
+def hold_folder(start: Start) -> Iterator[Lock | Token | None]:
+    """While it is entered, the run's folder is this run's alone, which process 0 can check with what is given; the
+    others get None. FileExistsError where another process trains in it.
 
     Only now are the checkpoints that --overwrite gives up deleted, and what killed saves left behind."""
     if processes.index():
         _check_shared(start.folder)
-        yield
+        yield None
         return
-    here = bucket.local_path(start.folder)  # in a bucket there are no locks: see bucket.Ownership
-    here.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(here / ".lock")
     try:
-        lock.acquire(timeout=0)
+        owner = own(start.folder)
     except Timeout:
         raise FileExistsError(
             f"another process is training in {start.folder}: choose another folder with {tag_flag(start.folder.parent)}"
         ) from None
-    except NotImplementedError:  # so FileLock says that the file system has no locks: train all the same, unguarded
-        pass
     try:
         integrity.sweep(start.folder)
         if not start.resumed:
             for step in claim(start.folder, False, start.cfg.overwrite):
                 integrity.discard(start.folder / str(step))
         _check_shared(start.folder)
-        yield
+        yield owner
     finally:
-        lock.release()
+        owner.release()
 
 
 def _check_shared(folder: Path) -> None:

@@ -19,6 +19,8 @@ import pytest
 from nanochat_jax import eval as nanochat_eval
 from nanochat_jax import report, sft
 from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.checkpoints.ownership import Token
+from nanochat_jax.checkpoints.saver import Saver
 from nanochat_jax.data import shards as documents
 from nanochat_jax.files import bucket, paths
 from nanochat_jax.rollouts.log import RolloutLog
@@ -89,7 +91,7 @@ def state():
 
 
 def save(saver, step, state):
-    saver.save(step, train_step.state_items(state[0]), state[1] | {"step": step})
+    saver.save(step, train_step.state_items(state[0]), lambda: state[1] | {"step": step})
     saver.wait()
 
 
@@ -97,7 +99,7 @@ def save(saver, step, state):
 def test_a_checkpoint_is_written_found_and_restored_in_the_bucket_bit_for_bit(cloud, state):
     folder = paths.kept_dir() / "chatsft_checkpoints" / "d2"
     cloud.fail_every = 61  # a service that is busy now and then
-    saver = store.Saver(folder, keep=1)
+    saver = Saver(folder, keep=1)
     save(saver, 1, state)
     save(saver, 2, state)
     assert integrity.steps(folder) == [2] == [integrity.newest_intact(folder)]
@@ -113,7 +115,7 @@ def test_a_checkpoint_is_written_found_and_restored_in_the_bucket_bit_for_bit(cl
 
 def test_what_a_killed_save_has_left_is_no_checkpoint_and_is_swept(cloud, state):
     folder = paths.kept_dir() / "chatsft_checkpoints" / "d2"
-    saver = store.Saver(folder)
+    saver = Saver(folder)
     save(saver, 1, state)
     save(saver, 2, state)
     whole = {name: cloud.read("bucket", name) for name in cloud.names("bucket", "base/chatsft_checkpoints/d2/2/")}
@@ -130,7 +132,7 @@ def test_what_a_killed_save_has_left_is_no_checkpoint_and_is_swept(cloud, state)
 
 def test_an_object_that_was_replaced_makes_the_checkpoint_damaged_and_a_service_that_fails_does_not(cloud, state):
     folder = paths.kept_dir() / "chatsft_checkpoints" / "d2"
-    save(store.Saver(folder), 1, state)
+    save(Saver(folder), 1, state)
     cloud.refuse = 403
     with pytest.raises(OSError, match="Forbidden"):
         integrity.is_intact(folder / "1")
@@ -141,7 +143,7 @@ def test_an_object_that_was_replaced_makes_the_checkpoint_damaged_and_a_service_
 
 
 def test_checkpoints_are_copied_from_the_bucket_to_a_disk_and_back(cloud, state, tmp_path):
-    save(store.Saver(paths.kept_dir() / "chatsft_checkpoints" / "d2"), 1, state)
+    save(Saver(paths.kept_dir() / "chatsft_checkpoints" / "d2"), 1, state)
     here = get(cloud, "base", tmp_path / "here")
     assert find.find_model("sft", base=here).step == 1
     damaged = here / "chatsft_checkpoints" / "d2" / "1" / "meta" / "data.json"
@@ -153,11 +155,11 @@ def test_checkpoints_are_copied_from_the_bucket_to_a_disk_and_back(cloud, state,
 
 def test_the_run_that_started_last_owns_the_folder(cloud, state):
     folder = paths.kept_dir() / "chatsft_checkpoints" / "d2"
-    lost = store.Saver(folder)
+    lost = Saver(folder, owner=Token(folder))
     save(lost, 1, state)
-    save(store.Saver(folder), 2, state)
+    save(Saver(folder, owner=Token(folder)), 2, state)
     with pytest.raises(OSError, match="another run has started in gs://bucket/base/chatsft_checkpoints/d2: this one"):
-        lost.save(2, train_step.state_items(state[0]), state[1])
+        lost.save(2, train_step.state_items(state[0]), lambda: state[1])
     assert integrity.newest_intact(folder) == 2
 
 
@@ -336,7 +338,7 @@ def test_on_a_disk_nothing_of_this_happens(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(bucket, "connect", None)
     assert paths.base_dir() == paths.kept_dir() == bucket.as_path(tmp_path) == bucket.fetch(tmp_path) == tmp_path
-    assert bucket.local_path(tmp_path) == tmp_path and store.Saver(tmp_path)._owner is None
+    assert bucket.local_path(tmp_path) == tmp_path
     (tmp_path / "a").write_bytes(b"1")
     bucket.upload(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -356,7 +358,7 @@ def test_the_bucket_alone_is_a_base_directory_too(cloud, state, monkeypatch):
     for named in ("gs://bucket", "gs://bucket/", "gs:/bucket"):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", named)
         assert str(paths.kept_dir() / "a") == "gs://bucket/a"
-    save(store.Saver(paths.kept_dir() / "chatsft_checkpoints" / "d2"), 1, state)
+    save(Saver(paths.kept_dir() / "chatsft_checkpoints" / "d2"), 1, state)
     assert find.find_model("sft").step == 1 and paths.base_dir().name == "bucket"
 
 

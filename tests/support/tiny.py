@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from flax import nnx
 
-from nanochat_jax.checkpoints import store
+from nanochat_jax.checkpoints.saver import Saver
 from nanochat_jax.distributed import sharding
 from nanochat_jax.interop.nanochat_model import nanochat_name
 from nanochat_jax.model.gpt import GPT, GPTConfig, window_sizes
@@ -65,8 +65,8 @@ def write_base(base: Path, tag: str = "d2", step: int = 7, config: GPTConfig = C
     made = tokenizer()
     made.save(base / "tokenizer")
     state, groups = random_state(config, seed)
-    saver = store.Saver(base / "base_checkpoints" / tag, keep=9)
-    saver.save(step, train.state_items(state), meta(groups, config, step=step, tokenizer=made.digest()))
+    saver = Saver(base / "base_checkpoints" / tag, keep=9)
+    saver.save(step, train.state_items(state), lambda: meta(groups, config, step=step, tokenizer=made.digest()))
     saver.wait()
     return saver.folder / str(step)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax.checkpoints.ownership import FolderLost
 from nanochat_jax.train.loop import (
     MAX_BAD_STEPS,
     Measurement,
@@ -26,7 +27,17 @@ class FakeSaver:
     def __init__(self, folder):
         self.folder, self.saved, self.metas, self.measured, self.waited = folder, [], {}, {}, 0
 
-    def save(self, step, items, meta):
+    def glance(self):
+        pass
+
+    def failure(self, wait=False):
+        return ""
+
+    def due(self):
+        return False
+
+    def save(self, step, items, make_meta):
+        meta = make_meta()
         assert set(items) == {"params", "optimizer"} and float(items["params"]["w"]) == step
         self.saved.append(step)
         self.metas[step] = meta
@@ -34,7 +45,7 @@ class FakeSaver:
     def add_to_meta(self, step, numbers):
         self.measured[step] = dict(numbers)
 
-    def wait(self):
+    def close(self):
         self.waited += 1
 
     def newest(self):
@@ -74,7 +85,7 @@ class Training:
             average=SmoothedAverage(),
             throughput=Throughput(1000, 10, 1e6),
             measured=self.log.measured_at(start),
-            **({"save_every": -1} | fields),
+            **({"save_every": -1, "save_patience": 0.0} | fields),
         )
 
     def train_step(self, state, batch, multiplier):
@@ -394,3 +405,83 @@ def test_the_first_step_of_a_run_tells_how_long_it_took(tmp_path, capsys):
     assert not any("seconds_to_first_step" in record for record in others)
     lines = capsys.readouterr().out.splitlines()
     assert [" first step after " in line for line in lines[:3]] == [True, False, False]
+
+
+# ------------------------------------------------------------------------------------------------- saves that fail
+class FullDisk(FakeSaver):
+    """Has no room from the `full`-th save on, until the `free`-th; a failure is told by the next question."""
+
+    pause = 0.05
+
+    def __init__(self, folder, full, free):
+        super().__init__(folder)
+        self.full, self.free, self.tries, self.untold, self.failed = full, free, 0, "", False
+
+    def save(self, step, items, make_meta):
+        self.tries += 1
+        self.failed = self.full <= self.tries < self.free
+        if self.failed:
+            self.untold = f"step {step} could not be saved in {self.folder}: No space left on device"
+        else:
+            super().save(step, items, make_meta)
+
+    def failure(self, wait=False):
+        said, self.untold = self.untold, ""
+        return said
+
+    def due(self):
+        return self.failed
+
+
+def test_training_goes_on_after_a_failed_save_and_saves_again(tmp_path, capsys):
+    training = Training(tmp_path, save_every=4)
+    training.run.saver = training.saver = FullDisk(tmp_path, full=1, free=3)
+    assert training.train() == 0
+    assert [k for k, _, _ in training.seen] == list(range(1, 11))
+    assert training.saver.saved == [6, 8, 10] and training.saver.tries == 5  # of 4 and 5 nothing came
+    said = capsys.readouterr().out
+    assert said.count("WARNING: step 4 could not be saved") == 1 == said.count("WARNING: step 5 could not be saved")
+    assert "Training goes on; the next try is in" in said
+
+
+def test_the_only_save_waits_for_room_as_long_as_the_patience_lasts(tmp_path, capsys):
+    training = Training(tmp_path, save_patience=30.0)
+    training.run.saver = training.saver = FullDisk(tmp_path, full=1, free=4)
+    assert training.train() == 0 and training.saver.saved == [10] and training.saver.tries == 4
+    assert "It is tried again for 30 s (--save-patience); Ctrl-C gives up" in capsys.readouterr().out
+    training = Training(tmp_path, save_patience=0.2)
+    training.run.saver = training.saver = FullDisk(tmp_path, full=1, free=10**9)
+    with pytest.raises(OSError, match=r"step 10 could not be saved in .*; the steps after it are lost"):
+        training.train()
+    assert 2 <= training.saver.tries <= 5
+
+
+def test_a_signal_ends_the_waiting_for_room(tmp_path):
+    training = Training(tmp_path, save_patience=60.0)
+    training.run.saver = training.saver = FullDisk(tmp_path, full=1, free=10**9)
+    say = training.run.reporter.say
+
+    def interrupt(text):
+        say(text)
+        if "Ctrl-C gives up" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    training.run.reporter.say = interrupt
+    with pytest.raises(OSError, match="No space left on device"):
+        training.train()
+    assert training.saver.tries <= 2
+
+
+def test_a_run_that_has_lost_its_folder_ends_at_the_next_step_and_writes_nothing_more(tmp_path):
+    training = Training(tmp_path, save_every=2, eval_every=1)
+
+    def lose(k):
+        if k == 5:
+            training.saver.glance = lambda: (_ for _ in ()).throw(FolderLost("another run has started in it"))
+            training.size = (tmp_path / "metrics.jsonl").stat().st_size
+
+    training.on_step = lose
+    with pytest.raises(FolderLost, match="another run has started"):
+        training.train()
+    assert training.saver.saved == [2, 4] and len(training.seen) == 5
+    assert (tmp_path / "metrics.jsonl").stat().st_size == training.size
