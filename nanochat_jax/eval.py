@@ -37,7 +37,7 @@ from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.tasks.registry import TASKS, find_name, make_task
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train.loop import explaining_memory
+from nanochat_jax.train.memory import explaining_memory
 
 
 def short(*names: str):

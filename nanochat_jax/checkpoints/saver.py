@@ -159,7 +159,7 @@ class Saver:
 
     def _remove_remains(self, step: int) -> None:
         """Give back the room that a failed save has taken."""
-        for remains in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        for remains in self.folder.glob("*.orbax-checkpoint-tmp*"):  # also what the one before wrote afterwards
             shutil.rmtree(remains, ignore_errors=True)
         target = self.folder / str(step)
         if target.exists() and not (target / integrity.MANIFEST).exists():

@@ -24,13 +24,13 @@ import jax
 from nanochat_jax.checkpoints.ownership import FolderLost
 from nanochat_jax.checkpoints.saver import Saver
 from nanochat_jax.cli.device import pages_note
-from nanochat_jax.cli.settings import flag, recorded_settings
+from nanochat_jax.cli.settings import recorded_settings
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.describe import heads_note, parameter_table, replicas_note
-from nanochat_jax.distributed.device_memory import is_out_of_memory
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import Interrupted, Signals
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
+from nanochat_jax.train.memory import FEWER_ROWS, explaining_memory
 from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.start import Initial, Start, hold_folder
@@ -38,11 +38,8 @@ from nanochat_jax.train.step import StepMetrics, TrainState, state_items
 
 COMPILED = collections.Counter()  # JAX's events of this process, by name
 jax.monitoring.register_event_listener(lambda name, **_: COMPILED.update([name]))
+LAST_PAUSE = 10.0  # seconds between tries to save at the end of a run, at most
 MAX_BAD_STEPS = 5  # updates skipped in a row before a run gives up
-FEWER_ROWS = (
-    "Lower --device-batch-size first: gradient accumulation keeps --total-batch-size, and so the training, the same. "
-    "Then --remat block, a lower --max-seq-len, or more devices (parameters and optimizer are sharded over them)"
-)
 Progress = Callable[[int, int], None]  # (done, all): shows it, and raises Interrupted where a signal has come
 
 
@@ -177,10 +174,10 @@ class Run:
         until, signal_before = time.monotonic() + self.save_patience, self.signals.received
         while failed := self.saver.failure(wait=True):
             left = until - time.monotonic()
-            if processes.exchange("patience", left < self.saver.pause or self.signals.received != signal_before)[0]:
+            if processes.exchange("patience", left <= 0 or self.signals.received != signal_before)[0]:
                 raise OSError(f"{failed}; the steps after it are lost")
             self.say(f"WARNING: {failed}. It is tried again for {left:,.0f} s (--save-patience); Ctrl-C gives up")
-            next_try = time.monotonic() + self.saver.pause
+            next_try = time.monotonic() + min(self.saver.pause, LAST_PAUSE, left)
             while time.monotonic() < next_try and self.signals.received == signal_before:
                 time.sleep(0.1)
             self._save()
@@ -385,17 +382,3 @@ def describe_run(start: Start, plan: Plan, total: int) -> None:
     counts = [f"{name} {count:,}" for name, count in parameter_counts(plan.model).items()]
     flops = flops_per_token(plan.model, plan.batch.T)
     print0(f"Parameters: {', '.join(counts)} | FLOPs per token: {flops:e} | steps: {total}")
-
-
-@contextlib.contextmanager
-def explaining_memory(in_force: Mapping[str, Any], advice: str = FEWER_ROWS):
-    """Where the device runs out of memory inside, MemoryError with the settings in force and the flags to lower."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        shown = ", ".join(f"{flag(name)}={value}" for name, value in in_force.items())
-        raise MemoryError(
-            f"Out of device memory with {shown}. {advice}. The device said: {str(error).splitlines()[0][:300]}"
-        ) from error

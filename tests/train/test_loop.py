@@ -15,9 +15,9 @@ from nanochat_jax.train.loop import (
     Run,
     Throughput,
     exit_code,
-    explaining_memory,
     to_its_end,
 )
+from nanochat_jax.train.memory import explaining_memory
 from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, read_metrics
 from nanochat_jax.train.row_stages import throughput_line
 from nanochat_jax.train.step import StepMetrics, TrainState
