@@ -23,6 +23,8 @@ Rendering = tuple[np.ndarray, np.ndarray]  # token ids [k], and a mask uint8 [k]
 RenderMany = Callable[[list], list[Rendering]]  # entries of a task -> the tokens of each
 
 VERSION = 2  # part of every cache's key: raise it when the files below come to mean something else
+KEPT_BYTES = 50_000_000_000  # of all caches together, above which old ones are deleted
+KEPT_DAYS = 30  # after a cache was last opened, during which it stays
 RENDER_BATCH = 1000  # entries handed to the tokenizer at a time
 FILES = ("ids.npy", "mask.npy", "offsets.npy", "trained.npy")
 
@@ -62,6 +64,8 @@ class TokenCache:
             wanted = (len(self.trained), self.n_tokens, self.n_tokens, (self.n_tokens + 7) // 8)
             if sizes != wanted or self.offsets[0] or (self.lengths < 0).any():
                 raise DamagedCache("its files do not fit together")
+            with contextlib.suppress(OSError):  # the folder may be somebody else's
+                os.utime(folder / "meta.json")  # for _delete_old
         except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise DamagedCache(f"{type(error).__name__}: {error}") from error
 
@@ -115,6 +119,7 @@ class TokenCache:
         except DamagedCache as why:
             if final.exists():
                 log(f"token cache {final} is damaged ({why}): building it anew")
+            _delete_old(final.parent, log)
             _build(task, tokenizer, final, key, log, render)
             return cls(final)
         finally:
@@ -216,3 +221,23 @@ def _remove_abandoned_builds(folder: Path) -> None:
     for building in folder.glob("*.building"):
         with contextlib.suppress(Timeout), _lock(building.with_suffix("")).acquire(timeout=0):
             shutil.rmtree(building, ignore_errors=True)
+
+
+def _delete_old(folder: Path, log: Callable) -> None:
+    """Delete caches that nobody has opened for KEPT_DAYS, the oldest first, until all together have KEPT_BYTES."""
+    caches = []
+    for meta in folder.glob("*/meta.json"):
+        with contextlib.suppress(OSError):  # another process may delete it
+            size = sum(file.stat().st_size for file in meta.parent.iterdir())
+            caches.append((meta.stat().st_mtime, size, meta.parent))
+    total, deleted = sum(size for _, size, _ in caches), 0
+    for opened, size, cache in sorted(caches):
+        if total <= KEPT_BYTES or opened > time.time() - KEPT_DAYS * 86_400:
+            break
+        if re.search("-[0-9a-f]{20}$", cache.name):  # nothing that somebody else put there
+            with contextlib.suppress(OSError, Timeout), _lock(cache).acquire(timeout=0):
+                going = cache.rename(f"{cache}.building")  # at once, so that no process opens half of it
+                shutil.rmtree(going)
+                total, deleted = total - size, deleted + 1
+    if deleted:
+        log(f"deleted {deleted:,} token caches of {folder} that no run has opened for {KEPT_DAYS} days")

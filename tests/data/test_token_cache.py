@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from nanochat_jax.data import token_cache
 from nanochat_jax.data.batches import train_batches
 from nanochat_jax.data.conversations import ConversationRows, ConversationStore
 from nanochat_jax.data.hashed_array import write_array
@@ -321,3 +324,33 @@ def test_a_cache_that_is_there_is_opened_without_the_tokenizers_work(tmp_path, m
     for name in ("render_conversation", "render_many"):
         monkeypatch.delattr(StubTokenizer, name)
     assert len(TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)) == len(built) == 30
+
+
+def test_caches_that_nobody_opens_are_deleted_by_age_where_all_are_too_large_and_that_is_told_once(
+    tmp_path, monkeypatch
+):
+    month = time.time() - 31 * 86_400
+    caches = [TokenCache.open_or_build(make_task(20, seed=i), StubTokenizer(), tmp_path, log=str) for i in range(6)]
+    size = sum(file.stat().st_size for file in caches[0].folder.iterdir())
+    third = caches[2].get(3)[0].tolist()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "meta.json").write_text("a file of somebody's")
+    for place, cache in enumerate([*(c.folder for c in caches[:5]), tmp_path / "mine"]):
+        os.utime(cache / "meta.json", (month + place, month + place))
+    names, said = [cache.folder.name for cache in caches], []
+
+    def build(seed):
+        TokenCache.open_or_build(make_task(20, seed=seed), StubTokenizer(), tmp_path, log=said.append)
+        return [names.index(name) for name in names if (tmp_path / name).exists()]
+
+    assert build(10) == [0, 1, 2, 3, 4, 5] and len(said) == 1  # all together are small
+    monkeypatch.setattr(token_cache, "KEPT_BYTES", 5.5 * size)
+    TokenCache(caches[0].folder)  # opened today
+    with FileLock(tmp_path / f".{names[1]}.lock"):  # at work
+        assert build(11) == [0, 1, 4, 5]  # the oldest go first, and no more than needed
+    assert said[1] == f"deleted 2 token caches of {tmp_path} that no run has opened for 30 days" and len(said) == 3
+    monkeypatch.setattr(token_cache, "KEPT_BYTES", 0)
+    assert build(12) == [0, 5] and len(said) == 5
+    assert build(13) == [0, 5] and len(said) == 6
+    assert (tmp_path / "mine" / "meta.json").exists() and not list(tmp_path.glob("*.building"))
+    assert caches[2].get(3)[0].tolist() == third  # who has it open may go on
