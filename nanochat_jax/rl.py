@@ -171,6 +171,7 @@ def main(cfg: RLConfig) -> int:
     with processes.process_zero_first("the problems"):
         task = make_task(cfg.task, "train", TRAINING_PROBLEMS, cfg.data_dir, flag="--task")
     task_digest = task.fingerprint()
+    processes.agree("the task", {"task": task_digest})  # also how each rewards
     total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
     require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
     draws = total * cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)

@@ -197,4 +197,6 @@ def test_a_resumed_run_says_which_versions_have_changed(tmp_path, monkeypatch, c
     saver.wait()
     assert find_run(SFTConfig(resume=True), "sft", "mine", tokenizer, said.append).first_step == 3
     found = [line for line in said if "jaxlib" in line]
-    assert len(found) == notes and all(line.startswith("NOTE: since then jaxlib 0.0.1 to ") for line in found)
+    assert len(found) == notes and all(
+        line.startswith("NOTE: since then versions have changed (jaxlib 0.0.1 to ") for line in found
+    )

@@ -152,7 +152,7 @@ def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -
         record = store.read_meta(folder / str(step))
         log(f"Resuming {folder} from step {step}")
         if changed := changed_versions(record.get("versions")):
-            log(f"NOTE: since then {changed} has changed: what follows may differ in the last bits from one long run")
+            log(f"NOTE: since then versions have changed ({changed}): what follows may differ in the last bits")
         cfg = resumed_settings(cfg, record["user_config"], tag_flag(root), log)
         find.check_tokenizer(tokenizer, record)
         return Start(cfg, folder, tokenizer.digest(), record=record)

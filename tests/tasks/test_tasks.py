@@ -255,7 +255,7 @@ def test_a_file_is_hashed_once_until_it_changes_and_a_corrupt_memo_is_ignored(tm
     for garbage in (
         *(b"", b"[", b"[1]", b"\xff", json.dumps({str(path): [1]}).encode()),
         *(b"[" * 200_000, b'{"a": ' * 200_000, b'{"a": 1e999, "b": NaN, "c": [true, 1, "x"]}', b"1" * 9999),
-        b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",  # can be read, but writing it would go too deep
+        b'{"a": ' + b"[" * 1100 + b"]" * 1100 + b"}",  # can be read, but writing it would go too deep
         json.dumps({str(path): [3, path.stat().st_mtime_ns, "0" * 63]}).encode(),
         json.dumps({str(path): [1e999, [], {}]}).encode(),
     ):
