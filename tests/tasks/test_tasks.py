@@ -6,6 +6,7 @@ import random
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -295,6 +296,11 @@ def test_numbers_of_array_libraries_and_nan_have_a_fingerprint():
 )
 def test_a_reward_may_be_a_number_of_python_or_of_an_array_library(given, number):
     assert as_number(given) == number and type(as_number(given)) is float
+
+
+def test_a_reward_may_be_a_number_on_a_device():
+    assert [as_number(jnp.asarray(0.5, dtype)) for dtype in (jnp.float32, jnp.bfloat16)] == [0.5, 0.5]
+    assert as_number(jnp.ones((1, 1), bool)) == 1.0
 
 
 @pytest.mark.parametrize(
