@@ -29,7 +29,7 @@ RENDER_BATCH = 1000  # entries handed to the tokenizer at a time
 FILES = ("ids.npy", "mask.npy", "offsets.npy", "trained.npy")
 
 
-class DamagedCache(Exception):
+class DamagedCache(ValueError):
     """A cache folder that cannot be used; the message says why."""
 
 
@@ -48,12 +48,12 @@ class TokenCache:
         try:
             meta = json.loads((folder / "meta.json").read_bytes())
             if meta.pop("digest") != digest_of(meta):
-                raise DamagedCache("the content of meta.json has changed since it was written")
+                raise ValueError("the content of meta.json has changed since it was written")
             self.name, self.tokenizer = meta["name"], meta["tokenizer"]
             self.bos, self.n_tokens = meta["bos"], meta["tokens"]
             blocks, ids_dtype = meta["blocks"], {2: np.uint16, 4: np.uint32}[meta["bytes_of_an_id"]]
             if list(map(type, (self.name, self.tokenizer, self.bos, self.n_tokens))) != [str, str, int, int]:
-                raise DamagedCache("meta.json has values of other types")
+                raise ValueError("meta.json has values of other types")
             self.ids = HashedArray(folder / "ids.npy", ids_dtype, blocks["ids.npy"])
             self.mask = HashedArray(folder / "mask.npy", np.uint8, blocks["mask.npy"])
             offsets = HashedArray(folder / "offsets.npy", np.int64, blocks["offsets.npy"])
@@ -63,7 +63,7 @@ class TokenCache:
             sizes = (len(self.offsets) - 1, self.offsets[-1], len(self.ids), len(self.mask))
             wanted = (len(self.trained), self.n_tokens, self.n_tokens, (self.n_tokens + 7) // 8)
             if sizes != wanted or self.offsets[0] or (self.lengths < 0).any():
-                raise DamagedCache("its files do not fit together")
+                raise ValueError("its files do not fit together")
             with contextlib.suppress(OSError):  # the folder may be somebody else's
                 os.utime(folder / "meta.json")  # for _delete_old
         except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
