@@ -23,8 +23,8 @@ def keep_compiled_programs() -> None:
     compiled anew, which a line of the console tells, and its damaged entry is deleted: JAX itself would keep it."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where the user wants it
         jax.config.update("jax_compilation_cache_dir", str(kept_dir() / "compilation_cache"))
-    # JAX compresses with zstd where Python has it, without a checksum: of 60 entries with a flipped bit 22 were run all
-    # the same; one ended the process, another computed something else. zlib's checksum found all of 30.
+    # JAX compresses with zstd where Python has it, without a checksum: of 60 entries with a flipped bit it took 23;
+    # one of them ended the process, another changed the result. zlib's checksum found all of 30.
     compilation_cache.zstd = compilation_cache.zstandard = None
     warnings.filterwarnings("always", FAILED)  # also of a second program with the same name and damage
     if getattr(warnings.showwarning, "func", None) is not _show_warning:
