@@ -170,11 +170,18 @@ def main(cfg: RLConfig) -> int:
     # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
     with processes.process_zero_first("the problems"):
         task = make_task(cfg.task, "train", TRAINING_PROBLEMS, cfg.data_dir, flag="--task")
-    start.check_data(task.fingerprint())
+    task_digest = task.fingerprint()
+    processes.agree("the task", {"task": task_digest})  # also how each rewards
     total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
     require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
     draws = total * cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
     prompts = PromptStream(task, tokenizer, cfg.seed, draws)
+    start.check_data(prompts.fingerprint())
+    if start.resumed and start.record.get("task_digest") != task_digest:
+        print0(
+            f"NOTE: the data or the source of {task.name} has changed since step {start.first_step}; its prompts are "
+            "the same, its rewards may be others"
+        )
     with processes.process_zero_first("the held-out problems"):
         eval_set = held_out(cfg, tokenizer)
     model = start.model_config()
@@ -239,7 +246,8 @@ def main(cfg: RLConfig) -> int:
 
     def record(step: int) -> dict:
         return {
-            "data": task.fingerprint(),
+            "data": prompts.fingerprint(),
+            "task_digest": task_digest,
             "reference": reference,
             "problems_consumed": position,
             "steps_without_signal": without_signal,

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.checkpoints import integrity
+from nanochat_jax.checkpoints import integrity, store
 from nanochat_jax.cli.settings import Maybe, StageConfig, recorded_settings, resumed_settings, setting
+from nanochat_jax.data.packing import PACKING
+from nanochat_jax.sft import SFTConfig
+from nanochat_jax.train import step as train
+from nanochat_jax.train.start import Start, changed_versions, find_run
 from tests.support import tiny
 from tools.check import kill_resume
 
@@ -143,3 +147,56 @@ def test_the_same_files_by_another_name_are_the_same_run(tmp_path, monkeypatch):
         ValueError, match=r"--files was \['a.jsonl'\] and is \['.*/b.jsonl'\]; use another --output-tag"
     ):
         go_on(Settings(files=(Path("b.jsonl"),)), {"files": ["a.jsonl"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, packing and versions of a run that goes on
+
+
+def started(**record):
+    return Start(None, Path("/runs/mine"), "", record={"step": 3, **record})
+
+
+def test_a_run_whose_data_and_packing_are_the_same_goes_on():
+    started(data="one", packing=PACKING).check_data("one")
+    started(data="one").check_data("one")  # of before the packing had a number
+    Start(None, Path("/runs/mine"), "").check_data("anything")
+
+
+@pytest.mark.parametrize("packing", [PACKING + 1, PACKING - 1, "1", True if PACKING != 1 else 1.5])
+def test_a_run_whose_rows_were_packed_by_other_rules_does_not_go_on(packing):
+    with pytest.raises(ValueError, match=r"rows of /runs/mine are packed by the rules number .*--output-tag") as error:
+        started(data="one", packing=packing).check_data("one")
+    assert f"has number {PACKING}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_data_and_data_that_an_earlier_version_recorded_are_told_apart():
+    with pytest.raises(ValueError, match="data of /runs/mine has changed since step 3; restore the files, or start an"):
+        started(data="one", packing=PACKING).check_data("two")
+    with pytest.raises(
+        ValueError, match=r"recorded by an earlier version of nanochat_jax.*go on with that version, or"
+    ):
+        started(data="one").check_data("two")
+
+
+def test_each_version_that_differs_is_named_with_both_values():
+    now = store.versions()
+    assert changed_versions(now) == ""
+    assert changed_versions(now | {"jax": "0.0.1"}) == f"jax 0.0.1 to {now['jax']}"
+    assert changed_versions(None).count(" ? to ") == len(now)
+
+
+@pytest.mark.parametrize(("changed", "notes"), [({}, 0), ({"jaxlib": "0.0.1"}, 1)])
+def test_a_resumed_run_says_which_versions_have_changed(tmp_path, monkeypatch, changed, notes):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    state, groups = tiny.random_state()
+    tokenizer, said = tiny.tokenizer(), []
+    saver = store.Saver(tmp_path / "chatsft_checkpoints" / "mine", keep=9)
+    recorded = {"tokenizer": tokenizer.digest(), "versions": store.versions() | changed}
+    saver.save(3, train.state_items(state), tiny.meta(groups, step=3, **recorded))
+    saver.wait()
+    assert find_run(SFTConfig(resume=True), "sft", "mine", tokenizer, said.append).first_step == 3
+    found = [line for line in said if "jaxlib" in line]
+    assert len(found) == notes and all(
+        line.startswith("NOTE: since then versions have changed (jaxlib 0.0.1 to ") for line in found
+    )

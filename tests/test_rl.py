@@ -67,6 +67,16 @@ class TooMuch(Early):
         return 1e300
 
 
+class AsText(Early):
+    def reward(self, conversation, answer):
+        return "0.5"
+
+
+class WithAnObject(Early):
+    def __getitem__(self, i):
+        return Early.__getitem__(self, i) | ({"more": object()} if i == 5 else {})
+
+
 class NoneAtAll(Early):
     def reward(self, conversation, answer):
         return None
@@ -435,8 +445,10 @@ BAD = [
     (["--task", "gsm9k"], "did you mean GSM8K?"),
     (["--task", "rl_tasks:Missing"], "has no Missing"),
     (["--task", "rl_tasks:NoReward"], "cannot reward an answer to problem 0: NoReward cannot judge answers"),
-    (["--task", "rl_tasks:NotANumber"], "a reward must be finite and at most 1e+30, got nan for problem 0"),
-    (["--task", "rl_tasks:TooMuch"], "a reward must be finite and at most 1e+30, got 1e+300 for problem 0"),
+    (["--task", "rl_tasks:NotANumber"], "a reward must be finite and at most 1e+06, got nan for problem 0"),
+    (["--task", "rl_tasks:TooMuch"], "a reward must be finite and at most 1e+06, got 1e+300 for problem 0"),
+    (["--task", "rl_tasks:AsText"], "cannot reward an answer to problem 0: TypeError: it must be a number, got str"),
+    (["--task", "rl_tasks:WithAnObject"], "WithAnObject, row 5 cannot be read: TypeError: a conversation holds text, "),
     (["--task", "rl_tasks:NoneAtAll"], "cannot reward an answer to problem 0: TypeError"),
     (["--task", "rl_tasks:Long", "--num-steps", "5"], "the longest prompt has 704 tokens"),
     (["--task", "rl_tasks:TooLong"], "problem 0: a prompt must have at most 2,048 tokens"),

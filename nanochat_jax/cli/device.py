@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from nanochat_jax.cli.compilation_cache import keep_compiled_programs
 from nanochat_jax.cli.settings import values_of
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.files.paths import kept_dir
 from nanochat_jax.model.attention import AttentionShapes, choose_attention_backend
 from nanochat_jax.model.gpt import GPTConfig
 
@@ -29,8 +29,7 @@ def start_device(device_type: str, cfg: Any = None) -> None:
         raise ValueError(f"--device-type must be one of auto, cuda, tpu, cpu, got {device_type!r}")
     if PLATFORMS[device_type]:
         jax.config.update("jax_platforms", PLATFORMS[device_type])
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where the user wants it
-        jax.config.update("jax_compilation_cache_dir", str(kept_dir() / "compilation_cache"))
+    keep_compiled_programs()
     if cfg:
         processes.join(values_of(cfg), platform=PLATFORMS[device_type])
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX has seen no TPU here: libtpu, if installed, need not complain of it

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+PACKING = 1  # recorded by checkpoints: raise it when the same lengths come to lie in other rows than before
 BUFFER_SIZE = 100  # conversations to choose from, as in nanochat
 TooLong = Literal["cut", "block", "fill"]
 

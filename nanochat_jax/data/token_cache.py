@@ -1,7 +1,6 @@
 """Tokens on disk: a task's conversations, or a shard's documents, are tokenized once and only opened by later runs."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from nanochat_jax.data.hashed_array import HashedArray, write_array
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.digest import digest_of
 from nanochat_jax.files.paths import write_atomically
@@ -22,14 +22,14 @@ from nanochat_jax.files.paths import write_atomically
 Rendering = tuple[np.ndarray, np.ndarray]  # token ids [k], and a mask uint8 [k]: 1 where the token is trained, else 0
 RenderMany = Callable[[list], list[Rendering]]  # entries of a task -> the tokens of each
 
-VERSION = 1  # part of every cache's key: raise it when the files below come to mean something else
+VERSION = 2  # part of every cache's key: raise it when the files below come to mean something else
+KEPT_BYTES = 50_000_000_000  # of all caches together, above which old ones are deleted
+KEPT_DAYS = 30  # after a cache was last opened, during which it stays
 RENDER_BATCH = 1000  # entries handed to the tokenizer at a time
-BLOCK = 1 << 16  # bytes
-CHECKED_BLOCKS = 256  # of a file above so many blocks (16 MiB) the checksum covers only so many: opening stays quick
 FILES = ("ids.npy", "mask.npy", "offsets.npy", "trained.npy")
 
 
-class DamagedCache(Exception):
+class DamagedCache(ValueError):
     """A cache folder that cannot be used; the message says why."""
 
 
@@ -38,29 +38,35 @@ class TokenCache:
 
     Files in its folder: ids.npy uint16 [tokens] (uint32 for a vocabulary above 65,536); mask.npy uint8, 8 tokens in a
     byte; offsets.npy int64 [n + 1]; trained.npy int32 [n], the trained tokens of each entry; and meta.json with name,
-    key, bos, counts, sizes and checksums. Entries are stored whole: whoever reads them cuts them.
+    key, bos, counts, and a hash of each block of the files. Entries are stored whole: whoever reads them cuts them.
+    Offsets and counts are checked when the cache is opened, ids and mask block by block when they are first read.
     """
 
     def __init__(self, folder: Path):
         """Open a finished cache. DamagedCache: the folder is missing, incomplete or not as it was written."""
         self.folder = folder
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            self.name, self.tokenizer = str(meta["name"]), str(meta["tokenizer"])
-            self.bos, self.n_tokens = int(meta["bos"]), int(meta["tokens"])
-            for file in FILES:
-                size, checksum = meta["files"][file]["size"], meta["files"][file]["checksum"]
-                if (found := (folder / file).stat().st_size) != size:
-                    raise DamagedCache(f"{file} has {found:,} bytes instead of {size:,}")
-                if _checksum(folder / file) != checksum:
-                    raise DamagedCache(f"the content of {file} has changed since it was written")
-            self.content = [meta["files"][file]["checksum"] for file in FILES]
-            # asarray: slicing a np.memmap costs several times as much as slicing a plain array
-            arrays = [np.asarray(np.load(folder / file, mmap_mode="r")) for file in FILES]
-            self.ids, self.mask, self.offsets, self.trained = arrays
-            if len(self.trained) != meta["conversations"]:
-                raise DamagedCache(f"{len(self.trained)} conversations instead of {meta['conversations']}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            meta = json.loads((folder / "meta.json").read_bytes())
+            if meta.pop("digest") != digest_of(meta):
+                raise ValueError("the content of meta.json has changed since it was written")
+            self.name, self.tokenizer = meta["name"], meta["tokenizer"]
+            self.bos, self.n_tokens = meta["bos"], meta["tokens"]
+            blocks, ids_dtype = meta["blocks"], {2: np.uint16, 4: np.uint32}[meta["bytes_of_an_id"]]
+            if list(map(type, (self.name, self.tokenizer, self.bos, self.n_tokens))) != [str, str, int, int]:
+                raise ValueError("meta.json has values of other types")
+            self.ids = HashedArray(folder / "ids.npy", ids_dtype, blocks["ids.npy"])
+            self.mask = HashedArray(folder / "mask.npy", np.uint8, blocks["mask.npy"])
+            offsets = HashedArray(folder / "offsets.npy", np.int64, blocks["offsets.npy"])
+            trained = HashedArray(folder / "trained.npy", np.int32, blocks["trained.npy"])
+            self.offsets, self.trained = (array.read(0, len(array)) for array in (offsets, trained))
+            self.content = [digest_of(blocks[file]) for file in FILES]
+            sizes = (len(self.offsets) - 1, self.offsets[-1], len(self.ids), len(self.mask))
+            wanted = (len(self.trained), self.n_tokens, self.n_tokens, (self.n_tokens + 7) // 8)
+            if sizes != wanted or self.offsets[0] or (self.lengths < 0).any():
+                raise ValueError("its files do not fit together")
+            with contextlib.suppress(OSError):  # the folder may be somebody else's
+                os.utime(folder / "meta.json")  # for _delete_old
+        except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise DamagedCache(f"{type(error).__name__}: {error}") from error
 
     def __len__(self) -> int:
@@ -72,14 +78,19 @@ class TokenCache:
         return np.diff(self.offsets)
 
     def get(self, i: int, limit: int | None = None) -> Rendering:
-        """Entry i, cut to its first `limit` tokens: ids uint16 or uint32 [k], mask uint8 [k]."""
+        """Entry i, cut to its first `limit` tokens: ids uint16 or uint32 [k], mask uint8 [k].
+
+        ValueError: the files are not as they were written."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name} has {len(self)} conversations, asked for number {i}")
         start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
         if limit is not None:
             stop = min(stop, start + limit)
-        bits = np.unpackbits(self.mask[start // 8 : (stop + 7) // 8])
-        return self.ids[start:stop], bits[start % 8 :][: stop - start]
+        try:
+            ids, bits = self.ids.read(start, stop), np.unpackbits(self.mask.read(start // 8, (stop + 7) // 8))
+        except ValueError as error:
+            raise ValueError(f"{error}: delete the folder {self.folder}, it is built anew") from error
+        return ids, bits[start % 8 :][: stop - start]
 
     @classmethod
     def open_or_build(
@@ -108,6 +119,7 @@ class TokenCache:
         except DamagedCache as why:
             if final.exists():
                 log(f"token cache {final} is damaged ({why}): building it anew")
+            _delete_old(final.parent, log)
             _build(task, tokenizer, final, key, log, render)
             return cls(final)
         finally:
@@ -134,10 +146,10 @@ def _build(task, tokenizer, final: Path, key: str, log: Callable, render: Render
     building.mkdir()
     try:
         started = time.perf_counter()
-        counts = _write_arrays(task, tokenizer, building, log, render)
-        files = {f: {"size": (building / f).stat().st_size, "checksum": _checksum(building / f)} for f in FILES}
+        counts, blocks = _write_arrays(task, tokenizer, building, log, render)
         meta = {"name": task.name, "key": key, "tokenizer": tokenizer.digest(), "bos": int(tokenizer.bos)}
-        write_atomically(building / "meta.json", json.dumps(meta | counts | {"files": files}, indent=1).encode())
+        meta |= {"bytes_of_an_id": _ids_dtype(tokenizer)().itemsize, **counts, "blocks": blocks}
+        write_atomically(building / "meta.json", json.dumps(meta | {"digest": digest_of(meta)}, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.rename(building, final)
     except BaseException:
@@ -149,16 +161,17 @@ def _build(task, tokenizer, final: Path, key: str, log: Callable, render: Render
     )
 
 
-def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMany | None) -> dict[str, int]:
-    """Write FILES into the folder, a batch of entries at a time; return the counts for meta.json."""
+def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMany | None) -> tuple[dict, dict]:
+    """Write FILES into the folder, a batch of entries at a time -> counts, and hashes of each file's blocks."""
+    blocks: dict[str, list[str]] = {file: [] for file in FILES}
     entries = tokens = trained = 0
     odd_bits = np.empty(0, np.uint8)  # mask bits that do not fill a byte yet
     said = time.perf_counter()
     with (
-        _npy_writer(folder / "ids.npy", np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32) as append_ids,
-        _npy_writer(folder / "mask.npy", np.uint8) as append_mask,
-        _npy_writer(folder / "offsets.npy", np.int64) as append_offsets,
-        _npy_writer(folder / "trained.npy", np.int32) as append_trained,
+        write_array(folder / "ids.npy", _ids_dtype(tokenizer), blocks["ids.npy"]) as append_ids,
+        write_array(folder / "mask.npy", np.uint8, blocks["mask.npy"]) as append_mask,
+        write_array(folder / "offsets.npy", np.int64, blocks["offsets.npy"]) as append_offsets,
+        write_array(folder / "trained.npy", np.int32, blocks["trained.npy"]) as append_trained,
     ):
         append_offsets([0])
         for rendered in _render(task, render or partial(tokenizer.render_many, max_tokens=None)):
@@ -177,7 +190,11 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMa
                 said = time.perf_counter()
                 log(f"tokenizing {task.name}: {entries:,} of {len(task):,} entries")
         append_mask(np.packbits(odd_bits))
-    return {"conversations": entries, "tokens": tokens, "trained_tokens": trained}
+    return {"conversations": entries, "tokens": tokens, "trained_tokens": trained}, blocks
+
+
+def _ids_dtype(tokenizer) -> type[np.generic]:
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
 def _render(task, render_many: RenderMany) -> Iterator[list[Rendering]]:
@@ -195,43 +212,6 @@ def _render(task, render_many: RenderMany) -> Iterator[list[Rendering]]:
             raise
 
 
-@contextlib.contextmanager
-def _npy_writer(path: Path, dtype: type[np.generic]) -> Iterator[Callable[[np.ndarray], None]]:
-    """append(values) for an .npy file of one dimension, whose length is put into the header when all is written."""
-    count = 0
-
-    def write_header():  # NumPy pads it, so that it takes the same room for any count
-        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count,)})
-
-    def append(values):
-        nonlocal count
-        file.write(np.asarray(values, dtype).tobytes())
-        count += len(values)
-
-    with open(path, "wb") as file:
-        write_header()
-        yield append
-        file.seek(0)
-        write_header()
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _checksum(path: Path) -> str:
-    """SHA-256 of the file, or of CHECKED_BLOCKS evenly spread blocks of a large one."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    starts, length = [0], size
-    if size > CHECKED_BLOCKS * BLOCK:
-        starts = [block * (size - BLOCK) // (CHECKED_BLOCKS - 1) for block in range(CHECKED_BLOCKS)]
-        length = BLOCK
-    with open(path, "rb") as file:
-        for start in starts:
-            file.seek(start)
-            digest.update(file.read(length))
-    return digest.hexdigest()
-
-
 def _lock(final: Path) -> FileLock:
     return FileLock(final.with_name(f".{final.name}.lock"))
 
@@ -241,3 +221,23 @@ def _remove_abandoned_builds(folder: Path) -> None:
     for building in folder.glob("*.building"):
         with contextlib.suppress(Timeout), _lock(building.with_suffix("")).acquire(timeout=0):
             shutil.rmtree(building, ignore_errors=True)
+
+
+def _delete_old(folder: Path, log: Callable) -> None:
+    """Delete caches that nobody has opened for KEPT_DAYS, the oldest first, until all together have KEPT_BYTES."""
+    caches = []
+    for meta in folder.glob("*/meta.json"):
+        with contextlib.suppress(OSError):  # another process may delete it
+            size = sum(file.stat().st_size for file in meta.parent.iterdir())
+            caches.append((meta.stat().st_mtime, size, meta.parent))
+    total, deleted = sum(size for _, size, _ in caches), 0
+    for opened, size, cache in sorted(caches):
+        if total <= KEPT_BYTES or opened > time.time() - KEPT_DAYS * 86_400:
+            break
+        if re.search("-[0-9a-f]{20}$", cache.name):  # nothing that somebody else put there
+            with contextlib.suppress(OSError, Timeout), _lock(cache).acquire(timeout=0):
+                going = cache.rename(f"{cache}.building")  # at once, so that no process opens half of it
+                shutil.rmtree(going)
+                total, deleted = total - size, deleted + 1
+    if deleted:
+        log(f"deleted {deleted:,} token caches of {folder} that no run has opened for {KEPT_DAYS} days")

@@ -15,6 +15,7 @@ RACY_SECONDS = 2  # a file this young may still change without changing size or 
 def file_digest(path: Path) -> str:
     """sha256 (hex) of a file's content, remembered by path, size and time so that a warm start reads no gigabytes."""
     path = Path(path).absolute()
+    # Damage that leaves size and time as they were is not seen: only reading the file again could find it.
     memo_file = base_dir() / "token_cache" / "file_digests.json"
     stat = path.stat()
     match _read_memo(memo_file).get(str(path)):
@@ -35,7 +36,13 @@ def _read_memo(path: Path) -> dict:
         memo = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}  # absent or corrupt: everything is hashed again
-    return memo if isinstance(memo, dict) else {}
+    if not isinstance(memo, dict):
+        return {}
+    return {path: entry for path, entry in memo.items() if _is_entry(entry)}
+
+
+def _is_entry(entry) -> bool:
+    return isinstance(entry, list) and list(map(type, entry)) == [int, int, str]
 
 
 def digest_of(*parts) -> str:

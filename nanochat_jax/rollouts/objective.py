@@ -21,7 +21,9 @@ from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import token_logprobs
 
 ADVANTAGES = ("mean", "grpo", "rloo")
-MAX_REWARD = 1e30  # its square is a float64, and what it makes of a token's loss a float32
+# No step becomes infinite by its rewards alone: an advantage is then at most 2e6, so is the factor that it is for a
+# token's loss and gradient, and squares of the gradient, in its norm and in AdamW, get 4e12. float32 ends at 3e38.
+MAX_REWARD = 1e6
 
 
 def advantages(rewards: np.ndarray, kind: str = "mean") -> np.ndarray:
@@ -29,7 +31,7 @@ def advantages(rewards: np.ndarray, kind: str = "mean") -> np.ndarray:
 
     mean: r - mean(r) (nanochat, Dr. GRPO: arXiv 2503.20783). grpo: (r - mean) / (std + 1e-6), std over G, not G - 1
     (arXiv 2402.03300). rloo: r - mean of the other samples (arXiv 2402.14740).
-    ValueError: an unknown kind, a reward that is not finite or beyond 1e30, rloo with one sample.
+    ValueError: an unknown kind, a reward that is not finite or beyond 1e6, rloo with one sample.
     """
     rewards = np.asarray(rewards, np.float64)
     if kind not in ADVANTAGES:

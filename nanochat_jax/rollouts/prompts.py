@@ -1,6 +1,7 @@
 """The prompts of a run of RL, in the order in which the run meets them."""
 
 import functools
+import hashlib
 
 import numpy as np
 
@@ -8,8 +9,10 @@ from nanochat_jax.cli.settings import require
 from nanochat_jax.data.rows import shuffled
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import error_text
+from nanochat_jax.files.digest import digest_of
 from nanochat_jax.rollouts.objective import MAX_REWARD
 from nanochat_jax.tasks import Task
+from nanochat_jax.tasks.task import as_number
 from nanochat_jax.tokenizer import MAX_TOKENS
 
 
@@ -30,10 +33,19 @@ class PromptStream:
         example = int(self.order(epoch)[within])
         return example, self.prompts[example]
 
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what decides which prompts the run meets: the task's name and size, and each prompt's tokens.
+
+        Not of the task's source: a run that goes on may have another reward, or another comment."""
+        digest = hashlib.sha256(digest_of(self.task.name, self.size).encode())
+        for prompt in self.prompts:
+            digest.update(np.int64(len(prompt)).tobytes() + prompt.tobytes())
+        return digest.hexdigest()
+
     def reward(self, example: int, answer: str) -> float:
-        """What an answer is worth. ValueError: the task fails to say, or says what is no number of at most 1e30."""
+        """What an answer is worth. ValueError: the task fails to say, or says what is no number of at most 1e6."""
         try:
-            reward = float(self.task.reward(self.task[example], answer))
+            reward = as_number(self.task.reward(self.task[example], answer))
         except (Exception, SystemExit) as e:  # a user's class may do anything
             raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {error_text(e)}") from e
         if not abs(reward) <= MAX_REWARD:

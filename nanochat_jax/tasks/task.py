@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import numbers
 import operator
 import os
 import sys
@@ -62,7 +63,7 @@ class Task:
         raise NotImplementedError(f"{self.name} cannot judge answers: it defines no evaluate(conversation, answer)")
 
     def reward(self, conversation: dict, answer: str) -> float:
-        return float(self.evaluate(conversation, answer))
+        return as_number(self.evaluate(conversation, answer))
 
     @property
     def name(self) -> str:
@@ -91,7 +92,7 @@ class Task:
         digest = hashlib.sha256()
         for i in range(len(self)):
             try:
-                digest.update(json.dumps(self[i], sort_keys=True, default=repr).encode() + b"\n")
+                digest.update(json.dumps(self[i], sort_keys=True, default=_as_json).encode() + b"\n")
             except (Exception, SystemExit) as e:  # whatever a user's class does
                 raise ValueError(f"{self.name}, row {i} cannot be read: {type(e).__name__}: {e}") from e
         return digest.hexdigest()
@@ -147,7 +148,7 @@ class AdaptedTask(Task):
         return (getattr(self.inner, "evaluate", None) or super().evaluate)(conversation, answer)
 
     def reward(self, conversation: dict, answer: str) -> float:
-        return float((getattr(self.inner, "reward", None) or super().reward)(conversation, answer))
+        return as_number((getattr(self.inner, "reward", None) or super().reward)(conversation, answer))
 
     @property
     def name(self) -> str:
@@ -162,6 +163,25 @@ class AdaptedTask(Task):
             return digest_of(own(), [self.start, self.stop, self.step, self.clip])
         except Exception as e:
             raise ValueError(f"{self.name}: fingerprint() must return text, {type(e).__name__}: {e}") from e
+
+
+def as_number(value) -> float:
+    """A number of Python or of an array library, or a bool. TypeError, ValueError: something else, such as text."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"it must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _as_json(value):
+    """What `json` cannot write by itself: arrays and their numbers. TypeError: anything else, of which `repr` may be
+    another text in each process (an address, the order of a set), so that data would seem to have changed."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(
+        f"a conversation holds text, numbers, lists and dictionaries, not {type(value).__name__}: change it to one of "
+        "these, or define fingerprint()"
+    )
 
 
 def question_and_answer(question: str, answer: str | list[dict]) -> dict:

@@ -25,6 +25,7 @@ from nanochat_jax.cli.settings import (
     resumed_settings,
     values_of,
 )
+from nanochat_jax.data.packing import PACKING
 from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import kept_dir
@@ -78,11 +79,21 @@ class Start:
     def check_data(self, fingerprint: str) -> None:
         """ValueError where a run that goes on does not see the data it began with, or a process sees other data."""
         processes.agree("the data", {"data": fingerprint})
-        if self.resumed and self.record["data"] != fingerprint:
+        if not self.resumed:
+            return
+        packing, otherwise = self.record.get("packing"), f"start another run with {tag_flag(self.folder.parent)}"
+        if packing not in (None, PACKING):
             raise ValueError(
-                f"--resume: the data of {self.folder} has changed since step {self.first_step}; restore the files, or "
-                f"start another run with {tag_flag(self.folder.parent)}"
+                f"--resume: the rows of {self.folder} are packed by the rules number {packing}, this version of "
+                f"nanochat_jax has number {PACKING}, which make other rows: go on with the version that began the run, "
+                f"or {otherwise}"
             )
+        if self.record.get("data") != fingerprint:
+            what = f"has changed since step {self.first_step}; restore the files"
+            if packing is None:  # checkpoints of before it was recorded have other hashes of the same data
+                what = "is recorded by an earlier version of nanochat_jax, in a way that this one cannot compare; go on"
+                what += " with that version"
+            raise ValueError(f"--resume: the data of {self.folder} {what}, or {otherwise}")
 
     def recorded(self, plan: Plan, total_steps: int) -> dict:
         """What every checkpoint of the run records, beside its step and its place in the data."""
@@ -93,6 +104,7 @@ class Start:
             "tokenizer": self.tokenizer_digest,
             "total_steps": total_steps,
             "versions": store.versions(),
+            "packing": PACKING,
         }
 
 
@@ -140,12 +152,21 @@ def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -
             raise ValueError(f"--resume: no checkpoint in {folder} is intact; --overwrite starts the run again")
         record = store.read_meta(folder / str(step))
         log(f"Resuming {folder} from step {step}")
+        if changed := changed_versions(record.get("versions")):
+            log(f"NOTE: since then versions have changed ({changed}): what follows may differ in the last bits")
         cfg = resumed_settings(cfg, record["user_config"], tag_flag(root), log)
         find.check_tokenizer(tokenizer, record)
         return Start(cfg, folder, tokenizer.digest(), record=record)
     if cfg.resume:
         log(f"Nothing to resume in {folder}: a new run")
     return Start(cfg, folder, tokenizer.digest())
+
+
+def changed_versions(recorded: Any) -> str:
+    """Each package whose version is another one than in a checkpoint's record, such as "jax 0.11.1 to 0.12.0"."""
+    recorded = recorded if isinstance(recorded, dict) else {}
+    now = store.versions()
+    return ", ".join(f"{n} {recorded.get(n, '?')} to {now[n]}" for n in now if recorded.get(n) != now[n])
 
 
 def inherit_from(cfg: StageConfig, meta: dict, log: Callable) -> StageConfig:

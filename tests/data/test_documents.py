@@ -326,3 +326,14 @@ def test_an_empty_shard_is_refused_at_the_start_wherever_it_is(tmp_path):
     good, empty = lettered(tmp_path / "a.parquet", [9]), shard(tmp_path / "b.parquet", pa.array([], pa.string()))
     with pytest.raises(ValueError, match=r"b\.parquet must hold documents, it has 0 rows: take it out of the folder"):
         rows_of([good, empty])
+
+
+def test_damaged_tokens_of_a_shard_end_the_run_with_what_to_delete(tmp_path):
+    rows = rows_of([lettered(tmp_path / "a.parquet", [400_000, 400_000])], T=1000)
+    rows.contents(0)  # opens the cache, whose beginning is intact
+    ids = rows.cache(0).folder / "ids.npy"
+    with open(ids, "r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"\xff")
+    with pytest.raises(ValueError, match=f"ids.npy has changed since it was written: delete the folder {ids.parent}"):
+        rows.contents(rows.plan(0).n_rows - 1)

@@ -1,5 +1,8 @@
 """Mixtures of conversations, their rows, and batches of these rows."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 
@@ -208,3 +211,23 @@ def test_validation_rows_are_the_same_each_time_and_come_once(tmp_path):
     inputs = np.concatenate([np.concatenate([h[k]["weights"] for h in halves]) for k in range(2)])
     np.testing.assert_array_equal(inputs[:10], rows.batch(range(10))["weights"])
     assert not inputs[10:].any()
+
+
+def test_a_comment_in_a_tasks_module_makes_another_cache_and_the_same_rows(tmp_path, monkeypatch):
+    """A run that goes on compares tokens, not source."""
+    source = (
+        "from nanochat_jax.tasks.task import MadeUpTask, question_and_answer\n\n\nclass Numbers(MadeUpTask):\n"
+        "    def make(self, index):\n        return [str(index), 'number']\n\n"
+        "    def fingerprint(self):\n        return self.fingerprint_of(self.size)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    prints, folders = [], []
+    for text in (source, source + "# a comment\n", source.replace("'number'", "'Number'")):
+        (tmp_path / "commented_task.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "commented_task", raising=False)
+        task = importlib.import_module("commented_task").Numbers("train", 20)
+        cache = TokenCache.open_or_build(task, StubTokenizer(), tmp_path / "caches", log=str)
+        prints.append(ConversationRows(ConversationStore([cache], [[0, i] for i in range(20)]), 32).fingerprint())
+        folders.append(cache.folder)
+    assert prints[0] == prints[1] != prints[2] and len(set(folders)) == 3

@@ -1,15 +1,25 @@
 """The token cache on disk: what it keeps, and what becomes of damage, of killed builds and of two builds at once."""
 
+import contextlib
 import json
+import math
+import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
 
-from nanochat_jax.data.token_cache import RENDER_BATCH, TokenCache, _checksum, open_caches
+from nanochat_jax.data import token_cache
+from nanochat_jax.data.batches import train_batches
+from nanochat_jax.data.conversations import ConversationRows, ConversationStore
+from nanochat_jax.data.hashed_array import write_array
+from nanochat_jax.data.token_cache import RENDER_BATCH, DamagedCache, TokenCache, open_caches
+from nanochat_jax.files.digest import digest_of
 from tests.support.stub_tasks import BOS, SilentTokenizer, StubTask, StubTokenizer, make_task
 
 
@@ -91,7 +101,7 @@ def break_the_meta_file(folder):
 
 def forget_a_field(folder):
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "files": {}}))
+    (folder / "meta.json").write_text(json.dumps({**meta, "blocks": {}}))
 
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_byte, lose_a_file, break_the_meta_file, forget_a_field])
@@ -105,17 +115,159 @@ def test_a_damaged_cache_is_named_and_rebuilt(tmp_path, damage):
     assert len(said) == 2 and str(before.folder) in said[0] and "damaged" in said[0]
 
 
-def test_the_checksum_of_a_large_file_sees_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.data.token_cache.CHECKED_BLOCKS", 3)
-    monkeypatch.setattr("nanochat_jax.data.token_cache.BLOCK", 10)
-    sums = set()
-    for place in (None, 0, 99):
-        data = bytearray(100)
-        if place is not None:
-            data[place] = 1
-        (tmp_path / "file").write_bytes(data)
-        sums.add(_checksum(tmp_path / "file"))
-    assert len(sums) == 3
+def large_cache(folder, text="ab" * 9_000_000):
+    """A cache whose ids are 36 MB, its mask 2 MB; and its entries: the text in ten pieces."""
+    task, size = StubTask(), len(text) // 10
+    task.extend(["q", text[i * size : (i + 1) * size]] for i in range(10))
+    return TokenCache.open_or_build(task, QuickTokenizer(), folder, log=str)
+
+
+class QuickTokenizer(StubTokenizer):
+    """Arrays in place of lists, so that megabytes take no time."""
+
+    def render_conversation(self, conversation, max_tokens=2048):
+        ids = np.frombuffer("".join(conversation).encode(), np.uint8)[:max_tokens]
+        return ids, ids % 2
+
+    def digest(self):
+        return "quick"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return large_cache(tmp_path_factory.mktemp("large")).folder
+
+
+def read_all(folder):
+    cache = TokenCache(folder)
+    return [len(cache.get(i)[0]) for i in range(len(cache))]
+
+
+def flip(path, place):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+
+
+@pytest.mark.parametrize("file", ["ids.npy", "mask.npy", "offsets.npy", "trained.npy", "meta.json"])
+def test_no_flipped_byte_of_a_large_cache_is_read(large, file):
+    rng = np.random.default_rng(0)
+    size = (large / file).stat().st_size
+    for place in rng.integers(0, size, 12).tolist():
+        flip(large / file, place)
+        try:
+            with pytest.raises((DamagedCache, ValueError), match=f"{file}|JSON"):
+                read_all(large)
+        finally:
+            flip(large / file, place)
+    assert read_all(large) == [1_800_001] * 10
+
+
+def test_damage_that_is_met_while_reading_is_one_sentence_that_says_what_to_delete(large):
+    place = (large / "ids.npy").stat().st_size // 2
+    flip(large / "ids.npy", place)
+    try:
+        cache = TokenCache(large)  # opening reads the beginning alone
+        assert len(cache.get(0)[0]) == 1_800_001
+        with pytest.raises(ValueError) as error:
+            read_all(large)
+        assert str(error.value) == (
+            f"the content of ids.npy has changed since it was written: delete the folder {large}, it is built anew"
+        )
+    finally:
+        flip(large / "ids.npy", place)
+
+
+def test_threads_that_read_at_once_all_get_what_was_written_or_the_error(large):
+    place = (large / "ids.npy").stat().st_size - 5  # in the last entry
+    flip(large / "ids.npy", place)
+    try:
+        cache = TokenCache(large)
+
+        def read(i):
+            try:
+                return len(cache.get(i)[0])
+            except ValueError:
+                return "damaged"
+
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(read, [*range(10)] * 4))
+        assert found == [*[1_800_001] * 9, "damaged"] * 4
+    finally:
+        flip(large / "ids.npy", place)
+
+
+def test_damage_that_the_thread_of_batches_meets_ends_the_run_with_that_sentence(tmp_path):
+    cache = TokenCache.open_or_build(StubTask([["q", "ab" * 500]] * 1500), QuickTokenizer(), tmp_path, log=str)
+    flip(cache.folder / "ids.npy", (cache.folder / "ids.npy").stat().st_size - 5)
+    rows = ConversationRows(ConversationStore([cache], np.array([[0, i] for i in range(1490, 1500)])), 2048)
+    batches = train_batches(rows, start_row=0, rows_per_step=5)
+    with contextlib.closing(batches), pytest.raises(ValueError, match=f"delete the folder {cache.folder}, it is built"):
+        next(batches)
+
+
+def test_a_changed_token_changes_the_content_that_a_resumed_run_compares(tmp_path):
+    one, other = "ab" * 1_500_000, "ab" * 750_000 + "aa" + "ab" * 749_999
+    contents = [large_cache(tmp_path, text).content for text in (one, one, other)]
+    assert contents[0] == contents[1] != contents[2]
+
+
+def resigned(**changes):
+    def damage(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        meta = {**meta, **changes}
+        del meta["digest"]
+        (folder / "meta.json").write_text(json.dumps(meta | {"digest": digest_of(meta)}))
+
+    return damage
+
+
+def replaced(text):
+    return lambda folder: (folder / "meta.json").write_text(text)
+
+
+def swap_offsets(folder):
+    """Offsets that do not ascend, and hashes that fit them."""
+    offsets, blocks = np.load(folder / "offsets.npy"), []
+    with write_array(folder / "offsets.npy", np.int64, blocks) as append:
+        append(offsets[[0, 2, 1, *range(3, len(offsets))]])
+    meta = json.loads((folder / "meta.json").read_text())
+    resigned(blocks={**meta["blocks"], "offsets.npy": blocks})(folder)
+
+
+FILES = ("ids.npy", "mask.npy", "offsets.npy", "trained.npy")
+HOSTILE = {
+    "nested": replaced("[" * 200_000),
+    "infinity": resigned(bos=1e999),
+    "not a number": resigned(bos=math.nan),
+    "a bool": resigned(bos=True),
+    "a list": replaced("[]"),
+    "a number": replaced("7"),
+    "not text": replaced("\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
+    "blocks of another type": resigned(blocks=[1]),
+    "blocks that are text": resigned(blocks=dict.fromkeys(FILES, "ab")),
+    "no blocks": resigned(blocks={file: [] for file in FILES}),
+    "a negative size": resigned(tokens=-1),
+    "a huge size": resigned(tokens=1 << 80),
+    "size as text": resigned(tokens="many"),
+    "size as a list": resigned(bytes_of_an_id=[2]),
+    "other ids": resigned(bytes_of_an_id=4),
+    "another name": resigned(name=None),
+    "offsets that do not ascend": swap_offsets,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_metadata_is_damage_and_the_cache_is_built_anew(tmp_path, name):
+    task, said = make_task(20), []
+    before = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)
+    HOSTILE[name](before.folder)
+    with pytest.raises(DamagedCache):
+        TokenCache(before.folder)
+    after = TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=said.append)
+    assert len(said) == 2 and "damaged" in said[0] and after.content == before.content
 
 
 def start_builder(folder, n, in_a_batch):
@@ -172,3 +324,33 @@ def test_a_cache_that_is_there_is_opened_without_the_tokenizers_work(tmp_path, m
     for name in ("render_conversation", "render_many"):
         monkeypatch.delattr(StubTokenizer, name)
     assert len(TokenCache.open_or_build(task, StubTokenizer(), tmp_path, log=str)) == len(built) == 30
+
+
+def test_caches_that_nobody_opens_are_deleted_by_age_where_all_are_too_large_and_that_is_told_once(
+    tmp_path, monkeypatch
+):
+    month = time.time() - 31 * 86_400
+    caches = [TokenCache.open_or_build(make_task(20, seed=i), StubTokenizer(), tmp_path, log=str) for i in range(6)]
+    size = sum(file.stat().st_size for file in caches[0].folder.iterdir())
+    third = caches[2].get(3)[0].tolist()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "meta.json").write_text("a file of somebody's")
+    for place, cache in enumerate([*(c.folder for c in caches[:5]), tmp_path / "mine"]):
+        os.utime(cache / "meta.json", (month + place, month + place))
+    names, said = [cache.folder.name for cache in caches], []
+
+    def build(seed):
+        TokenCache.open_or_build(make_task(20, seed=seed), StubTokenizer(), tmp_path, log=said.append)
+        return [names.index(name) for name in names if (tmp_path / name).exists()]
+
+    assert build(10) == [0, 1, 2, 3, 4, 5] and len(said) == 1  # all together are small
+    monkeypatch.setattr(token_cache, "KEPT_BYTES", 5.5 * size)
+    TokenCache(caches[0].folder)  # opened today
+    with FileLock(tmp_path / f".{names[1]}.lock"):  # at work
+        assert build(11) == [0, 1, 4, 5]  # the oldest go first, and no more than needed
+    assert said[1] == f"deleted 2 token caches of {tmp_path} that no run has opened for 30 days" and len(said) == 3
+    monkeypatch.setattr(token_cache, "KEPT_BYTES", 0)
+    assert build(12) == [0, 5] and len(said) == 5
+    assert build(13) == [0, 5] and len(said) == 6
+    assert (tmp_path / "mine" / "meta.json").exists() and not list(tmp_path.glob("*.building"))
+    assert caches[2].get(3)[0].tolist() == third  # who has it open may go on

@@ -6,6 +6,7 @@ import random
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from nanochat_jax.tasks import custom_json as custom_json_module
 from nanochat_jax.tasks.gsm8k import answer_parts, final_answer
 from nanochat_jax.tasks.hub import split_files
 from nanochat_jax.tasks.multiple_choice import choice_conversation
+from nanochat_jax.tasks.task import as_number
 
 
 @pytest.fixture(autouse=True)
@@ -251,10 +253,62 @@ def test_a_file_is_hashed_once_until_it_changes_and_a_corrupt_memo_is_ignored(tm
         assert file_digest(path) == first
     write(b"two", age=50)
     assert file_digest(path) != first
-    for garbage in (b"", b"[", b"[1]", b"\xff", json.dumps({str(path): [1]}).encode()):
+    for garbage in (
+        *(b"", b"[", b"[1]", b"\xff", json.dumps({str(path): [1]}).encode()),
+        *(b"[" * 200_000, b'{"a": ' * 200_000, b'{"a": 1e999, "b": NaN, "c": [true, 1, "x"]}', b"1" * 9999),
+        b'{"a": ' + b"[" * 1100 + b"]" * 1100 + b"}",  # can be read, but writing it would go too deep
+        json.dumps({str(path): [3, path.stat().st_mtime_ns, "0" * 63]}).encode(),
+        json.dumps({str(path): [1e999, [], {}]}).encode(),
+    ):
         memo.write_bytes(garbage)
         write(b"one", age=100)
         assert file_digest(path) == first
+
+
+class Extra(Letters):
+    """Letters whose conversation 4 has something more."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.more = more
+
+    def get_example(self, index):
+        return super().get_example(index) | ({"more": self.more} if index == 4 else {})
+
+
+@pytest.mark.parametrize("more", [object(), {1, 2}, b"x", {"deep": [{"in": lambda: 0}]}, {(1, 2): 3}, 1j], ids=range(6))
+def test_an_item_that_json_cannot_hold_is_found_out_at_once_with_its_row(more):
+    with pytest.raises(ValueError, match=r"^Extra, row 4 cannot be read: TypeError: [^\n]+ not \w+") as error:
+        Extra(more).fingerprint()
+    assert " at 0x" not in str(error.value)
+
+
+def test_numbers_of_array_libraries_and_nan_have_a_fingerprint():
+    for more, same in ((np.int64(3), 3), (np.arange(3), [0, 1, 2]), (np.float32(0.5), 0.5), (float("nan"),) * 2):
+        assert Extra(more).fingerprint() == Extra(same).fingerprint()
+    assert Extra(float("nan")).fingerprint() != Extra(None).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [(True, 1.0), (2, 2.0), (0.5, 0.5), (np.float32(0.5), 0.5), (np.bool_(True), 1.0), (np.array([[3]]), 3.0)],
+    ids=repr,
+)
+def test_a_reward_may_be_a_number_of_python_or_of_an_array_library(given, number):
+    assert as_number(given) == number and type(as_number(given)) is float
+
+
+def test_a_reward_may_be_a_number_on_a_device():
+    assert [as_number(jnp.asarray(0.5, dtype)) for dtype in (jnp.float32, jnp.bfloat16)] == [0.5, 0.5]
+    assert as_number(jnp.ones((1, 1), bool)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "given", ["0.5", b"1", None, [1], np.array([1, 2]), np.str_("1"), 1j, np.array(["1"])], ids=repr
+)
+def test_a_reward_that_is_no_single_number_is_refused(given):
+    with pytest.raises((TypeError, ValueError)):
+        as_number(given)
 
 
 # ------------------------------------------------------------------------------------------------ the hub's tasks
