@@ -492,3 +492,10 @@ def test_training_goes_on_without_the_tasks_that_are_not_there(monkeypatch, tmp_
     assert sum("is not measured" in line for line in said) == 5 and "no ChatCORE without ARC-Challenge" in said[-1]
     (tmp_path / "words_alpha.txt").unlink()
     assert make_chatcore(tiny.CONFIG, TOKENIZER, **how) is None
+
+
+def test_the_file_of_numbers_is_json_whatever_the_numbers_are(tmp_path):
+    evaluation.save(tmp_path / "numbers.json", {"tasks": {"GSM8K": {"cut": float("nan"), "seconds": 1.5}}})
+    text = (tmp_path / "numbers.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert report == {"tasks": {"GSM8K": {"cut": None, "seconds": 1.5}}}

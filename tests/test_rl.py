@@ -17,6 +17,9 @@ from nanochat_jax import rl
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.samples import Sample
+from nanochat_jax.rollouts.collector import Group
+from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.prompts import PromptStream
 from nanochat_jax.rollouts.statistics import little_signal
 from nanochat_jax.rollouts.update import rl_batch_shape
@@ -197,6 +200,15 @@ def test_the_rollouts_of_the_first_problems_are_kept_whole(trained):
         group = kept[4 * step : 4 * step + 4]
         mean = np.mean([r["reward"] for r in group])
         assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group], abs=1e-6)
+
+
+def test_a_line_of_rollouts_is_json_whatever_the_numbers_are(tmp_path):
+    sample = Sample(np.array([65]), np.array([1]), *[np.array([np.nan], np.float32)] * 2, ended=True, tool_calls=[])
+    with contextlib.closing(RolloutLog(tmp_path)) as log:
+        log.write(1, Group(0, np.array([66]), [sample], np.array([np.inf]), np.array([0.0], np.float32)), str)
+    line = (tmp_path / "rollouts.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (record["logprobs"], record["policy_logprobs"], record["reward"]) == ([None], [None], None)
 
 
 def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):

@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from nanochat_jax.checkpoints import integrity
 from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
+from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.files.paths import write_atomically
 
 MEASURED = "measured.json"  # in a checkpoint's folder, beside what the manifest lists
@@ -56,7 +57,7 @@ class Saver:
             integrity.discard(target)  # damaged or incomplete, else the run would have gone on from it
         processes.exchange("a checkpoint", step)  # the others must not find it there
         with _orbax():
-            response = ocp.save_checkpointables_async(target, {**items, "meta": meta})
+            response = ocp.save_checkpointables_async(target, {**items, "meta": finite_or_null(meta)})
         self._thread = threading.Thread(target=self._finish, args=(response, target), name="checkpoint")
         self._thread.start()
 
@@ -73,7 +74,8 @@ class Saver:
         for step in sorted(self._measured):
             folder, numbers = self.folder / str(step), self._measured.pop(step)
             if not processes.index() and (folder / integrity.MANIFEST).exists():
-                write_atomically(folder / MEASURED, json.dumps(_read_measured(folder) | numbers).encode())
+                measured = finite_or_null(_read_measured(folder) | numbers)
+                write_atomically(folder / MEASURED, json.dumps(measured, allow_nan=False).encode())
 
     def wait(self) -> None:
         """Wait until the last save is on disk with its manifest; OSError tells what went wrong in the background."""

@@ -439,3 +439,18 @@ def test_optimizer_state_that_is_not_finite_is_refused(base, saved):
         find.load_optimizer(found, tiny.CONFIG, groups)
     with pytest.raises(ValueError, match=f"{name} in optimizer must be finite"):
         nanochat_export.load_optimizer_state(found, tiny.CONFIG, store.read_meta(found.folder / "7"))
+
+
+def test_what_a_checkpoint_records_is_json(base, saved):
+    """Also where a measurement is not finite: other programs read these files."""
+    _, state, groups = saved
+    saver = Saver(base / "base_checkpoints" / "d2")
+    saver.save(7, train.state_items(state), tiny.meta(groups, step=7, val_bpb=float("inf"), nested=[float("nan"), 1.5]))
+    saver.wait()
+    saver.add_to_meta(7, {"pass@1": float("nan"), "pass@2": 0.5})
+    saver.wait()
+    meta = store.read_meta(saver.folder / "7")
+    assert (meta["val_bpb"], meta["nested"], meta["pass@1"], meta["pass@2"]) == (None, [None, 1.5], None, 0.5)
+    for file in saver.folder.rglob("*"):
+        if file.is_file() and file.suffix in ("", ".json") and file.read_bytes()[:1] == b"{":
+            json.loads(file.read_bytes(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
