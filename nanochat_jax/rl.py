@@ -47,7 +47,7 @@ from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
 from nanochat_jax.rollouts.pass_at_k import make_pass_at_k, shown
 from nanochat_jax.rollouts.prompts import PromptStream, check_context
 from nanochat_jax.rollouts.reference import load_reference
-from nanochat_jax.rollouts.statistics import FIRST_STEPS, little_signal
+from nanochat_jax.rollouts.statistics import FIRST_STEPS, far_apart, little_signal
 from nanochat_jax.rollouts.update import make_update, rl_batch_shape, rows_of, token_loss_of
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -235,6 +235,7 @@ def main(cfg: RLConfig) -> int:
     position = start.record.get("problems_consumed", 0)
     without_signal = start.record.get("steps_without_signal", 0)
     first_steps: list[tuple[float, float]] = []
+    warned = False
     log = RolloutLog(start.folder, start.record.get("rollouts_bytes", 0))
 
     def record(step: int) -> dict:
@@ -285,6 +286,9 @@ def main(cfg: RLConfig) -> int:
                 compiles=engine.compiles,
                 **found,
             )
+            if not warned and (warning := far_apart(found, plan.dtype.name)):
+                run.say(warning)
+                warned = True
             first_steps.append((1 - found["no_signal"], found["pass_rate"]))
             if step + 1 == FIRST_STEPS:
                 run.say(little_signal(first_steps))

@@ -21,7 +21,7 @@ from nanochat_jax.inference.samples import Sample
 from nanochat_jax.rollouts.collector import Group
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.prompts import PromptStream
-from nanochat_jax.rollouts.statistics import little_signal
+from nanochat_jax.rollouts.statistics import FAR_APART, far_apart, little_signal
 from nanochat_jax.rollouts.update import rl_batch_shape
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
@@ -176,6 +176,21 @@ def test_every_step_is_measured(trained):
             assert r[f"{what}_seconds"] > 0 and r[f"{what}_tokens_per_second"] > 0
     assert [r["lr_multiplier"] for r in found] == [1, 0.75, 0.5, 0.25]
     assert found[1]["compiles"] == found[3]["compiles"]  # the evaluation after step 2 and two more steps: nothing new
+
+
+def test_a_trainer_that_disagrees_with_the_sampler_is_warned_of_once(trained, monkeypatch):
+    assert "dlogp;" not in trained[1]
+    monkeypatch.setitem(FAR_APART, "float32", 0.0)
+    code, printed = run("--output-tag", "apart", "--num-steps", "2")
+    assert code == 0 and printed.count("WARNING: the trainer's log-probabilities are ") == 1, printed
+    assert "try another --attention, and bound the effect with --is-cap 2" in printed
+
+
+def test_rounding_is_no_disagreement():
+    assert far_apart({}, "float32") == far_apart({"delta_logp_mean": 2e-6}, "float32") == ""
+    assert far_apart({"delta_logp_mean": 0.02}, "bfloat16") == ""
+    assert "are 0.02 apart" in far_apart({"delta_logp_mean": 0.02}, "float32")
+    assert "another --attention or --dtype float32, and" in far_apart({"delta_logp_mean": 0.5}, "bfloat16")
 
 
 def test_held_out_problems_are_measured_with_intervals(trained):

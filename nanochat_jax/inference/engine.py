@@ -88,7 +88,7 @@ class Engine:
         """The `cast_params` of parameters that are on `mesh`; inside, the engine's own mesh is in force. With several
         processes that is one of `own_devices`, and all processes must enter together."""
         with jax.set_mesh(self.mesh):
-            yield self.cast_params(own_copy(params, mesh))
+            yield self.cast_params(own_copy(params, mesh, self.programs.dtype))
 
     def generate(
         self,

@@ -99,14 +99,14 @@ class SlotScheduler:
         return [sample for _, sample in active]
 
     def _check(self, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
-        """FloatingPointError where a token was drawn from logits that are not finite: its log-probability is neither."""
+        """FloatingPointError where a token was drawn from logits that are not finite, as its log-probability tells."""
         finite = np.isfinite(policy_logprobs)
         if not finite.all():
             token = len(sample.tokens) + int(np.argmin(finite))
             raise FloatingPointError(
                 f"the model's logits are not finite at token {token} of answer {sample.number} to prompt "
-                f"{self.examples[sample.prompt]}: go back to an earlier checkpoint, and lower the learning rates if this "
-                "model is in training"
+                f"{self.examples[sample.prompt]}: go back to an earlier checkpoint, and lower the learning rates if "
+                "this model is in training"
             )
 
     def _fill_rows(self) -> None:

@@ -118,4 +118,4 @@ def test_replicas_that_nobody_asked_for_are_told_of():
 def test_a_process_holds_whole_rows_of_a_batch():
     mesh = make_mesh("data=4,model=2")
     assert row_part(mesh) == (0, 1)
-    assert own_devices(mesh) is mesh and own_copy({"a": 1}, mesh) == {"a": 1}
+    assert own_devices(mesh) is mesh and own_copy({"a": 1}, mesh, jnp.float32) == {"a": 1}
