@@ -30,7 +30,7 @@ from nanochat_jax.cli.settings import (
     setting,
 )
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.device_memory import bytes_on_device
+from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
@@ -182,6 +182,8 @@ def main(cfg: RLConfig) -> int:
     check_context(longest, cfg.max_new_tokens, model.sequence_len)
     mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
     plan = plan_of(cfg, model, mesh, longest, start.recorded_groups())
+    flags = f"--examples-per-step={cfg.examples_per_step} or --num-samples={cfg.num_samples}"
+    check_room("the batch of a step", bytes_on_device(plan.abstract_batch), mesh.local_devices[0], flags)
     print0(
         f"{task.name}: {len(task):,} problems, {cfg.examples_per_step} a step with {cfg.num_samples} answers each; the "
         f"longest prompt has {longest:,} tokens; answers are packed into at most {plan.batch.micro_batches} x "

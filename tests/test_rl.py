@@ -446,6 +446,10 @@ BAD = [
     (["--max-new-tokens", "700"], "--max-new-tokens=700 more may follow, but the model's context ends at 640"),
     (["--max-new-tokens", "1000000000"], "--max-new-tokens=1000000000"),
     (["--examples-per-step", "0"], "--examples-per-step must be from 1"),
+    (
+        ["--num-samples", "65536", "--examples-per-step", "65536"],
+        "lower --examples-per-step=65536 or --num-samples=65536",
+    ),
     (["--num-steps", "-1", "--examples-per-step", "11"], "10 problems, fewer than --examples-per-step=11"),
     (["--max-seq-len", "20"], "the longest prompt with its answer takes 27 tokens"),
     (["--max-seq-len", "700"], "--max-seq-len=700 must be at most 640"),

@@ -108,8 +108,8 @@ def matrices_in(dtype: Any, params: Any) -> Any:
 
 def own_copy(params: Any, mesh: Mesh, dtype: Any) -> Any:
     """The parameters, sharded over `mesh`, as a copy on `own_devices(mesh)`, sharded over these by the same table: what
-    a process needs to compute by itself. Matrices are copied in `dtype`, in which they are multiplied; one process needs
-    no copy. All processes must call it together."""
+    a process needs to compute by itself. Matrices are copied in `dtype`, in which they are multiplied; one process
+    needs no copy. All processes must call it together."""
     if jax.process_count() == 1:
         return params
     own = own_devices(mesh)

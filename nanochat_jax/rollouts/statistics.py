@@ -60,7 +60,7 @@ def far_apart(found: Mapping[str, float], dtype: str) -> str:
         return ""
     advice = "" if dtype == "float32" else " or --dtype float32"
     return (
-        f"WARNING: the trainer's log-probabilities are {mean:.1g} apart from the sampler's on average (dlogp; more than "
-        f"rounding makes of {dtype}), so the updates are of another policy than the one that answers: try another "
+        f"WARNING: the trainer's log-probabilities are {mean:.1g} apart from the sampler's on average (dlogp; more "
+        f"than rounding makes of {dtype}), so the updates are of another policy than the one that answers: try another "
         f"--attention{advice}, and bound the effect with --is-cap 2"
     )
