@@ -32,6 +32,7 @@ from nanochat_jax.evals.chatcore import BASELINES, NEW_TOKENS, WITH_SPELLING, ch
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.files import bucket
+from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.files.paths import base_dir, write_atomically
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
@@ -273,7 +274,7 @@ def print_line(console: Console, text: str) -> None:
 
 def save(path: Path | None, report: dict) -> None:
     if path and not processes.index():
-        write_atomically(path, (json.dumps(report) + "\n").encode())
+        write_atomically(path, (json.dumps(finite_or_null(report), allow_nan=False) + "\n").encode())
 
 
 if __name__ == "__main__":

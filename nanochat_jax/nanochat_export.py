@@ -125,7 +125,7 @@ def load_optimizer_state(found: find.Found, model: GPTConfig, meta: dict) -> opt
         groups = optimizer_state.groups_from_json(meta["nanochat_groups"])
     else:
         groups = optimizer_state.nanochat_groups(meta["optimizer_groups"])
-    return optimizer_state.OptimizerState(groups, store.read_arrays(folder, "optimizer"))
+    return optimizer_state.OptimizerState(groups, find.read_finite_arrays(folder, "optimizer"))
 
 
 if __name__ == "__main__":

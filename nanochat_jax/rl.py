@@ -30,7 +30,7 @@ from nanochat_jax.cli.settings import (
     setting,
 )
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.device_memory import bytes_on_device
+from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
@@ -47,7 +47,7 @@ from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
 from nanochat_jax.rollouts.pass_at_k import make_pass_at_k, shown
 from nanochat_jax.rollouts.prompts import PromptStream, check_context
 from nanochat_jax.rollouts.reference import load_reference
-from nanochat_jax.rollouts.statistics import FIRST_STEPS, little_signal
+from nanochat_jax.rollouts.statistics import FIRST_STEPS, far_apart, little_signal
 from nanochat_jax.rollouts.update import make_update, rl_batch_shape, rows_of, token_loss_of
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -189,6 +189,8 @@ def main(cfg: RLConfig) -> int:
     check_context(longest, cfg.max_new_tokens, model.sequence_len)
     mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
     plan = plan_of(cfg, model, mesh, longest, start.recorded_groups())
+    flags = f"--examples-per-step={cfg.examples_per_step} or --num-samples={cfg.num_samples}"
+    check_room("the batch of a step", bytes_on_device(plan.abstract_batch), mesh.local_devices[0], flags)
     print0(
         f"{task.name}: {len(task):,} problems, {cfg.examples_per_step} a step with {cfg.num_samples} answers each; the "
         f"longest prompt has {longest:,} tokens; answers are packed into at most {plan.batch.micro_batches} x "
@@ -242,6 +244,7 @@ def main(cfg: RLConfig) -> int:
     position = start.record.get("problems_consumed", 0)
     without_signal = start.record.get("steps_without_signal", 0)
     first_steps: list[tuple[float, float]] = []
+    warned = False
     log = RolloutLog(start.folder, start.record.get("rollouts_bytes", 0))
 
     def record(step: int) -> dict:
@@ -293,6 +296,9 @@ def main(cfg: RLConfig) -> int:
                 compiles=engine.compiles,
                 **found,
             )
+            if not warned and (warning := far_apart(found, plan.dtype.name)):
+                run.say(warning)
+                warned = True
             first_steps.append((1 - found["no_signal"], found["pass_rate"]))
             if step + 1 == FIRST_STEPS:
                 run.say(little_signal(first_steps))

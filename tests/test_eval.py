@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import time
+import types
 
 import jax
 import jax.monitoring
@@ -492,3 +493,32 @@ def test_training_goes_on_without_the_tasks_that_are_not_there(monkeypatch, tmp_
     assert sum("is not measured" in line for line in said) == 5 and "no ChatCORE without ARC-Challenge" in said[-1]
     (tmp_path / "words_alpha.txt").unlink()
     assert make_chatcore(tiny.CONFIG, TOKENIZER, **how) is None
+
+
+def test_the_file_of_numbers_is_json_whatever_the_numbers_are(tmp_path):
+    evaluation.save(tmp_path / "numbers.json", {"tasks": {"GSM8K": {"cut": float("nan"), "seconds": 1.5}}})
+    text = (tmp_path / "numbers.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert report == {"tasks": {"GSM8K": {"cut": None, "seconds": 1.5}}}
+
+
+@pytest.mark.parametrize("elsewhere", ["missing", "3 problems"])
+def test_tasks_of_chatcore_that_differ_between_processes_are_refused(monkeypatch, elsewhere):
+    """One task is there on this process, with five problems; on process 0 it is not, or has other ones."""
+
+    class Coordinator:
+        cluster, hosts = types.SimpleNamespace(process_count=2, process_index=1), ["one", "two"]
+
+        def exchange(self, what, value):
+            return [value | {"GSM8K": elsewhere} if value else value, value]
+
+    def make(name, data_dir):
+        if name != "GSM8K":
+            raise FileNotFoundError("no data")
+        return Even([1] * 5)
+
+    monkeypatch.setattr(processes, "_coordinator", Coordinator())
+    monkeypatch.setattr(chatcore, "make_task", make)
+    sentence = f"process 1 on two is refused, as it differs from process 0: GSM8K is 5 problems instead of {elsewhere}"
+    with pytest.raises(ValueError, match=sentence):
+        make_chatcore(tiny.CONFIG, TOKENIZER, mesh=ONE, dtype=np.float32, log=str)

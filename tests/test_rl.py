@@ -17,8 +17,11 @@ from nanochat_jax import rl
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.samples import Sample
+from nanochat_jax.rollouts.collector import Group
+from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.prompts import PromptStream
-from nanochat_jax.rollouts.statistics import little_signal
+from nanochat_jax.rollouts.statistics import FAR_APART, far_apart, little_signal
 from nanochat_jax.rollouts.update import rl_batch_shape
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
@@ -185,6 +188,21 @@ def test_every_step_is_measured(trained):
     assert found[1]["compiles"] == found[3]["compiles"]  # the evaluation after step 2 and two more steps: nothing new
 
 
+def test_a_trainer_that_disagrees_with_the_sampler_is_warned_of_once(trained, monkeypatch):
+    assert "dlogp;" not in trained[1]
+    monkeypatch.setitem(FAR_APART, "float32", 0.0)
+    code, printed = run("--output-tag", "apart", "--num-steps", "2")
+    assert code == 0 and printed.count("WARNING: the trainer's log-probabilities are ") == 1, printed
+    assert "try another --attention, and bound the effect with --is-cap 2" in printed
+
+
+def test_rounding_is_no_disagreement():
+    assert far_apart({}, "float32") == far_apart({"delta_logp_mean": 2e-6}, "float32") == ""
+    assert far_apart({"delta_logp_mean": 0.02}, "bfloat16") == ""
+    assert "are 0.02 apart" in far_apart({"delta_logp_mean": 0.02}, "float32")
+    assert "another --attention or --dtype float32, and" in far_apart({"delta_logp_mean": 0.5}, "bfloat16")
+
+
 def test_held_out_problems_are_measured_with_intervals(trained):
     measured = [r for r in read_metrics(trained[0] / "metrics.jsonl") if "pass@1" in r]
     assert [r["step"] for r in measured] == [0, 2, 4]
@@ -207,6 +225,15 @@ def test_the_rollouts_of_the_first_problems_are_kept_whole(trained):
         group = kept[4 * step : 4 * step + 4]
         mean = np.mean([r["reward"] for r in group])
         assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group], abs=1e-6)
+
+
+def test_a_line_of_rollouts_is_json_whatever_the_numbers_are(tmp_path):
+    sample = Sample(np.array([65]), np.array([1]), *[np.array([np.nan], np.float32)] * 2, ended=True, tool_calls=[])
+    with contextlib.closing(RolloutLog(tmp_path)) as log:
+        log.write(1, Group(0, np.array([66]), [sample], np.array([np.inf]), np.array([0.0], np.float32)), str)
+    line = (tmp_path / "rollouts.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (record["logprobs"], record["policy_logprobs"], record["reward"]) == ([None], [None], None)
 
 
 def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
@@ -429,6 +456,10 @@ BAD = [
     (["--max-new-tokens", "700"], "--max-new-tokens=700 more may follow, but the model's context ends at 640"),
     (["--max-new-tokens", "1000000000"], "--max-new-tokens=1000000000"),
     (["--examples-per-step", "0"], "--examples-per-step must be from 1"),
+    (
+        ["--num-samples", "65536", "--examples-per-step", "65536"],
+        "lower --examples-per-step=65536 or --num-samples=65536",
+    ),
     (["--num-steps", "-1", "--examples-per-step", "11"], "10 problems, fewer than --examples-per-step=11"),
     (["--max-seq-len", "20"], "the longest prompt with its answer takes 27 tokens"),
     (["--max-seq-len", "700"], "--max-seq-len=700 must be at most 640"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from nanochat_jax.checkpoints import integrity
@@ -23,6 +24,8 @@ from nanochat_jax.interop.optimizer_state import recorded_groups
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups, update_all_but_rates
 from nanochat_jax.tokenizer import Tokenizer
+
+BLOCK = 1 << 18  # numbers that are checked at a time, 1 MB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +127,29 @@ def load_config(found: Found) -> GPTConfig:
 def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict, dict]:
     """(config, parameters as a nested dict of float32, meta) of a model in either format; nanochat's are imported.
 
-    logit_cap: of nanochat's checkpoints from 2026-03-02 to 03-09, which had 20 and do not say so."""
+    logit_cap: of nanochat's checkpoints from 2026-03-02 to 03-09, which had 20 and do not say so. ValueError: a number
+    of a parameter is infinite or NaN."""
     if not found.ours:
         return read_model(found.folder, found.step, logit_cap)
     folder = found.folder / str(found.step)
     meta = read_meta(folder)
     config = GPTConfig(**meta["model_config"])
-    arrays = read_arrays(folder, "params")
+    arrays = read_finite_arrays(folder, "params")
     return config, jax.tree.map_with_path(lambda path, _: arrays[path_name(path)], abstract_gpt(config)[1]), meta
+
+
+def read_finite_arrays(folder: Path, item: str) -> dict[str, np.ndarray]:
+    """`read_arrays` of a checkpoint folder <tag>/<step>. ValueError: a number is infinite or NaN."""
+    arrays = read_arrays(folder, item)
+    for name, array in arrays.items():
+        flat = array.reshape(-1)
+        blocks = (flat[i : i + BLOCK] for i in range(0, flat.size, BLOCK))  # a mask of the whole would take a quarter
+        if bad := sum(block.size - np.count_nonzero(np.isfinite(block)) for block in blocks):
+            raise ValueError(
+                f"{folder}: {name} in {item} must be finite, but {bad:,} of its {flat.size:,} numbers are not: pass "
+                "another --model-tag or --model-step"
+            )
+    return arrays
 
 
 def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Groups, Mapping[str, Any]] | None:
@@ -141,7 +159,8 @@ def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Gro
         folder = found.folder / str(found.step)
         if not (folder / "optimizer").is_dir():
             return None
-        return update_all_but_rates(groups, read_meta(folder)["optimizer_groups"]), read_arrays(folder, "optimizer")
+        arrays = read_finite_arrays(folder, "optimizer")
+        return update_all_but_rates(groups, read_meta(folder)["optimizer_groups"]), arrays
     state = read_optimizer(found.folder, found.step, config)
     if state is None:
         return None

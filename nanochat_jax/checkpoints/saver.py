@@ -21,6 +21,7 @@ from nanochat_jax.checkpoints.store import MEASURED, orbax, read_measured
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
+from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.files.paths import write_atomically
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # seconds until a save is tried again; twice as long each time
@@ -74,7 +75,7 @@ class Saver:
             return
         try:
             with orbax():
-                response = ocp.save_checkpointables_async(target, {**items, "meta": meta})
+                response = ocp.save_checkpointables_async(target, {**items, "meta": finite_or_null(meta)})
         except Exception as e:  # whatever Orbax makes of a full disk
             self._error = _reason(e)
             return
@@ -172,7 +173,8 @@ class Saver:
                 if self.owner:
                     self.owner.check()
                 if not processes.index() and (folder / integrity.MANIFEST).exists():
-                    write_atomically(folder / MEASURED, json.dumps(read_measured(folder) | numbers).encode())
+                    measured = finite_or_null(read_measured(folder) | numbers)
+                    write_atomically(folder / MEASURED, json.dumps(measured, allow_nan=False).encode())
             except OSError:  # no step depends on it: it is tried again with the next one
                 return
             del self._measured[step]

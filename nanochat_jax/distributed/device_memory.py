@@ -33,6 +33,14 @@ def device_memory(device) -> int | None:
     return None
 
 
+def check_room(what: str, needed: int, device, flags: str) -> None:
+    """ValueError where `needed` bytes are more than all that the device has; it names the flags to lower."""
+    memory = device_memory(device)
+    if memory and needed > memory:
+        sizes = f"{needed / 2**30:,.1f} GiB of a device's {memory / 2**30:,.1f} GiB"
+        raise ValueError(f"{what} would take {sizes}: lower {flags}")
+
+
 def parse_memory_error(error: Exception) -> tuple[int | None, int | None]:
     """(bytes that the program needs, bytes that the device has) from a compiler's error message; None without them."""
     size = r"([\d.]+)([KMGT]?)i?B?"

@@ -1,6 +1,7 @@
 """How parameters and batches lie on the mesh: the table from parameter path to PartitionSpec, and global arrays."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -100,9 +101,15 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(array) for name, array in batch.items()}
 
 
-def own_copy(params: Any, mesh: Mesh) -> Any:
+def matrices_in(dtype: Any, params: Any) -> Any:
+    """The parameters with matrices in `dtype`, as the model multiplies them, and the rest as it is."""
+    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, params)
+
+
+def own_copy(params: Any, mesh: Mesh, dtype: Any) -> Any:
     """The parameters, sharded over `mesh`, as a copy on `own_devices(mesh)`, sharded over these by the same table: what
-    a process needs to compute by itself. All processes must call it together."""
+    a process needs to compute by itself. Matrices are copied in `dtype`, in which they are multiplied; one process
+    needs no copy. All processes must call it together."""
     if jax.process_count() == 1:
         return params
     own = own_devices(mesh)
@@ -111,7 +118,7 @@ def own_copy(params: Any, mesh: Mesh) -> Any:
     shardings = param_shardings(params, own)
     in_groups = jax.tree.map(lambda sharding: NamedSharding(groups, sharding.spec), shardings)
     with jax.set_mesh(groups):
-        copies = jax.jit(lambda tree: tree, out_shardings=in_groups)(params)
+        copies = jax.jit(partial(matrices_in, dtype), out_shardings=in_groups)(params)
 
     def local(copy, sharding):
         parts = {part.device: part.data for part in copy.addressable_shards}

@@ -49,18 +49,22 @@ def make_chatcore(
     measure gives chatcore, chatcore_cat (of the multiple-choice tasks alone), chatcore_with_spelling, and each task's
     accuracy as chatcore/<task>; of the means only those whose tasks can all be run, `log` says which cannot. All
     processes must call it together. progress(problems done, problems in all) is called several times during a task; if
-    it raises Interrupted on one process, measure raises it on all.
+    it raises Interrupted on one process, measure raises it on all. ValueError: a task is there on one process only, or
+    with fewer problems.
     """
-    eval_sets = []
+    eval_sets, problems = [], {}
     for name in WITH_SPELLING:
         try:
             with processes.process_zero_first(name):
                 task = make_task(name, data_dir=data_dir)
         except (ValueError, OSError) as e:
             log(f"NOTE: {name} is not measured: {e}")
+            problems[name] = "missing"
             continue
         limit = max_cat if task.eval_type == "categorical" else max_sample
         eval_sets.append(make_eval_set(name, task, tokenizer, None if limit < 0 else limit))
+        problems[name] = f"{len(eval_sets[-1].prompts)} problems"
+    processes.agree("ChatCORE's problems", problems)  # each process answers its part of the same ones
     if missing := sorted(BASELINES.keys() - {eval_set.name for eval_set in eval_sets}):
         log(f"NOTE: no ChatCORE without {', '.join(missing)}; the tasks that are there are measured")
     if not eval_sets:
@@ -75,7 +79,7 @@ def make_chatcore(
 
     def measure(params, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
         with jax.set_mesh(own):
-            params = own_copy(params, mesh)
+            params = own_copy(params, mesh, dtype)
             results = {x.name: evaluator.evaluate(params, x, sampling, progress=progress) for x in eval_sets}
         accuracies = {name: result.accuracy.value for name, result in results.items()}
         found = {name: chatcore(accuracies, baselines) for name, baselines in means.items()}

@@ -76,7 +76,10 @@ def make_letter_logits(
             for i, row in zip(numbers, jax.device_get(logits)):
                 result[i] = row[: len(letters[i])]
                 if not np.isfinite(result[i]).all():
-                    raise FloatingPointError("the model's logits are not finite: its weights are no longer numbers")
+                    raise FloatingPointError(
+                        f"the model's logits are not finite after prompt {i}: go back to an earlier checkpoint, and "
+                        "lower the learning rates if this model is in training"
+                    )
             done += len(numbers)
             if progress:
                 progress(done, len(prompts))

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nanochat_jax.distributed.sharding import matrices_in
 from nanochat_jax.inference import sampling
 from nanochat_jax.inference.kv_cache import Cache, CacheLayout, reach
 from nanochat_jax.model.attention import decode_attention
@@ -103,9 +104,7 @@ class GenerationPrograms:
         self.rows = P(mesh.axis_names)  # how an axis of rows, groups or prompts is split
         self.decode_specs = (P(), self.rows, self.rows, self.rows, P())
         self.whole = NamedSharding(mesh, P())
-        self._cast = jax.jit(
-            lambda params: jax.tree.map(lambda w: w.astype(self._type_of(w)), params), out_shardings=self.whole
-        )
+        self._cast = jax.jit(partial(matrices_in, self.dtype), out_shardings=self.whole)
 
     @property
     def compiles(self) -> int:
@@ -115,13 +114,12 @@ class GenerationPrograms:
     def cast_params(self, params):
         """Parameters, sharded in any way -> whole copies on every device, matrices in the compute type, the rest in
         float32 as in training. Parameters that come from here are returned as they are."""
-        leaves = jax.tree.leaves(params)
-        if all(getattr(w, "sharding", None) == self.whole and w.dtype == self._type_of(w) for w in leaves):
-            return params
-        return self._cast(params)
 
-    def _type_of(self, w):
-        return self.dtype if w.ndim > 1 else w.dtype
+        def is_ready(w):  # on one device every sharding is whole
+            placed = isinstance(w, jax.Array) and w.sharding.is_equivalent_to(self.whole, w.ndim)
+            return placed and (w.ndim < 2 or w.dtype == self.dtype)
+
+        return params if all(map(is_ready, jax.tree.leaves(params))) else self._cast(params)
 
     # ----------------------------------------------------------------------------------------------------- programs
     def empty(self, cache: Cache) -> Cache:

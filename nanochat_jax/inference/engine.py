@@ -88,7 +88,7 @@ class Engine:
         """The `cast_params` of parameters that are on `mesh`; inside, the engine's own mesh is in force. With several
         processes that is one of `own_devices`, and all processes must enter together."""
         with jax.set_mesh(self.mesh):
-            yield self.cast_params(own_copy(params, mesh))
+            yield self.cast_params(own_copy(params, mesh, self.programs.dtype))
 
     def generate(
         self,
@@ -108,7 +108,7 @@ class Engine:
         params: a tree as GPT's, sharded in any way. A sample's draws depend on (seed, step, examples[p], number of the
         sample, position) and on nothing else; examples default to 0, 1, ... progress(samples done, samples in all) is
         called after each device call, report(what it took) at the end. ValueError: a prompt that is empty, or too long
-        to be continued.
+        to be continued. FloatingPointError: logits are not finite; the prompt is named by its number in examples.
         """
         began = time.perf_counter()
         examples = range(len(prompts)) if examples is None else examples

@@ -56,7 +56,9 @@ class SlotScheduler:
         self.continuation, self.continuation_size = self.no_continuation, 0  # a cache, and how many tokens it can hold
 
     def advance(self) -> list[SampleInProgress]:
-        """One device call -> the samples that it has extended; an empty list when all samples are finished."""
+        """One device call -> the samples that it has extended; an empty list when all samples are finished.
+
+        FloatingPointError: logits are not finite."""
         self._fill_rows()
         active = [(r, sample) for r, sample in enumerate(self.rows) if sample]
         if not active:
@@ -78,6 +80,7 @@ class SlotScheduler:
         lengths = slots.length.copy()  # before this call
         for r, sample in active:
             n = int(output.count[r])
+            self._check(sample, output.policy_logprobs[r, :n])
             tokens = output.tokens[r, :n].tolist()
             sample.extend(tokens, output.logprobs[r, :n].tolist(), output.policy_logprobs[r, :n].tolist())
             slots.previous[r] = tokens[-2] if n > 1 else slots.token[r]
@@ -94,6 +97,17 @@ class SlotScheduler:
         else:
             self.continuation, self.continuation_size = self.no_continuation, 0
         return [sample for _, sample in active]
+
+    def _check(self, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
+        """FloatingPointError where a token was drawn from logits that are not finite, as its log-probability tells."""
+        finite = np.isfinite(policy_logprobs)
+        if not finite.all():
+            token = len(sample.tokens) + int(np.argmin(finite))
+            raise FloatingPointError(
+                f"the model's logits are not finite at token {token} of answer {sample.number} to prompt "
+                f"{self.examples[sample.prompt]}: go back to an earlier checkpoint, and lower the learning rates if "
+                "this model is in training"
+            )
 
     def _fill_rows(self) -> None:
         new = []  # (group, prompt) of groups that begin a prompt

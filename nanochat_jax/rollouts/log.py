@@ -11,6 +11,7 @@ import numpy as np
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
+from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.rollouts.collector import Group
 
 
@@ -62,7 +63,8 @@ class RolloutLog:
                 "logprobs": [_short(value) for value in sample.logprobs],
                 "policy_logprobs": [_short(value) for value in sample.policy_logprobs],
             }
-            self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            line = json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False)
+            self._file.write(line.encode("utf-8", "replace") + b"\n")
         self._file.flush()  # whoever follows the file sees whole steps
 
     def saved(self) -> int:

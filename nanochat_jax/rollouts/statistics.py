@@ -1,11 +1,17 @@
 """What a step's rollouts show, in the numbers that are logged."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from nanochat_jax.rollouts.pack import Groups
 
 FIRST_STEPS = 3  # by which a run is judged to have too little to learn from
 LITTLE_SIGNAL = 0.2  # share of groups with a signal below which there is a warning
+
+# Mean |log p of the trainer - log p of the sampler| of a token above which a step is warned of. The sampler's rounding
+# alone gives 1e-6 in float32; bfloat16 keeps 8 bits, which makes some thousandths to hundredths of log-probabilities.
+FAR_APART = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def step_statistics(samples: Groups, rewards: np.ndarray, advantages: np.ndarray) -> dict[str, float]:
@@ -43,4 +49,18 @@ def little_signal(first_steps: list[tuple[float, float]]) -> str:
         f"WARNING: of the first {FIRST_STEPS} steps' groups of answers {share:.0%} differ in reward (pass rate "
         f"{passed:.1%}), too little to learn from: train SFT longer, or choose "
         f"{'harder' if passed > 0.5 else 'easier'} problems"
+    )
+
+
+def far_apart(found: Mapping[str, float], dtype: str) -> str:
+    """The warning that sampler and trainer disagree, empty where they do not; found: a step's statistics, dtype: that
+    is computed in."""
+    mean = found.get("delta_logp_mean", 0.0)
+    if mean <= FAR_APART[dtype]:
+        return ""
+    advice = "" if dtype == "float32" else " or --dtype float32"
+    return (
+        f"WARNING: the trainer's log-probabilities are {mean:.1g} apart from the sampler's on average (dlogp; more "
+        f"than rounding makes of {dtype}), so the updates are of another policy than the one that answers: try another "
+        f"--attention{advice}, and bound the effect with --is-cap 2"
     )

@@ -15,6 +15,7 @@ from rich.table import Column
 
 from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
+from nanochat_jax.files.json_numbers import finite_or_null
 
 
 class SmoothedAverage:
@@ -74,7 +75,7 @@ class MetricsLog:
         self._write({"event": "start"} if resumed_at is None else {"event": "resume", "step": resumed_at})
 
     def log(self, step: int, **values: Any) -> None:
-        """One record; values are numbers or short strings."""
+        """One record; values are numbers or short strings. A number that is not finite becomes null in the file."""
         if self.file:
             self._write({"step": step, **values})
         if self.wandb:
@@ -99,8 +100,8 @@ class MetricsLog:
             self.wandb.finish()
 
     def _write(self, record: dict) -> None:
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
-        self.file.write(json.dumps(finite | {"time": round(time.time(), 3)}) + "\n")
+        record = finite_or_null(record | {"time": round(time.time(), 3)})
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nanochat_jax import chat, nanochat_export, rl
+from nanochat_jax import eval as evaluation
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.checkpoints.find import Found, find_model, load_model
 from nanochat_jax.checkpoints.saver import Saver
@@ -20,8 +22,10 @@ from nanochat_jax.distributed import sharding as distributed_sharding
 from nanochat_jax.model.gpt import GPT, abstract_gpt
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.optim import groups as optim_groups
+from nanochat_jax.rollouts.reference import load_reference
 from nanochat_jax.train import step as train
 from tests.support import tiny
+from tests.support.commands import run_command
 
 GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 
@@ -356,3 +360,83 @@ def test_a_warm_start_from_nanochats_own_files():
     opt_state = train.place(optim.with_state_arrays(like.opt_state, arrays), like.opt_state)
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(opt_state))
     train.place(params, like.params)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are none
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A base directory whose model has three numbers that are none in a parameter, one in its optimizer's state."""
+    base = tmp_path_factory.mktemp("broken")
+    tiny.tokenizer().save(base / "tokenizer")
+    state, groups = tiny.random_state()
+    items = {name: {path: np.array(x) for path, x in item.items()} for name, item in train.state_items(state).items()}
+    items["params"]["lm_head"].flat[[0, 70, -1]] = np.nan, np.inf, -np.inf
+    meta = tiny.meta(groups, step=7, tokenizer=tiny.tokenizer().digest())
+    store.write(base / "base_checkpoints" / "d2" / "7", items["params"], items["optimizer"], meta)
+    return base
+
+
+IN_MODEL = "lm_head in params must be finite, but 3 of its 20,480 numbers are not: pass another --model-tag"
+
+
+def commands():
+    rl_flags = ["--source", "base", "--task", "arithmetic", "--examples-per-step", "2", "--num-samples", "2"]
+    rl_flags += ["--num-steps", "1", "--max-new-tokens", "4", "--eval-every", "-1", "--mesh", "data=1"]
+    return {
+        "chat": (chat.main, chat.ChatConfig, ["-i", "base", "-p", "hello"]),
+        "eval": (evaluation.main, evaluation.EvalConfig, ["-i", "base", "-a", "Arithmetic", "-x", "2"]),
+        "rl": (rl.main, rl.RLConfig, rl_flags),
+        "nanochat_export": (
+            nanochat_export.main,
+            nanochat_export.ExportConfig,
+            ["--source", "base", "--output", "theirs"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", commands())
+def test_no_command_takes_a_model_whose_numbers_are_not_finite(broken, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(broken))
+    monkeypatch.chdir(tmp_path)
+    main, settings, argv = commands()[name]
+    code = run_command(main, settings, *argv)
+    assert isinstance(code, str) and IN_MODEL in code and "\n" not in code, code
+
+
+def test_no_function_takes_a_model_whose_numbers_are_not_finite(broken, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(broken))
+    with pytest.raises(ValueError, match=IN_MODEL):
+        load_model("base")
+    with pytest.raises(ValueError, match=IN_MODEL):
+        load_reference("base", "d2", 7, None, None)
+
+
+def test_optimizer_state_that_is_not_finite_is_refused(base, saved):
+    _, state, groups = saved
+    items = {name: dict(item) for name, item in train.state_items(state).items()}
+    name = next(name for name, array in items["optimizer"].items() if np.size(array) > 1)
+    items["optimizer"][name] = np.full_like(items["optimizer"][name], np.nan)
+    store.write(base / "base_checkpoints" / "d2" / "7", items["params"], items["optimizer"], tiny.meta(groups, step=7))
+    found = find_model("base")
+    with pytest.raises(ValueError, match=f"{name} in optimizer must be finite"):
+        find.load_optimizer(found, tiny.CONFIG, groups)
+    with pytest.raises(ValueError, match=f"{name} in optimizer must be finite"):
+        nanochat_export.load_optimizer_state(found, tiny.CONFIG, store.read_meta(found.folder / "7"))
+
+
+def test_what_a_checkpoint_records_is_json(base, saved):
+    """Also where a measurement is not finite: other programs read these files."""
+    _, state, groups = saved
+    saver = Saver(base / "base_checkpoints" / "d2")
+    saver.save(7, train.state_items(state), tiny.meta(groups, step=7, val_bpb=float("inf"), nested=[float("nan"), 1.5]))
+    saver.wait()
+    saver.add_to_meta(7, {"pass@1": float("nan"), "pass@2": 0.5})
+    saver.wait()
+    meta = store.read_meta(saver.folder / "7")
+    assert (meta["val_bpb"], meta["nested"], meta["pass@1"], meta["pass@2"]) == (None, [None, 1.5], None, 0.5)
+    for file in saver.folder.rglob("*"):
+        if file.is_file() and file.suffix in ("", ".json") and file.read_bytes()[:1] == b"{":
+            json.loads(file.read_bytes(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

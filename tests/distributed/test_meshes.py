@@ -10,18 +10,21 @@ import io
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nanochat_jax import rl
 from nanochat_jax.cli import settings
 from nanochat_jax.distributed.describe import heads_note, parameter_table, replicas_note
+from nanochat_jax.distributed.device_memory import bytes_on_device
 from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_part
-from nanochat_jax.distributed.sharding import own_copy
+from nanochat_jax.distributed.sharding import own_copy, param_shardings
 from nanochat_jax.optim import groups
 from nanochat_jax.train import step
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import tiny
+from tests.support.models import random_params
 
 MESHES = {
     "alone": ["data=1"],
@@ -118,4 +121,18 @@ def test_replicas_that_nobody_asked_for_are_told_of():
 def test_a_process_holds_whole_rows_of_a_batch():
     mesh = make_mesh("data=4,model=2")
     assert row_part(mesh) == (0, 1)
-    assert own_devices(mesh) is mesh and own_copy({"a": 1}, mesh) == {"a": 1}
+    assert own_devices(mesh) is mesh and own_copy({"a": 1}, mesh, jnp.float32) == {"a": 1}
+
+
+def test_the_copy_of_a_process_has_its_matrices_in_the_compute_type(monkeypatch):
+    """And the values that the model would round them to; with all devices in one process, as if there were another."""
+    mesh = make_mesh("data=4,model=2")
+    params = random_params(tiny.CONFIG)
+    placed = jax.device_put(params, param_shardings(params, mesh))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    copy = own_copy(placed, mesh, jnp.bfloat16)
+    for ours, theirs in zip(jax.tree.leaves(copy), jax.tree.leaves(params), strict=True):
+        expected = np.asarray(theirs).astype(jnp.bfloat16) if theirs.ndim > 1 else np.asarray(theirs)
+        np.testing.assert_array_equal(np.asarray(ours), expected)
+        assert ours.dtype == expected.dtype
+    assert bytes_on_device(copy) < 0.51 * bytes_on_device(placed)

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/inference/test_engine.py
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -312,3 +313,26 @@ def test_text_comes_in_whole_characters_and_broken_bytes_are_replaced():
     tokens = [*"aé€😀".encode(), 0xFF, *"€".encode()[:2]]
     assert list(text_pieces(TOKENIZER, iter(tokens))) == ["a", "é", "€", "😀", "�", "�"]
     assert "".join(text_pieces(TOKENIZER, iter(tokens))) == TOKENIZER.decode(tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_not_finite_end_the_call_and_name_the_token(engine, temperature):
+    """One token's row of the table is NaN: what comes before it is fed is sampled, and then nothing is."""
+    sampling = dataclasses.replace(SAMPLING, temperature=temperature)
+    (sample,) = engine.generate(PARAMS, [[1, 2]], sampling, examples=[4])[0]
+    fed = int(np.flatnonzero(~np.isin(sample.tokens[:-1], [*sample.tokens[:3], 1, 2]))[0])  # for the first time
+    broken = PARAMS | {"wte": np.array(PARAMS["wte"])}
+    broken["wte"][sample.tokens[fed]] = np.nan
+    with pytest.raises(FloatingPointError, match=f"not finite at token {fed + 1} of answer 0 to prompt 4: go back"):
+        engine.generate(broken, [[1, 2]], sampling, examples=[4])
+    with pytest.raises(FloatingPointError, match=f"not finite at token {fed + 1} of answer 0 to prompt 0"):
+        list(engine.stream(broken, [1, 2], dataclasses.replace(sampling, max_new_tokens=fed + 2)))
+
+
+def test_the_smallest_temperatures_draw_the_largest_logit(engine):
+    """Also those that a device takes for 0, or that are 0 as float32."""
+    (greedy,) = engine.generate(PARAMS, PROMPTS[:1], dataclasses.replace(SAMPLING, temperature=0.0))[0]
+    for temperature in (1e-30, 1e-39, 1e-45, 1e-60):
+        (sample,) = engine.generate(PARAMS, PROMPTS[:1], dataclasses.replace(SAMPLING, temperature=temperature))[0]
+        np.testing.assert_array_equal(sample.tokens, greedy.tokens)
+        assert not sample.logprobs.any()

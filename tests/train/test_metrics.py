@@ -80,9 +80,9 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_the_next_one_is_whole(tmp_pa
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):
+def test_numbers_that_json_does_not_have_are_written_as_null(tmp_path):
     log = opened(tmp_path)
-    log.log(1, loss=math.nan, grad_norm=math.inf, mfu=0.5)
+    log.log(1, loss=math.nan, grad_norm=math.inf, mfu=0.5, nested={"a": [math.nan, 2.0]})
     log.close()
 
     def refuse(name):
@@ -90,7 +90,8 @@ def test_numbers_that_json_does_not_have_are_written_as_text(tmp_path):
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = [json.loads(line, parse_constant=refuse) for line in lines][-1]
-    assert (record["loss"], record["grad_norm"], record["mfu"]) == ("nan", "inf", 0.5)
+    assert (record["loss"], record["grad_norm"], record["mfu"]) == (None, None, 0.5)
+    assert record["nested"] == {"a": [None, 2.0]}
 
 
 def test_a_record_is_in_the_file_at_once(tmp_path):
