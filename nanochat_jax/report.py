@@ -11,7 +11,6 @@ import dataclasses
 import html
 import io
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +83,7 @@ def main(cfg: ReportConfig) -> int:
     for folder in folders:
         require((folder / "metrics.jsonl").is_file(), f"{folder} must be the folder of a run: it has no metrics.jsonl")
     output = bucket.as_path(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
-    write_atomically(output, page(folders).encode())
+    write_atomically(output, page(folders).encode("utf-8", "replace"))
     print(f"{len(folders)} run{'s' * (len(folders) > 1)} -> {output}")
     return 0
 
@@ -141,9 +140,14 @@ def values(records: Sequence[dict], name: str) -> list[tuple[int, float]]:
     by_step = {}
     for record in records:
         value = record.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if is_number(value):
             by_step[record["step"]] = value
     return sorted(by_step.items())
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a file is a number that can be drawn; integers of any size are JSON."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def summary(records: Sequence[dict]) -> str:
@@ -177,8 +181,9 @@ def last_answers(path: Path) -> str:
         return ""
     records = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # cut off, at the front by the seek or at the end by a kill
-            records.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):  # cut off by the seek or a kill, or of another form
+            if is_rollout(record := json.loads(line)):
+                records.append(record)
     if not records:
         return ""
     step, example = records[-1]["step"], records[-1]["example"]
@@ -191,6 +196,16 @@ def last_answers(path: Path) -> str:
         f"<pre class='{'right' if record['reward'] > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
         f"reward {record['reward']:g}, advantage {record['advantage']:g}</pre>"
         for record in shown
+    )
+
+
+def is_rollout(record: object) -> bool:
+    """Whether a line of rollouts.jsonl has what the page shows, each of its type."""
+    return (
+        isinstance(record, dict)
+        and all(type(record.get(name)) is int for name in ("step", "example"))
+        and all(is_number(record.get(name)) for name in ("reward", "advantage"))
+        and all(isinstance(record.get(name), str) for name in ("prompt", "text"))
     )
 
 

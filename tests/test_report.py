@@ -131,3 +131,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch):
         main(ReportConfig())
     with pytest.raises(ValueError, match="must be the folder of a run"):
         main(ReportConfig(folders=(tmp_path,)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "<script>alert(1)</script>"}, {"reward": "1"}, {"text": None}, {"example": []}]
+)
+def test_an_answer_of_another_form_is_left_out(tmp_path, change):
+    shown = page([write(tmp_path / "a/b", RL, [answer(0, 1.0), answer(1, 1.0) | change])])
+    assert "script" not in Elements(shown).tags and "Step 3: 1 of 1 answers" in shown
+
+
+def test_a_number_that_cannot_be_drawn_is_left_out():
+    assert values([{"step": 1, "loss": 10**400}, {"step": 2, "loss": 2.0}], "loss") == [(2, 2.0)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_PICKLE = 64 << 20  # bytes; a model with 10,000 tensors needs 2 MiB, a tokenizer of 65,536 tokens 1 MiB
-MAX_OPCODES = 4_000_000  # a tokenizer of a million tokens; a few seconds and 300 MB at worst
+MAX_OPCODES = 1_000_000  # a tokenizer of 250,000 tokens; what this many can build is also let go within seconds
 MAX_DEPTH = 100  # nesting of the result, so that no reader of it can overflow its stack
 
 LITERALS = {  # opcodes that push their own argument
@@ -23,7 +23,8 @@ LITERALS = {  # opcodes that push their own argument
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-KEY_TYPES = {str, int, float, bool, bytes, type(None)}  # tuples nested deep enough overflow the C stack when hashed
+KEY_TYPES = {str, int, bool, bytes, type(None)}  # tuples nested deep enough overflow the C stack when hashed
+KEYS = range(-(2**31), 2**31)  # of integers; larger ones and floats can all have one hash, each lookup then walks them
 
 
 class Refused(ValueError):
@@ -108,8 +109,8 @@ def read_pickle(data: bytes, calls: Mapping[str, Callable], load_persistent: Cal
         if not isinstance(stack[-1], dict) or len(items) % 2:
             raise Refused("its pickle sets items of something that is no dict")
         for key, value in zip(items[::2], items[1::2]):
-            if type(key) not in KEY_TYPES:
-                raise Refused(f"keys must be texts or numbers, got {short(key)}")
+            if type(key) not in KEY_TYPES or (type(key) is int and key not in KEYS):
+                raise Refused(f"keys must be texts or integers of 32 bits, got {short(key)}")
             stack[-1][key] = value
 
     def extend(items: list) -> None:
@@ -143,6 +144,8 @@ def read_pickle(data: bytes, calls: Mapping[str, Callable], load_persistent: Cal
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
             case "MARK":
+                if len(marks) > 2 * MAX_DEPTH:  # a container has one, an object's arguments another
+                    raise Refused(f"its data is nested deeper than {MAX_DEPTH} levels")
                 marks.append(len(stack))
             case "TUPLE":
                 stack.append(tuple(pop_to_mark()))

@@ -106,15 +106,22 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Records of metrics.jsonl in step order, without what later runs took back and without a cut-off line."""
+    """Records of metrics.jsonl in step order, without what later runs took back.
+
+    A line that is no JSON object with an integer step, such as one that was cut off, is skipped.
+    """
     records: list[dict] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(record, dict):
             continue
         if record.get("event") == "start":
             records = []
+        elif type(record.get("step")) is not int:
+            continue
         elif record.get("event") == "resume":
             records = [r for r in records if r["step"] <= record["step"]]
         else:

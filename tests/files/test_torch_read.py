@@ -329,3 +329,18 @@ def test_two_records_of_one_name_are_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"data.pkk", b"data.pkl"))
     with pytest.raises(Refused, match="same name"):
         read_pt(path)
+
+
+@pytest.mark.parametrize("key", [2**31, -(2**31) - 1, 2**61 - 1, 1 << 2000, 0.5])
+def test_keys_that_could_all_have_one_hash_are_refused(tmp_path, key):
+    path = write_pickle_record(tmp_path / "keys.pt", pickle.dumps({key: None}, 2))
+    with pytest.raises(Refused, match=r"keys must be texts or integers of 32 bits, got "):
+        read_pt(path)
+    fine = {2**31 - 1: None, -(2**31): None}
+    assert read_pt(write_pickle_record(tmp_path / "fine.pt", pickle.dumps(fine, 2))) == fine
+
+
+def test_marks_without_end_are_refused_while_they_are_read(tmp_path):
+    path = write_pickle_record(tmp_path / "marks.pt", b"\x80\x02" + b"(" * 300 + b"\xff")  # not read as far as \xff
+    with pytest.raises(Refused, match="nested deeper"):
+        read_pt(path)

@@ -180,3 +180,18 @@ reporter.close()
     assert process.returncode == 0, text
     assert "2/4" in text and "loss 2.5 [x]" in text and "ETA" in text and "a line [that] stays" in text
     assert "step 0000" not in text
+
+
+def test_lines_that_are_no_record_of_a_step_are_skipped(tmp_path):
+    bad = [
+        b"[]",
+        b"5",
+        b'{"loss": 1}',
+        b'{"step": "1"}',
+        b'{"step": true}',
+        b'{"event": "resume"}',
+        b"\xff",
+        b"[" * 10**5,
+    ]
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join([b'{"step": 1}', *bad, b'{"step": 2}']))
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
