@@ -8,6 +8,7 @@ import pytest
 
 from nanochat_jax import rl
 from nanochat_jax.checkpoints import store
+from nanochat_jax.checkpoints.saver import Saver
 from nanochat_jax.cli.settings import parse, recorded_settings
 from nanochat_jax.data.packing import PACKING
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS
@@ -87,11 +88,10 @@ def test_a_run_goes_on_when_its_tasks_source_is_edited_and_not_with_other_prompt
     record = {"step": 1, "data": data, "task_digest": task.fingerprint(), "packing": PACKING}
     record |= {"user_config": recorded_settings(parse(rl.RLConfig, flags)), "versions": store.versions()}
     state, groups = tiny.random_state()
-    saver = store.Saver(in_base / "chatrl_checkpoints" / "edited")
+    saver = Saver(in_base / "chatrl_checkpoints" / "edited")
     meta = tiny.meta(groups, tokenizer=tokenizer.digest())
-    saver.save(
-        1, train.state_items(state), meta | record | {"user_config": meta["user_config"] | record["user_config"]}
-    )
+    meta |= record | {"user_config": meta["user_config"] | record["user_config"]}
+    saver.save(1, train.state_items(state), lambda: meta)
     saver.wait()
 
     def reached(*_):

@@ -431,7 +431,9 @@ def test_what_a_checkpoint_records_is_json(base, saved):
     """Also where a measurement is not finite: other programs read these files."""
     _, state, groups = saved
     saver = Saver(base / "base_checkpoints" / "d2")
-    saver.save(7, train.state_items(state), tiny.meta(groups, step=7, val_bpb=float("inf"), nested=[float("nan"), 1.5]))
+    saver.save(
+        7, train.state_items(state), lambda: tiny.meta(groups, step=7, val_bpb=float("inf"), nested=[float("nan"), 1.5])
+    )
     saver.wait()
     saver.add_to_meta(7, {"pass@1": float("nan"), "pass@2": 0.5})
     saver.wait()
