@@ -262,6 +262,19 @@ def test_a_damaged_checkpoint_of_ours_is_named_and_passed_over(base, capsys):
     assert find_model("sft") == Found(folder, 2, False)
 
 
+def test_whoever_does_not_read_the_optimizer_does_not_hash_it(base, monkeypatch):
+    """chat, eval and RL: two thirds of a checkpoint. A warm start and a run that goes on do."""
+    folder = base / "chatsft_checkpoints" / "d2"
+    simple_saves(folder, [5, 30])
+    read, hashed = integrity.hashlib.file_digest, []
+    monkeypatch.setattr(integrity.hashlib, "file_digest", lambda f, kind: hashed.append(f.name) or read(f, kind))
+    assert find_model("sft").step == 30
+    assert any("/params/" in name for name in hashed) and not any("/optimizer/" in name for name in hashed)
+    (folder / "30" / "optimizer" / "_METADATA").write_text("{}")
+    assert find_model("sft").step == 30
+    assert find_model("sft", optimizer=True).step == 5 == integrity.newest_intact(folder, str)
+
+
 def test_what_is_missing_is_named_with_what_there_is(base):
     with pytest.raises(FileNotFoundError, match=r"no base model: .* set NANOCHAT_BASE_DIR to the folder that"):
         find_model("base")
