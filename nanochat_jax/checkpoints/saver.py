@@ -101,6 +101,8 @@ class Saver:
             self._cause = ""
             self._write_measured()
             return ""
+        if self.owner:  # a folder that is lost is the better reason
+            self.owner.check()
         cause = re.sub(r"[0-9a-f]{8,}|\d+", "", error)  # without sizes and random names
         self.pause = min(2 * self.pause, LONGEST_PAUSE) if cause == self._cause else FIRST_PAUSE
         self._cause, self._failed_at = cause, time.monotonic()
@@ -134,6 +136,10 @@ class Saver:
     def close(self) -> None:
         """Wait until nothing is written any more; a failure that nobody has been told of is told now."""
         self._join()
+        try:
+            self.glance()
+        except FolderLost:  # that has been told, or is told next
+            return
         if self._step is not None and self._error:
             print0(f"WARNING: step {self._step} could not be saved in {self.folder}: {self._error}")
         self._write_measured()
