@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +39,9 @@ from nanochat_jax.checkpoints import store
 sys.path.append(str(kill_resume.ROOT))
 from tests.support import process_runs, tiny
 
-SHORT = {"kills": 4, "damages": 40, "inputs": 400, "commands": 2, "disks": 2, "tasks": 12}
+SHORT = {"kills": 3, "damages": 30, "inputs": 300, "commands": 1, "disks": 1, "tasks": 6}
 LONG = {"kills": 100, "damages": 500, "inputs": 10_000, "commands": 20, "disks": 13, "tasks": 1000}
-SHORT_STORMS = ("sft", "rl2")
+SHORT_STORMS = ("sft",)
 STORMS = ("sft", "base", "rl", "sft2", "base2", "rl2")  # the stage, and 2 where it has two processes
 DAMAGE_SECONDS, INPUT_SECONDS, TASK_SECONDS = 30.0, 5.0, 60.0
 ALLOWED = {*damage.ALLOWED, "well", "skipped", "identical"}
@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------------- categories
-def kills(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Case]:
+def kills(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     """A case is a storm: one run with its share of the interruptions. `--only` runs one storm."""
     base = work / "storms"
     base.mkdir(parents=True)
@@ -75,8 +75,9 @@ def kills(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Ca
     (base / "words_alpha.txt").write_text("\n".join(f"{a}{b}ord" for a in "bcdfghklmn" for b in "aeiou"))
     rl = [*kill_resume.RL_FLAGS, "--max-new-tokens", "16", "--device-batch-size", "1", "--eval-samples", "2"]
     rl += ["--eval-task", "tools.check.kill_resume:Early", "--eval-examples", "4"]
-    chatcore = ["--chatcore-every", str(kill_resume.CHATCORE_EVERY), "--chatcore-max-sample", "1"]
-    of_stage = {"sft": [*sft, *chatcore], "base": pretraining, "rl": rl}
+    if not args.short:
+        sft += ["--chatcore-every", str(kill_resume.CHATCORE_EVERY), "--chatcore-max-sample", "1"]
+    of_stage = {"sft": sft, "base": pretraining, "rl": rl}
 
     def storm(number: int, name: str) -> Case:
         stage, processes = name.rstrip("2"), 2 if name.endswith("2") else 1
@@ -100,26 +101,25 @@ def kills(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Ca
         yield storm(number, name)
 
 
-def damages(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Case]:
+def damages(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     base, pristine = work / "base", work / "pristine"
     planned = damage.damages_of(pristine, args.damages, random.Random(args.seed))
-    with serving() as worker:
-        expected = {}
-        for number, one in chosen(planned, only):
-            reader = damage.reader_for(one)
-            if reader not in expected:
-                damage.renew(pristine, base)
-                undamaged = worker.run(reader, base, 10 * DAMAGE_SECONDS)
-                if undamaged.how != "well":
-                    raise SystemExit(f"{reader.__name__} fails on undamaged files: {undamaged}")
-                expected[reader] = undamaged.result
+    expected = {}
+    for number, one in chosen(planned, only):
+        reader = damage.reader_for(one)
+        if reader not in expected:
             damage.renew(pristine, base)
-            damage.do_damage(base, one)
-            ended = worker.run(reader, base, DAMAGE_SECONDS)
-            verdict = damage.verdict(ended.how, reader, ended.result, expected[reader], ended.said)
-            what = f"{one.kind} of {one.file} (seed {one.seed}), read by {reader.__name__}"
-            group = f"files in {damage.reader_of(one.file) or 'token_cache/, *.jsonl'}"
-            yield Case("damages", number, what, group, verdict, ended.seconds, ended.memory, ended.said)
+            undamaged = worker.run(reader, base, 10 * DAMAGE_SECONDS)
+            if undamaged.how != "well":
+                raise SystemExit(f"{reader.__name__} fails on undamaged files: {undamaged}")
+            expected[reader] = undamaged.result
+        damage.renew(pristine, base)
+        damage.do_damage(base, one)
+        ended = worker.run(reader, base, DAMAGE_SECONDS)
+        verdict = damage.verdict(ended.how, reader, ended.result, expected[reader], ended.said)
+        what = f"{one.kind} of {one.file} (seed {one.seed}), read by {reader.__name__}"
+        group = f"files in {damage.reader_of(one.file) or 'token_cache/, *.jsonl'}"
+        yield Case("damages", number, what, group, verdict, ended.seconds, ended.memory, ended.said)
 
 
 LETTERS = ("-a", "tests.support.process_tasks:Letters", "-x", "2", "--batch-size", "2")
@@ -134,7 +134,7 @@ COMMANDS = {
 }
 
 
-def commands(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Case]:
+def commands(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     """Damages of which the reader is a command in a process of its own."""
     base, pristine = work / "base", work / "pristine"
     planned = damage.damages_of(pristine, args.commands, random.Random(args.seed + 1))
@@ -176,22 +176,19 @@ def same_end(base: Path, pristine: Path, stage: str) -> bool:
     return damage.digest(*ours) == damage.digest(*theirs)
 
 
-def hostile_inputs(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Case]:
+def hostile_inputs(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     base, pristine = work / "inputs", work / "pristine"
     shutil.copytree(pristine, base)
     endless = inputs.inputs(pristine, base, random.Random(args.seed))
-    with serving() as worker:
-        for kind, one in inputs.KINDS.items():  # what is loaded and compiled once is no case's time
-            worker.run(
-                inputs.read_input, inputs.Input(kind, next(one.make(pristine, random.Random(0))), str(base)), 60.0
-            )
-        for number, one in chosen((next(endless) for _ in range(args.inputs)), only):
-            ended = worker.run(inputs.read_input, one, INPUT_SECONDS, (1 << 30) + len(one.data))
-            what = f"{one.kind}: {one.data[:60]!r}"
-            yield Case("inputs", number, what, one.kind, ended.how, ended.seconds, ended.memory, ended.said)
-            if ended.how in ("hang", "died"):
-                shutil.rmtree(base)
-                shutil.copytree(pristine, base)
+    for kind, one in inputs.KINDS.items():  # what is loaded and compiled once is no case's time
+        worker.run(inputs.read_input, inputs.Input(kind, next(one.make(pristine, random.Random(0))), str(base)), 60.0)
+    for number, one in chosen((next(endless) for _ in range(args.inputs)), only):
+        ended = worker.run(inputs.read_input, one, INPUT_SECONDS, (1 << 30) + len(one.data))
+        what = f"{one.kind}: {one.data[:60]!r}"
+        yield Case("inputs", number, what, one.kind, ended.how, ended.seconds, ended.memory, ended.said)
+        if ended.how in ("hang", "died"):
+            shutil.rmtree(base)
+            shutil.copytree(pristine, base)
 
 
 def run_task(argument: tuple[str, list[str], str]) -> str:
@@ -207,7 +204,7 @@ def run_task(argument: tuple[str, list[str], str]) -> str:
     return ""
 
 
-def tasks(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Case]:
+def tasks(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     base, pristine = work / "tasks", work / "pristine"
     shutil.copytree(pristine, base)
     model = ["--model-tag", "d2", "--overwrite", "--output-tag", "hostile", "--device-batch-size", "2", "--eval-every"]
@@ -222,19 +219,18 @@ def tasks(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Ca
         planned.append(
             ("eval", ["-i", "base", "-g", "d2", "-a", name, "-x", "3", "-m", "8", "--slots", "4"], expected[2])
         )
-    control, others = planned[:3], planned[3:]
+    control, others = planned[:1], planned[1:]
     random.Random(args.seed).shuffle(others)
-    with serving() as worker:
-        for number, (command, flags, expected) in chosen((control + others)[: args.tasks], only):
-            ended = worker.run(run_task, (command, flags, str(base)), TASK_SECONDS)
-            verdict = ended.how
-            if verdict in ("well", "refused") and verdict not in expected:
-                verdict = f"{verdict} instead of {' or '.join(sorted(expected))}"
-            what = f"{command} {' '.join(flags)}"
-            yield Case("tasks", number, what, command, verdict, ended.seconds, ended.memory, ended.said)
+    for number, (command, flags, expected) in chosen((control + others)[: args.tasks], only):
+        ended = worker.run(run_task, (command, flags, str(base)), TASK_SECONDS)
+        verdict = ended.how
+        if verdict in ("well", "refused") and verdict not in expected:
+            verdict = f"{verdict} instead of {' or '.join(sorted(expected))}"
+        what = f"{command} {' '.join(flags)}"
+        yield Case("tasks", number, what, command, verdict, ended.seconds, ended.memory, ended.said)
 
 
-def disks(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Case]:
+def disks(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     alone = full_disk.run_alone(work / "pristine", work / "room")
     for number, (which, left, freed) in chosen(full_disk.cases(args.disks), only):
         began = time.perf_counter()
@@ -246,7 +242,7 @@ def disks(args: argparse.Namespace, work: Path, only: int | None) -> Iterator[Ca
         yield Case("disks", number, what, which, verdict, time.perf_counter() - began, 0, said)
 
 
-CATEGORIES: dict[str, Callable[[argparse.Namespace, Path, int | None], Iterator[Case]]] = {
+CATEGORIES: dict[str, Callable[[argparse.Namespace, Path, Worker, int | None], Iterator[Case]]] = {
     "kills": kills,
     "damages": damages,
     "commands": commands,
@@ -266,11 +262,6 @@ def chosen(planned: Iterable[Any], only: int | None) -> Iterator[tuple[int, Any]
     return ((number, one) for number, one in enumerate(planned) if only in (None, number))
 
 
-def serving() -> contextlib.closing[Worker]:
-    """A worker that ends with the block."""
-    return contextlib.closing(Worker(damage.VARIABLES))
-
-
 PRINTING = threading.Lock()
 
 
@@ -279,15 +270,26 @@ def tell(record: dict) -> None:
         print(json.dumps(record, default=str), flush=True)
 
 
-def run_categories(names: Iterable[str], args: argparse.Namespace, work: Path, only: int | None) -> list[Case]:
+def run_categories(
+    names: Iterable[str], args: argparse.Namespace, work: Path, prepared: Future, only: int | None
+) -> list[Case]:
     found = []
-    for name in names:
-        for case in CATEGORIES[name](args, work, only):
-            record = case._asdict() | {"seconds": round(case.seconds, 2), "fault": case.is_fault}
-            record["said"] = case.said[-SHOWN:] if case.is_fault or only is not None else ""
-            tell(record)
-            found.append(case)
+    with contextlib.closing(Worker(damage.VARIABLES)) as worker:
+        for name in names:
+            if name != "kills":
+                prepared.result()
+            for case in CATEGORIES[name](args, work, worker, only):
+                record = case._asdict() | {"seconds": round(case.seconds, 2), "fault": case.is_fault}
+                record["said"] = case.said[-SHOWN:] if case.is_fault or only is not None else ""
+                tell(record)
+                found.append(case)
     return found
+
+
+def prepare(work: Path) -> None:
+    """work/base, and work/pristine, of which the base directories of the attacks are copies."""
+    damage.prepare(work / "base")
+    shutil.copytree(work / "base", work / "pristine")
 
 
 def table(cases: list[Case]) -> str:
@@ -336,21 +338,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else the runs of a script in the background ignore it
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.pop(
+        "JAX_COMPILATION_CACHE_DIR", None
+    )  # what is compiled lies in base directories, and is attacked there
     category, _, number = (args.only or "").partition(":")
     names = [name for name in CATEGORIES if getattr(args, name) > 0 and category in ("", name)]
     began = time.perf_counter()
     tell({"seed": args.seed, **vars(args)})
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         work = Path(folder)
-        with ThreadPoolExecutor(2) as pool:
-            found = []
-            if set(names) - {"kills"}:
-                damage.prepare(work / "base")
-                shutil.copytree(work / "base", work / "pristine")
-            sides = [[name for name in side if name in names] for side in SIDE_BY_SIDE]
+        with ThreadPoolExecutor(3) as pool:
+            prepared = pool.submit(prepare, work)
             only = int(number) if number else None
-            for cases in pool.map(lambda side: run_categories(side, args, work, only), sides):
-                found += cases
+            sides = [[name for name in side if name in names] for side in SIDE_BY_SIDE]
+            ended = [pool.submit(run_categories, side, args, work, prepared, only) for side in sides]
+            found = [case for side in ended for case in side.result()]
     faults = [case for case in found if case.is_fault]
     print(table(found))
     print(f"{len(found):,} cases, seed {args.seed}, {time.perf_counter() - began:.0f} seconds: {len(faults):,} faults")

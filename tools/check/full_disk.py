@@ -14,8 +14,10 @@ from pathlib import Path
 
 from kill_resume import RESULTS, STAGES, at_step, difference
 
+from nanochat_jax.checkpoints import integrity
+
 MIB = 1 << 20
-STEPS, SAVE_EVERY, FULL_AT = 24, 8, 10
+STEPS, SAVE_EVERY, FULL_AT = 36, 12, 13
 LEVELS = (0, 4 << 10, 200 << 10, 500 << 10, 900 << 10)  # bytes that are left; a checkpoint of the model has 1.5 MiB
 COMPLAINT = "No space left|too large|could not be (written|saved)|disk"
 PATIENCE = "3"  # --save-patience, in its own unit; where the stage has the flag
@@ -74,8 +76,13 @@ def full(which: str, left: int, freed: bool, pristine: Path, alone: Path) -> tup
         copy(pristine, base)
         given = [*flags(base, which == "only"), *patience]
         with started(base, "sft", given, count=1, devices=1) as processes:
-            process, filler = processes.all[0], base / "filler"
-            if not wait(lambda: re.search(at_step(FULL_AT, STEPS), processes.output(0)), process):
+            process, filler, folder = processes.all[0], base / "filler", base / STAGES["sft"] / "run"
+            first = folder / str(SAVE_EVERY) / "INTEGRITY.json"
+
+            def begun() -> bool:
+                return (which == "only" or first.exists()) and re.search(at_step(FULL_AT, STEPS), processes.output(0))
+
+            if not wait(begun, process):
                 return "the run does not begin", processes.output(0)
             if mounted:
                 free = os.statvfs(base).f_bavail * os.statvfs(base).f_frsize
@@ -96,20 +103,16 @@ def full(which: str, left: int, freed: bool, pristine: Path, alone: Path) -> tup
             code, output = process.returncode, processes.output(0)
         if "Traceback" in output:
             return "traceback", output
+        if code == 0 and (freed or left):  # what was left may have been enough
+            found = difference(alone, folder, STEPS)
+            return ("another end" if any(found.get(name) for name in RESULTS) else "same"), output
         if freed:
-            if code:
-                return f"exit code {code} although there was room again", output
-            found = difference(alone, base / STAGES["sft"] / "run", STEPS)
-            return ("another end" if any(found.get(name) for name in RESULTS) else "same"), output
-        error = [line for line in output.splitlines() if line.startswith("error: ")]
-        if code == 0 and left:  # what was left was enough
-            found = difference(alone, base / STAGES["sft"] / "run", STEPS)
-            return ("another end" if any(found.get(name) for name in RESULTS) else "same"), output
-        if code != 1 or len(error) != 1:
-            return f"exit code {code} with {len(error)} errors", output
-        named = str(base) in error[0] and (
-            which == "only" or str(base / STAGES["sft"] / "run" / str(SAVE_EVERY)) in error[0]
-        )
+            return f"exit code {code} although there was room again", output
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        if code != 1 or len(errors) != 1:
+            return f"exit code {code} with {len(errors)} errors", output
+        good = integrity.newest_intact(folder, lambda _: None)
+        named = str(base if good is None else folder / str(good)) in errors[0]
         return ("refused" if named else "an error without the path or the last good checkpoint"), output
 
 
