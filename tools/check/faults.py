@@ -39,7 +39,7 @@ from nanochat_jax.checkpoints import store
 sys.path.append(str(kill_resume.ROOT))
 from tests.support import process_runs, tiny
 
-SHORT = {"kills": 3, "damages": 30, "inputs": 300, "commands": 1, "disks": 1, "tasks": 6}
+SHORT = {"kills": 3, "damages": 20, "inputs": 250, "commands": 1, "disks": 1, "tasks": 4}
 LONG = {"kills": 100, "damages": 500, "inputs": 10_000, "commands": 20, "disks": 13, "tasks": 1000}
 SHORT_STORMS = ("sft",)
 STORMS = ("sft", "base", "rl", "sft2", "base2", "rl2")  # the stage, and 2 where it has two processes

@@ -183,9 +183,9 @@ def difference(one: Path, other: Path, total: int) -> dict:
 
 SAVE_EVERY, EVAL_EVERY, CHATCORE_EVERY = 3, 5, 10  # steps
 MOMENTS = {
-    "sft": ("the start", "a save", "a step", "compiling", "sealing", "validation", "ChatCORE", "the end"),
-    "base": ("the start", "sealing", "compiling", "a save", "a step", "validation", "the end"),
-    "rl": ("the start", "an update", "rollouts", "compiling", "a save", "sealing", "validation", "the end"),
+    "sft": ("a save", "the start", "a step", "compiling", "sealing", "validation", "ChatCORE", "the end"),
+    "base": ("sealing", "the start", "compiling", "a save", "a step", "validation", "the end"),
+    "rl": ("an update", "the start", "rollouts", "compiling", "a save", "sealing", "validation", "the end"),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)  # SIGCONT follows the last
 CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, -2}, signal.SIGSTOP: set()}

@@ -117,17 +117,26 @@ def ended(function: Callable[[Any], str], argument: Any) -> tuple[str, str | Non
     """function(argument) as a command -> (how it ended, its result, the error)."""
     from nanochat_jax.cli.main import run_stage
 
-    results = []
+    results, too_much = [], []
+
+    def command(argument: Any) -> int:
+        try:
+            results.append(function(argument))
+        except MemoryError as e:  # of which a command makes a sentence
+            too_much.append(e)
+            raise
+        return 0
+
     try:
-        run_stage(lambda argument: results.append(function(argument)) or 0, argument)
+        run_stage(command, argument)
     except SystemExit as e:
+        if too_much:
+            return "memory", None, str(e.code)
         if e.code == 0:
             return "well", results[0], ""
         if not results and isinstance(e.code, str):
             return ("refused" if is_sentence(e.code) else "no sentence"), None, e.code
         return "refused" if e.code == 2 else "another exit code", None, f"exit code {e.code}"  # 2: tyro's, of a flag
-    except MemoryError:
-        return "memory", None, traceback.format_exc()
     except BaseException:
         return "traceback", None, traceback.format_exc()
 
