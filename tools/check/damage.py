@@ -26,20 +26,23 @@ class Damage(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ the base directory
-def prepare(base: Path) -> None:
-    """Make it: a base model with two checkpoints, nanochat's files of one, and a finished run of each stage."""
+def write_models(base: Path) -> None:
+    """A base model with two checkpoints, and nanochat's files of one."""
     from nanochat_jax import nanochat_export
     from tests.support import tiny
-    from tests.support.process_runs import run
 
-    base.mkdir(parents=True, exist_ok=True)
     for step in (7, 9):
         tiny.write_base(base, step=step, seed=step)
     found = nanochat_export.find.find_model("base", "d2", base=base)
-    tokenizer = tiny.tokenizer()
-    nanochat_export.export(
-        found, tokenizer, base / "base_checkpoints" / "theirs", np.dtype("float32"), log=lambda _: None
-    )
+    theirs = base / "base_checkpoints" / "theirs"
+    nanochat_export.export(found, tiny.tokenizer(), theirs, np.dtype("float32"), log=lambda _: None)
+
+
+def run_stages(base: Path) -> None:
+    """A finished run of each stage, and their caches and data."""
+    from tests.support import tiny
+    from tests.support.process_runs import run
+
     rl = ["--source", "base", "--model-tag", "d2", "--task", TASK, "--eval-task", TASK, "--eval-examples", "2"]
     rl += ["--eval-samples", "2", "--num-samples", "4", "--max-new-tokens", "16", "--examples-per-step", "4"]
     flags = {

@@ -1,7 +1,7 @@
 """Attack the program: kill its runs, damage its files, fill its disk, and feed it hostile files, flags and tasks.
 
-python tools/check/faults.py --kills 100 --damages 500 --inputs 10000 --seed 0
-python tools/check/faults.py --short                        # what CI runs
+python tools/check/faults.py --kills 100 --damages 500 --inputs 10000 --seed 0    # an hour on 2 cores, by an estimate
+python tools/check/faults.py --short                        # what CI runs: 4 minutes of a core's time
 python tools/check/faults.py --short --only damage:17       # one case again, with all that it says
 
 Whatever happens, a run that is resumed must end bit-identical to one that nothing interrupted, and a command must end
@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,8 +69,6 @@ class Case(NamedTuple):
 def kills(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     """A case is a storm: one run with its share of the interruptions. `--only` runs one storm."""
     base = work / "storms"
-    base.mkdir(parents=True)
-    tiny.write_base(base)
     sft, pretraining = tiny.sft_flags(base), tiny.base_flags(base)
     (base / "words_alpha.txt").write_text("\n".join(f"{a}{b}ord" for a in "bcdfghklmn" for b in "aeiou"))
     rl = [*kill_resume.RL_FLAGS, "--max-new-tokens", "16", "--device-batch-size", "1", "--eval-samples", "2"]
@@ -170,10 +168,7 @@ def command_verdict(code: int | None, output: str, in_time: bool) -> str:
 
 def same_end(base: Path, pristine: Path, stage: str) -> bool:
     folder = Path(store.SOURCES[stage], damage.TAGS[stage], str(damage.STEPS[stage]))
-    ours, theirs = (
-        [store.read_arrays(root / folder, item) for item in ("params", "optimizer")] for root in (base, pristine)
-    )
-    return damage.digest(*ours) == damage.digest(*theirs)
+    return not kill_resume.arrays_that_differ(base / folder, pristine / folder)[1]
 
 
 def hostile_inputs(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
@@ -288,7 +283,7 @@ def run_categories(
 
 def prepare(work: Path) -> None:
     """work/base, and work/pristine, of which the base directories of the attacks are copies."""
-    damage.prepare(work / "base")
+    damage.run_stages(work / "base")
     shutil.copytree(work / "base", work / "pristine")
 
 
@@ -347,11 +342,16 @@ def main(argv: list[str] | None = None) -> int:
     tell({"seed": args.seed, **vars(args)})
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         work = Path(folder)
+        damage.write_models(work / "base")
+        shutil.copytree(work / "base", work / "storms")
         with ThreadPoolExecutor(3) as pool:
             prepared = pool.submit(prepare, work)
             only = int(number) if number else None
             sides = [[name for name in side if name in names] for side in SIDE_BY_SIDE]
             ended = [pool.submit(run_categories, side, args, work, prepared, only) for side in sides]
+            for failed in wait(ended, return_when=FIRST_EXCEPTION).done:
+                if failed.exception():
+                    print(f"{failed.exception()!r}: the other side goes on to its end", file=sys.stderr, flush=True)
             found = [case for side in ended for case in side.result()]
     faults = [case for case in found if case.is_fault]
     print(table(found))

@@ -18,7 +18,7 @@ THEIRS, OURS = "base_checkpoints/theirs", "base_checkpoints/d2/9"
 class Input(NamedTuple):
     kind: str  # of KINDS
     data: bytes | str
-    base: str  # a base directory that may be changed; see `damage.prepare`
+    base: str  # a base directory that may be changed; see damage.py
 
 
 def read_file(data: bytes | str, path: Path, read: Callable[[], object]) -> str:

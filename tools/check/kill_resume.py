@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ RL_FLAGS = [
     *("--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "32"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
+ORBAX = threading.Lock()  # it is not made for several threads of a process
 
 
 class Early:
@@ -161,13 +163,7 @@ def is_in(folder: Path, work: str) -> bool:
 
 def difference(one: Path, other: Path, total: int) -> dict:
     """What differs between the ends of two runs: arrays by name, steps by their recorded loss, in RL the rollouts."""
-    arrays, compared = [], 0
-    for item in ("params", "optimizer"):
-        a, b = (store.read_arrays(folder / str(total), item) for folder in (one, other))
-        if a.keys() != b.keys():
-            raise SystemExit(f"{item}: {sorted(a.keys() ^ b.keys())} is in one run only")
-        arrays += [f"{item}/{name}" for name in a if np.asarray(a[name]).tobytes() != np.asarray(b[name]).tobytes()]
-        compared += len(a)
+    compared, arrays = arrays_that_differ(one / str(total), other / str(total))
     a, b = (
         {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r} for folder in (one, other)
     )
@@ -176,6 +172,19 @@ def difference(one: Path, other: Path, total: int) -> dict:
     if (one / "rollouts.jsonl").exists():
         found["rollouts_differ"] = (one / "rollouts.jsonl").read_bytes() != (other / "rollouts.jsonl").read_bytes()
     return found
+
+
+def arrays_that_differ(one: Path, other: Path) -> tuple[int, list[str]]:
+    """(how many two checkpoints have, the names of those that differ by a bit)"""
+    differing, compared = [], 0
+    for item in ("params", "optimizer"):
+        with ORBAX:
+            a, b = (store.read_arrays(folder, item) for folder in (one, other))
+        if a.keys() != b.keys():
+            raise SystemExit(f"{item}: {sorted(a.keys() ^ b.keys())} is in one run only")
+        differing += [f"{item}/{name}" for name in a if np.asarray(a[name]).tobytes() != np.asarray(b[name]).tobytes()]
+        compared += len(a)
+    return compared, differing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
