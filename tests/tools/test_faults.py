@@ -2,10 +2,10 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import damage
@@ -16,9 +16,9 @@ import pytest
 from limited import Worker, is_sentence
 
 from nanochat_jax.checkpoints import store
+from tests.support import stub_cases
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_JAX = {"JAX_PLATFORMS": "cpu"}
 
 
 def test_whatever_is_done_to_it_the_program_ends_well_or_with_a_sentence():
@@ -39,62 +39,40 @@ def test_whatever_is_done_to_it_the_program_ends_well_or_with_a_sentence():
 
 @pytest.fixture(scope="module")
 def worker():
-    worker = Worker(WITHOUT_JAX)
+    worker = Worker({}, module="tests.support.stub_cases")
     yield worker
     worker.close()
 
 
-def end_well(_):
-    print("said")
-    return "result"
-
-
-def refuse(_):
-    raise ValueError("the number of apples must be even, got 3")
-
-
-def raise_something(_):
-    raise KeyError("apples")
-
-
-def say_nothing(_):
-    raise ValueError("")
-
-
-def hang(_):
-    time.sleep(60)
-
-
-def die(_):
-    os.abort()
-
-
-def take_memory(n):
-    return str(len(np.ones(n, np.uint8)))
-
-
 @pytest.mark.parametrize(
     ("attacked", "how"),
-    [(end_well, "well"), (refuse, "refused"), (raise_something, "traceback"), (say_nothing, "no sentence")],
+    [
+        (stub_cases.end_well, "well"),
+        (stub_cases.refuse, "refused"),
+        (stub_cases.raise_something, "traceback"),
+        (stub_cases.say_nothing, "no sentence"),
+    ],
 )
 def test_how_a_case_ends_is_told(worker, attacked, how):
     ended = worker.run(attacked, None, 30)
     assert ended.how == how
-    assert ("said" in ended.said) == (attacked is end_well) and ended.result == ("result" if how == "well" else None)
+    assert ("said" in ended.said) == (attacked is stub_cases.end_well) and ended.result == (
+        "result" if how == "well" else None
+    )
     assert ("Traceback" in ended.said) == (how == "traceback")
 
 
 def test_memory_beyond_the_limit_is_told_and_little_memory_is_not(worker):
-    assert worker.run(take_memory, 200 << 20, 30, memory=100 << 20).how == "memory"
-    assert worker.run(take_memory, 10 << 20, 30, memory=100 << 20).how == "well"
-    assert worker.run(take_memory, 64 << 30, 30).how == "memory"
+    assert worker.run(stub_cases.take_memory, 200 << 20, 30, memory=100 << 20).how == "memory"
+    assert worker.run(stub_cases.take_memory, 10 << 20, 30, memory=100 << 20).how == "well"
+    assert worker.run(stub_cases.take_memory, 64 << 30, 30).how == "memory"
 
 
 def test_a_case_that_hangs_or_kills_its_process_is_told_and_the_next_one_runs(worker):
-    assert worker.run(hang, None, 0.2).how == "hang"
-    ended = worker.run(die, None, 30)
+    assert worker.run(stub_cases.hang, None, 0.2).how == "hang"
+    ended = worker.run(stub_cases.die, None, 30)
     assert ended.how == "died" and "the process ended with -6" in ended.said
-    assert worker.run(end_well, None, 30).how == "well"
+    assert worker.run(stub_cases.end_well, None, 30).how == "well"
 
 
 def test_a_sentence_is_no_traceback_no_page_and_no_bare_class():
@@ -164,8 +142,8 @@ def test_damages_reach_every_reader_and_are_the_same_again(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"0123456789")
     count = len(names) * len(damage.KINDS)
-    planned = damage.damages_of(tmp_path, count, faults.random.Random(3))
-    assert planned == damage.damages_of(tmp_path, count, faults.random.Random(3))
+    planned = damage.damages_of(tmp_path, count, random.Random(3))
+    assert planned == damage.damages_of(tmp_path, count, random.Random(3))
     assert len({(one.file, one.kind) for one in planned}) == count
     early = planned[: len(damage.READERS)]
     assert {damage.reader_of(one.file) for one in early} == set(damage.READERS)
@@ -175,14 +153,14 @@ def test_damages_reach_every_reader_and_are_the_same_again(tmp_path):
 def test_a_damage_changes_its_file(tmp_path, kind):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(1, 101)))
-    kind(path, faults.random.Random(0))
+    kind(path, random.Random(0))
     assert not path.is_file() or path.read_bytes() != bytes(range(1, 101))
 
 
 def test_interruptions_are_planned_so_that_signals_meet_moments_and_the_end_comes_last():
     run = kill_resume.Run("sft", "run", Path(), 2, [], 2)
-    planned = kill_resume.kills_of(run, 40, 100, faults.random.Random(0))
-    assert planned == kill_resume.kills_of(run, 40, 100, faults.random.Random(0))
+    planned = kill_resume.kills_of(run, 40, 100, random.Random(0))
+    assert planned == kill_resume.kills_of(run, 40, 100, random.Random(0))
     assert {kill.number for kill in planned} == set(kill_resume.SIGNALS)
     assert {kill.moment for kill in planned} >= set(kill_resume.MOMENTS["sft"][:-1])
     assert {kill.victims for kill in planned} == {(0,), (1,), (0, 1)}
@@ -190,7 +168,10 @@ def test_interruptions_are_planned_so_that_signals_meet_moments_and_the_end_come
 
 
 def test_the_table_counts_verdicts_and_names_the_numbers_of_the_faults():
-    cases = [faults.Case("damages", i, "", "files", verdict, i, 2 << 20) for i, verdict in enumerate(("same", "hang"))]
+    cases = [
+        faults.Case("damages", i, "", "files", verdict, i, 2 << 20)
+        for i, verdict in enumerate(("same", "hang"))
+    ]
     header, row = faults.table(cases).splitlines()
     assert header.split() == ["category", "of", "cases", "verdicts", "slowest", "memory", "faults"]
     assert row.split() == ["damages", "files", "2", "hang", "1,", "same", "1", "1.0", "s", "2", "MiB", "1"]

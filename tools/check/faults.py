@@ -308,16 +308,12 @@ def table(cases: list[Case]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="small sizes, as CI runs them; others may be given")
-    helps = {
-        "kills": "interruptions, shared among the storms",
-        "damages": "damaged files",
-        "inputs": "hostile inputs",
-        "commands": "damaged files that are read by a command in a process of its own",
-        "disks": "full or read-only disks",
-        "tasks": "commands on hostile tasks",
-    }
-    for name, text in helps.items():
-        parser.add_argument(f"--{name}", type=int, help=f"{text}; default {LONG[name]}, with --short {SHORT[name]}")
+    parser.add_argument("--kills", type=int, help="interruptions, shared among the storms")
+    parser.add_argument("--damages", type=int, help="damaged files")
+    parser.add_argument("--inputs", type=int, help="hostile inputs")
+    parser.add_argument("--commands", type=int, help="damaged files that a command in a process of its own reads")
+    parser.add_argument("--disks", type=int, help="full or read-only disks")
+    parser.add_argument("--tasks", type=int, help="commands on hostile tasks")
     parser.add_argument("--storms", nargs="+", choices=STORMS, help="the runs that are killed")
     parser.add_argument("--only", help="CATEGORY:NUMBER, one case of a call with this seed and these sizes")
     parser.add_argument("--seed", type=int, default=0)

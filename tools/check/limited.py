@@ -31,10 +31,10 @@ class Ended(NamedTuple):
 
 
 class Worker:
-    """The process; `variables` are those of its environment."""
+    """The process; `variables` are those of its environment, `module` is loaded before a case's time begins."""
 
-    def __init__(self, variables: dict[str, str]):
-        self.variables, self.process, self.served = variables, None, 0
+    def __init__(self, variables: dict[str, str], module: str = "nanochat_jax.sft"):
+        self.variables, self.module, self.process, self.served = variables, module, None, 0
 
     def run(self, function: Callable[[Any], str], argument: Any, seconds: float, memory: int = 1 << 30) -> Ended:
         """function(argument), which must be importable, as a command would run it."""
@@ -72,7 +72,7 @@ class Worker:
         self.connection, theirs = context.Pipe()
         file, self.log = tempfile.mkstemp(prefix="limited-")
         os.close(file)
-        self.process = context.Process(target=serve, args=(theirs, self.variables, self.log), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, self.variables, self.module, self.log), daemon=True)
         self.process.start()
         theirs.close()
         self.served = 0
@@ -81,7 +81,7 @@ class Worker:
         self.connection.recv()
 
 
-def serve(connection, variables: dict[str, str], log: str) -> None:
+def serve(connection, variables: dict[str, str], module: str, log: str) -> None:
     """In the process: what is asked for, one after the other."""
     os.environ.update(variables)
     os.chdir(ROOT)
@@ -91,7 +91,7 @@ def serve(connection, variables: dict[str, str], log: str) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, errors="backslashreplace", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    importlib.import_module("nanochat_jax.sft")  # before the first case's time begins
+    importlib.import_module(module)
 
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     connection.send("ready")
