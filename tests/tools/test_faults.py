@@ -168,10 +168,7 @@ def test_interruptions_are_planned_so_that_signals_meet_moments_and_the_end_come
 
 
 def test_the_table_counts_verdicts_and_names_the_numbers_of_the_faults():
-    cases = [
-        faults.Case("damages", i, "", "files", verdict, i, 2 << 20)
-        for i, verdict in enumerate(("same", "hang"))
-    ]
+    cases = [faults.Case("damages", i, "", "files", verdict, i, 2 << 20) for i, verdict in enumerate(("same", "hang"))]
     header, row = faults.table(cases).splitlines()
     assert header.split() == ["category", "of", "cases", "verdicts", "slowest", "memory", "faults"]
     assert row.split() == ["damages", "files", "2", "hang", "1,", "same", "1", "1.0", "s", "2", "MiB", "1"]
