@@ -1,209 +1,139 @@
-"""Endless hostile inputs of every kind that the program reads, drawn from a random.Random."""
+"""Hostile inputs, endless and repeatable: each function takes a random.Random and gives bytes or texts to refuse."""
 
 import io
 import json
 import pickle
 import random
-import string
 from collections.abc import Iterator
 
-VALUES = (
-    None,
-    True,
-    0,
-    -1,
-    1,
-    2**31,
-    2**63,
-    10**400,
-    -0.0,
-    1e308,
-    float("nan"),
-    float("inf"),
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+NUMBERS = (
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1e400",
+    "-0",
+    "-0.0",
     "",
-    "a",
-    "\ud800",
-    [],
-    {},
+    " ",
+    "10e",
+    "0x10",
+    "1_0",
+    "true",
+    "\u0663",
+)
+VALUES = (
+    "NaN",
+    "Infinity",
+    "1e999",
+    "9" * 400,
+    "9" * 5000,
+    "true",
+    "null",
+    "{}",
+    "[]",
+    '"<script>"',
+    "-1",
+    '"\\ud800"',
 )
 
 
-def mutated(data: bytes, rng: random.Random) -> Iterator[bytes]:
-    """The data with a few bytes changed, cut, doubled or put in."""
-    while True:
-        made = bytearray(data)
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(made) + 1)
-            match rng.randrange(5):
-                case 0 if at < len(made):
-                    made[at] = rng.randrange(256)
-                case 1:
-                    del made[at:]
-                case 2:
-                    made[at:at] = rng.randbytes(rng.randint(1, 9))
-                case 3:
-                    made[at:at] = made[at : at + rng.randint(1, 200)]
-                case _:
-                    del made[at : at + rng.randint(1, 200)]
-        yield bytes(made)
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """The data after one to four flips, cuts, insertions, duplicated or zeroed ranges."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        a, b = sorted((rng.randint(0, len(out)), rng.randint(0, len(out))))
+        match rng.randrange(5):
+            case 0 if out:
+                out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+            case 1:
+                del out[a:b]
+            case 2:
+                out[a:a] = rng.randbytes(rng.randint(1, 16))
+            case 3:
+                out[b:b] = out[a : min(b, a + 4096)]
+            case _:
+                out[a:b] = bytes(b - a)
+    return bytes(out)
 
 
 def pickles(rng: random.Random) -> Iterator[bytes]:
-    """Pickles of any values, and mutations of them; some import, some claim huge lengths, some never end."""
-    bombs = [
-        b"cos\nsystem\n(S'true'\ntR.",
-        b"\x80\x04" + b"]" * 5000 + b".",
-        b"\x80\x04\x8a\xff" + b"\xff" * 255 + b".",
+    """Pickles with colliding keys, deep nesting, many marks, shared tuples, huge numbers, and damaged ones."""
+    plain = {"a": [1, 2.5, None, ("x", b"y")], 3: {"b": True}}
+    while True:
+        n = rng.choice((10, 1000, 20_000))
+        shapes = (
+            pickle.dumps({(2**61 - 1) * i: None for i in range(1, n)}, 2),
+            b"\x80\x02" + b"]" * n + b"a" * (n - 1) + b".",
+            b"\x80\x02" + b"(" * n + b"t" * n + b".",
+            b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b".",
+            pickle.dumps(1 << 8 * n, 2),
+        )
+        yield rng.choice(shapes) if rng.random() < 0.2 else mutated(pickle.dumps(plain, rng.choice((2, 4))), rng)
+
+
+def json_texts(rng: random.Random) -> Iterator[bytes]:
+    """JSON of any value and depth, also values that JSON does not have, and damaged ones."""
+    while True:
+        text = rng.choice(VALUES)
+        for _ in range(rng.choice((0, 1, 3, 10_000))):
+            text = f"[{text}]"
+        yield mutated(text.encode(), rng) if rng.random() < 0.3 else text.encode()
+
+
+def _lines(record: dict, rng: random.Random) -> Iterator[bytes]:
+    """The record with values swapped or left out, as lines that may be damaged."""
+    values = json_texts(rng)
+    while True:
+        fields = {key: json.dumps(value).encode() for key, value in record.items() if rng.random() > 0.15}
+        for key in fields:
+            fields[key] = next(values) if rng.random() < 0.15 else fields[key]
+        line = b"{" + b", ".join(json.dumps(k).encode() + b": " + v for k, v in fields.items()) + b"}"
+        yield rng.choice((line, line, line, mutated(line, rng), next(values))) + b"\n"
+
+
+def metrics_lines(rng: random.Random) -> Iterator[bytes]:
+    """Lines as of metrics.jsonl and rollouts.jsonl, most of them damaged."""
+    kinds = [
+        {"step": 3, "loss": 2.5, "val_bpb": 1.0, "seconds": 1.5, "pass@1": 0.5, "pass@1_low": 0.4, "pass@1_high": 0.6},
+        {"event": "resume", "step": 2},
+        {"event": "start"},
+        {"step": 3, "example": 7, "sample": 0, "reward": 1.0, "advantage": 0.5, "prompt": "2+2?", "text": "4"},
     ]
-    bombs += [
-        b"\x80\x02\x8b\xff\xff\xff\x7f1.",
-        b"\x80\x04X\xff\xff\xff\xffa.",
-        b"(" * 100_000 + b".",
-        b"\x80\x04}" * 9,
-    ]
-    bombs += [b"\x80\x04]\x94" + b"(h\x00" * 30 + b"e" * 30 + b"."]
+    sources = [_lines(kind, rng) for kind in kinds]
     while True:
-        if rng.random() < 0.2:
-            yield rng.choice(bombs)
-            continue
-        data = pickle.dumps(value(rng, 4, for_json=False), protocol=rng.randint(0, 5))
-        yield data if rng.random() < 0.4 else next(mutated(data, rng))
+        yield next(rng.choices(sources, (6, 1, 1, 6))[0])
 
 
-def json_texts(rng: random.Random) -> Iterator[str]:
+def conversations_lines(rng: random.Random) -> Iterator[bytes]:
+    """Lines as of a file of conversations, most of them damaged."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return _lines({"messages": chat, "source": "x"}, rng)
+
+
+def toml_texts(rng: random.Random) -> Iterator[bytes]:
+    """TOML files of one setting with a hostile value, deep nesting, or damage."""
     while True:
-        match rng.randrange(8):
-            case 0:
-                yield "[" * rng.choice((10, 1000, 100_000))
-            case 1:
-                yield '{"a":' * 5000 + "1" + "}" * 5000
-            case 2:
-                yield "9" * rng.choice((20, 5000, 100_000))
-            case 3:
-                yield "".join(rng.choices(string.printable, k=rng.randint(0, 80)))
-            case _:
-                text = json.dumps(value(rng, 4))
-                yield text if rng.random() < 0.7 else next(mutated(text.encode(), rng)).decode("latin1")
-
-
-def metrics_lines(rng: random.Random) -> Iterator[str]:
-    """Lines of metrics.jsonl and rollouts.jsonl: their keys with any value, or any JSON at all."""
-    names = (
-        "step",
-        "loss",
-        "event",
-        "reward",
-        "measured",
-        "val_bpb",
-        "seconds",
-        "example",
-        "text",
-        "prompt",
-        "advantage",
-    )
-    texts = json_texts(rng)
-    while True:
-        if rng.random() < 0.2:
-            yield next(texts).replace("\n", " ")
-            continue
-        record = {"step": rng.randint(0, 9), "loss": rng.random(), "example": 1, "prompt": "p", "text": "t"}
-        record |= {"reward": rng.random(), "advantage": 0.5, rng.choice(names): value(rng, 2)}
-        if rng.random() < 0.2:
-            del record[rng.choice(sorted(record))]
-        yield json.dumps(record)
-
-
-def conversations_lines(rng: random.Random) -> Iterator[str]:
-    texts = json_texts(rng)
-    while True:
-        if rng.random() < 0.2:
-            yield next(texts).replace("\n", " ")
-            continue
-        messages = [
-            {"role": ("user", "assistant")[i % 2], "content": rng.choice(("hi", "<|bos|>", "\ud800", "\0", " " * 9999))}
-            for i in range(rng.randint(0, 5))
-        ]
-        if messages and rng.random() < 0.5:
-            rng.choice(messages)[rng.choice(("role", "content", "more"))] = value(rng, 2)
-        yield json.dumps(messages if rng.random() < 0.5 else {"messages": messages})
-
-
-def toml_texts(rng: random.Random) -> Iterator[str]:
-    names = (
-        "seed",
-        "num_iterations",
-        "matrix_lr",
-        "run",
-        "custom_json",
-        "resume",
-        "mesh",
-        "given",
-        "config",
-        "nothing",
-    )
-    values = (
-        "1",
-        "-1",
-        "1e400",
-        "nan",
-        "inf",
-        '"a"',
-        '""',
-        "[]",
-        "[1,2]",
-        "{a=1}",
-        "true",
-        "9" * 5000,
-        "1979-05-27",
-        "'",
-    )
-    while True:
-        lines = [f"{rng.choice(names)} = {rng.choice(values)}" for _ in range(rng.randint(0, 4))]
-        text = "\n".join(lines)
-        yield text if rng.random() < 0.7 else next(mutated(text.encode(), rng)).decode("latin1")
+        name = rng.choice(("num-iterations", "matrix-lr", "resume", "run", "custom-json", "seed", "nothing"))
+        deep = rng.choice((10, 10_000))
+        values = ("nan", "inf", "1e999", "9" * 400, "9" * 5000, "true", '""', "{a=1}", "[[1]]", "[" * deep + "]" * deep)
+        text = f"{name} = {rng.choice(values)}\n".encode()
+        yield mutated(text, rng) if rng.random() < 0.3 else text
 
 
 def parquet_files(rng: random.Random) -> Iterator[bytes]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = (["a", None], ["a", "b"], [1, 2], [["a"], []], [b"\xff", b"a"], [{"a": 1}, {"a": 2}], [])
+    """Parquet files with a column text of strings or of another type, most of them damaged."""
     while True:
         file = io.BytesIO()
-        pq.write_table(pa.table({rng.choice(("text", "text", "texts")): rng.choice(columns)}), file)
-        yield file.getvalue() if rng.random() < 0.2 else next(mutated(file.getvalue(), rng))
+        pq.write_table(pa.table({"text": rng.choice((["a", "b"], [1, 2], [["a"], ["b"]], ["a", None]))}), file)
+        yield mutated(file.getvalue(), rng) if rng.random() < 0.8 else file.getvalue()
 
 
 def flag_values(rng: random.Random) -> Iterator[str]:
-    values = (
-        "",
-        "0",
-        "-1",
-        "1e999",
-        "nan",
-        "inf",
-        "-inf",
-        "9" * 400,
-        "1_0",
-        "0x10",
-        " 1",
-        "１",
-        "None",
-        "[1]",
-        "--resume",
-    )
-    values += ("../..", "/", ".", "a/b", "\ud800", "\0", "a" * 5000, "~root", "%s", "{}", "gs:/", "\n")
+    """Texts in the place of a flag's value."""
     while True:
-        yield rng.choice(values)
-
-
-def value(rng: random.Random, depth: int, for_json: bool = True) -> object:
-    """Any plain value."""
-    match rng.randrange(4) if depth else 0:
-        case 1:
-            return [value(rng, depth - 1, for_json) for _ in range(rng.randint(0, 4))]
-        case 2:
-            keys = (rng.choice(("a", "step", "ranks", "name", "", "_pat_str")) for _ in range(rng.randint(0, 4)))
-            return {key: value(rng, depth - 1, for_json) for key in keys}
-        case _:
-            return rng.choice(VALUES) if for_json or rng.random() < 0.8 else rng.choice((b"", b"\xff", (1,), 1j))
+        yield rng.choice((*NUMBERS, str(10 ** rng.randint(1, 5000)), "-1", "x" * rng.randint(1, 5000), "\0", "\udcff"))

@@ -41,7 +41,7 @@ class NoConversation(Plain):
 
 class RaisingItem(Plain):
     def __getitem__(self, i: int) -> dict:
-        if i > 2:
+        if i > 1:
             raise LookupError("no such row")
         return super().__getitem__(i)
 

@@ -21,12 +21,12 @@ class Input(NamedTuple):
     base: str  # a base directory that may be changed; see damage.py
 
 
-def read_file(data: bytes | str, path: Path, read: Callable[[], object]) -> str:
+def read_file(data: bytes, path: Path, read: Callable[[], object]) -> str:
     """read() while the file has this content; then it has its own again."""
     own = path.read_bytes() if path.exists() else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
+        path.write_bytes(data)
         read()
         return ""
     finally:
@@ -67,19 +67,19 @@ def read_optimizer(data: bytes, base: Path) -> str:
     return read_file(data, base / THEIRS / "optim_000009_rank0.pt", lambda: damage.load_theirs(base))
 
 
-def read_meta(data: str, base: Path) -> str:
+def read_meta(data: bytes, base: Path) -> str:
     return read_file(data, base / THEIRS / "meta_000009.json", lambda: damage.load_theirs(base))
 
 
-def read_manifest(data: str, base: Path) -> str:
+def read_manifest(data: bytes, base: Path) -> str:
     return read_file(data, base / OURS / "INTEGRITY.json", lambda: damage.load_ours(base))
 
 
-def read_measured(data: str, base: Path) -> str:
+def read_measured(data: bytes, base: Path) -> str:
     return read_file(data, base / OURS / "measured.json", lambda: damage.load_ours(base))
 
 
-def read_cache(data: str, base: Path) -> str:
+def read_cache(data: bytes, base: Path) -> str:
     from nanochat_jax.data.token_cache import DamagedCache, TokenCache
 
     folder = next(path for path in sorted((base / "token_cache").iterdir()) if (path / "meta.json").exists())
@@ -95,7 +95,7 @@ def read_cache(data: str, base: Path) -> str:
     return read_file(data, folder / "meta.json", read)
 
 
-def read_conversations(data: str, base: Path) -> str:
+def read_conversations(data: bytes, base: Path) -> str:
     from nanochat_jax.tasks import CustomJSON
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def read_conversations(data: str, base: Path) -> str:
     return read_file(data, base / "other.jsonl", read)
 
 
-def read_metrics(data: str, base: Path) -> str:
+def read_metrics(data: bytes, base: Path) -> str:
     """By a run that goes on, and by report."""
     from nanochat_jax.report import page
     from nanochat_jax.train.metrics import MetricsLog
@@ -120,7 +120,7 @@ def read_metrics(data: str, base: Path) -> str:
     return read_file(data, base / "other" / "metrics.jsonl", read)
 
 
-def read_rollouts(data: str, base: Path) -> str:
+def read_rollouts(data: bytes, base: Path) -> str:
     from nanochat_jax.report import last_answers
     from nanochat_jax.rollouts.log import RolloutLog
 
@@ -133,7 +133,7 @@ def read_rollouts(data: str, base: Path) -> str:
     return read_file(data, base / "other" / "rollouts.jsonl", read)
 
 
-def read_toml(data: str, base: Path) -> str:
+def read_toml(data: bytes, base: Path) -> str:
     from nanochat_jax.cli.settings import check_bounds, parse
     from nanochat_jax.sft import SFTConfig
 
@@ -168,17 +168,16 @@ def read_parquet(data: bytes, base: Path) -> str:
     return read_file(data, base / "other.parquet", read)
 
 
-def lines(one: Iterator[str], rng: random.Random) -> Iterator[str]:
+def lines(one: Iterator[bytes], rng: random.Random) -> Iterator[bytes]:
     """Files of a few of these lines."""
     while True:
-        yield "\n".join(itertools.islice(one, rng.randint(1, 8))) + rng.choice(("", "\n", "\n\n"))
+        yield b"".join(itertools.islice(one, rng.randint(1, 8)))
 
 
-def like(data: str, texts: Iterator[str], rng: random.Random) -> Iterator[str]:
-    """Such a text with a few bytes changed, or one of the others."""
-    changed = hostile.mutated(data.encode(), rng)
+def like(data: bytes, rng: random.Random, texts: Iterator[bytes] | None = None) -> Iterator[bytes]:
+    """Files as this one, damaged; in place of every second one of the texts, if there are some."""
     while True:
-        yield next(changed).decode("latin1") if rng.random() < 0.5 else next(texts)
+        yield next(texts) if texts and rng.random() < 0.5 else hostile.mutated(data, rng)
 
 
 class Kind(NamedTuple):
@@ -188,16 +187,16 @@ class Kind(NamedTuple):
 
 
 def file_like(name: str) -> Callable[[Path, random.Random], Iterator[bytes]]:
-    return lambda base, rng: hostile.mutated((base / name).read_bytes(), rng)
+    return lambda base, rng: like((base / name).read_bytes(), rng)
 
 
-def json_like(name: str) -> Callable[[Path, random.Random], Iterator[str]]:
-    return lambda base, rng: like((base / name).read_text(), hostile.json_texts(rng), rng)
+def json_like(name: str) -> Callable[[Path, random.Random], Iterator[bytes]]:
+    return lambda base, rng: like((base / name).read_bytes(), rng, hostile.json_texts(rng))
 
 
-def cache_meta(base: Path, rng: random.Random) -> Iterator[str]:
+def cache_meta(base: Path, rng: random.Random) -> Iterator[bytes]:
     file = sorted((base / "token_cache").glob("*/meta.json"))[0]
-    return like(file.read_text(), hostile.json_texts(rng), rng)
+    return like(file.read_bytes(), rng, hostile.json_texts(rng))
 
 
 def numbered_flags(_: Path, rng: random.Random) -> Iterator[str]:
