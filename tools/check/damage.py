@@ -8,11 +8,11 @@ import hashlib
 import os
 import random
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from limited import START_SECONDS, Worker
 
 STEPS, SAVE_EVERY = {"sft": 8, "base": 8, "rl": 4}, {"sft": 4, "base": 4, "rl": 2}
 TAGS = {"base": "pretrained", "sft": "tuned", "rl": "rewarded"}  # of the runs
@@ -38,26 +38,41 @@ def write_models(base: Path) -> None:
     nanochat_export.export(found, tiny.tokenizer(), theirs, np.dtype("float32"), log=lambda _: None)
 
 
-def run_stages(base: Path) -> None:
+def run_stages(base: Path, worker: Worker) -> None:
     """A finished run of each stage, and their caches and data."""
     from tests.support import tiny
-    from tests.support.process_runs import run
 
-    rl = ["--source", "base", "--model-tag", "d2", "--task", TASK, "--eval-task", TASK, "--eval-examples", "2"]
-    rl += ["--eval-samples", "2", "--num-samples", "4", "--max-new-tokens", "16", "--examples-per-step", "4"]
+    rl = ["--source", "base", "--model-tag", "d2", "--task", TASK, "--num-samples", "4", "--max-new-tokens", "8"]
     flags = {
         "base": [*tiny.base_flags(base), "--model-tag", TAGS["base"], "--num-iterations", str(STEPS["base"])],
         "sft": [*tiny.sft_flags(base), "--model-tag", "d2", "--output-tag", TAGS["sft"]],
-        "rl": [*rl, "--output-tag", TAGS["rl"], "--num-steps", str(STEPS["rl"]), "--device-batch-size", "2"],
+        "rl": [*rl, "--output-tag", TAGS["rl"], "--examples-per-step", "4", "--num-steps", str(STEPS["rl"])],
     }
     flags["sft"] += ["--num-iterations", str(STEPS["sft"])]
-    for stage, every in SAVE_EVERY.items():
-        flags[stage] += ["--save-every", str(every), "--eval-every", str(every)]
     old = base.stat().st_mtime - 60  # so that hashes of the data are remembered
     for file in (*base.glob("shards/*"), *base.glob("*.jsonl")):
         os.utime(file, (old, old))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda stage: run(base, stage, flags[stage], count=1, devices=1), flags))
+    for stage, given in flags.items():
+        given += ["--save-every", str(SAVE_EVERY[stage]), "--device-batch-size", "1"]
+        given += ["--eval-every", "-1" if stage == "rl" else str(SAVE_EVERY[stage])]
+        ended = worker.run(run_command, (stage, given, str(base)), START_SECONDS)
+        if ended.how != "well":
+            raise SystemExit(f"{stage} fails before anything is damaged: {ended}")
+
+
+def run_command(argument: tuple[str, list[str], str]) -> str:
+    """(command, flags, base directory): as a user runs it, but in this process."""
+    import importlib
+
+    from nanochat_jax.cli.settings import parse
+
+    command, flags, base = argument
+    os.environ["NANOCHAT_BASE_DIR"] = base
+    module = importlib.import_module(f"nanochat_jax.{command}")
+    settings = {"base": "BaseConfig", "sft": "SFTConfig", "rl": "RLConfig", "eval": "EvalConfig"}[command]
+    code = module.main(parse(getattr(module, settings), flags))
+    assert not code, f"the exit code is {code}"
+    return ""
 
 
 VARIABLES = {  # of the environment that cases run in: programs are found that the runs above have compiled
@@ -139,18 +154,9 @@ def do_damage(base: Path, damage: Damage) -> None:
 # ---------------------------------------------------------------------------------------------------------- readers
 def resume(stage: str, base: Path) -> str:
     """python -m nanochat_jax.<stage> --resume -> the digest of the arrays of its last step."""
-    import importlib
-
     from nanochat_jax.checkpoints import store
-    from nanochat_jax.cli.settings import parse
 
-    os.environ["NANOCHAT_BASE_DIR"] = str(base)
-    module = importlib.import_module(f"nanochat_jax.{stage}")
-    settings = {"sft": "SFTConfig", "base": "BaseConfig", "rl": "RLConfig"}[stage]
-    tag = ["--model-tag" if stage == "base" else "--output-tag", TAGS[stage]]
-    code = module.main(parse(getattr(module, settings), [*tag, "--resume"]))
-    if code:
-        raise AssertionError(f"the exit code is {code}")
+    run_command((stage, ["--model-tag" if stage == "base" else "--output-tag", TAGS[stage], "--resume"], str(base)))
     folder = base / store.SOURCES[stage] / TAGS[stage] / str(STEPS[stage])
     return digest(*(store.read_arrays(folder, item) for item in ("params", "optimizer")))
 

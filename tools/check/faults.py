@@ -39,7 +39,7 @@ from nanochat_jax.checkpoints import store
 sys.path.append(str(kill_resume.ROOT))
 from tests.support import process_runs, tiny
 
-SHORT = {"kills": 3, "damages": 20, "inputs": 250, "commands": 1, "disks": 1, "tasks": 4}
+SHORT = {"kills": 3, "damages": 16, "inputs": 250, "commands": 1, "disks": 1, "tasks": 3}
 LONG = {"kills": 100, "damages": 500, "inputs": 10_000, "commands": 20, "disks": 13, "tasks": 1000}
 SHORT_STORMS = ("sft",)
 STORMS = ("sft", "base", "rl", "sft2", "base2", "rl2")  # the stage, and 2 where it has two processes
@@ -186,19 +186,6 @@ def hostile_inputs(args: argparse.Namespace, work: Path, worker: Worker, only: i
             shutil.copytree(pristine, base)
 
 
-def run_task(argument: tuple[str, list[str], str]) -> str:
-    import importlib
-
-    from nanochat_jax.cli.settings import parse
-
-    command, flags, base = argument
-    os.environ["NANOCHAT_BASE_DIR"] = base
-    module = importlib.import_module(f"nanochat_jax.{command}")
-    settings = {"sft": "SFTConfig", "eval": "EvalConfig", "rl": "RLConfig"}[command]
-    module.main(parse(getattr(module, settings), flags))
-    return ""
-
-
 def tasks(args: argparse.Namespace, work: Path, worker: Worker, only: int | None) -> Iterator[Case]:
     base, pristine = work / "tasks", work / "pristine"
     shutil.copytree(pristine, base)
@@ -217,7 +204,7 @@ def tasks(args: argparse.Namespace, work: Path, worker: Worker, only: int | None
     control, others = planned[:1], planned[1:]
     random.Random(args.seed).shuffle(others)
     for number, (command, flags, expected) in chosen((control + others)[: args.tasks], only):
-        ended = worker.run(run_task, (command, flags, str(base)), TASK_SECONDS)
+        ended = worker.run(damage.run_command, (command, flags, str(base)), TASK_SECONDS)
         verdict = ended.how
         if verdict in ("well", "refused") and verdict not in expected:
             verdict = f"{verdict} instead of {' or '.join(sorted(expected))}"
@@ -283,7 +270,8 @@ def run_categories(
 
 def prepare(work: Path) -> None:
     """work/base, and work/pristine, of which the base directories of the attacks are copies."""
-    damage.run_stages(work / "base")
+    with contextlib.closing(Worker(damage.VARIABLES)) as worker:
+        damage.run_stages(work / "base", worker)
     shutil.copytree(work / "base", work / "pristine")
 
 
@@ -341,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         damage.write_models(work / "base")
         shutil.copytree(work / "base", work / "storms")
         with ThreadPoolExecutor(3) as pool:
-            prepared = pool.submit(prepare, work)
+            prepared = pool.submit(prepare, work)  # its error is raised by the sides
             only = int(number) if number else None
             sides = [[name for name in side if name in names] for side in SIDE_BY_SIDE]
             ended = [pool.submit(run_categories, side, args, work, prepared, only) for side in sides]
