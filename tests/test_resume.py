@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed end bit-identical to one left alone; tools/check/kill_resume.py is longer."""
+"""Runs that are killed and resumed end bit-identical to one left alone; tools/check/faults.py is longer."""
 
 import dataclasses
 import random

@@ -1,4 +1,4 @@
-"""RL that is killed, and the record of its rollouts; tools/check/kill_resume.py is longer."""
+"""RL that is killed, and the record of its rollouts; tools/check/faults.py is longer."""
 
 import random
 import signal

@@ -1,39 +1,29 @@
-"""Kill a training run at random moments, resume it each time, and compare its end with that of a run left alone.
+"""Kill training runs at random moments, resume them each time, and compare their end with that of a run left alone.
 
-python tools/check/kill_resume.py                                 # 1 and 8 CPU devices, SIGKILL and SIGTERM: 10 minutes
-python tools/check/kill_resume.py --devices 8 --signals KILL --kills 3
-python tools/check/kill_resume.py --stage base                    # pretraining, or rl; the default is sft
-
-Prints a JSON line for every case, then a summary; exits with 1 where anything differs by a bit.
+`storm` is the attack of tools/check/faults.py --kills; the tests use the rest for one kill at a time.
 """
 
-import argparse
+import collections
 import dataclasses
 import functools
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from nanochat_jax.checkpoints import store
 from nanochat_jax.train.metrics import read_metrics
 
-STAGES = {  # folder, flags of its name and of its length
-    "sft": ("chatsft_checkpoints", "--output-tag", "--num-iterations"),
-    "base": ("base_checkpoints", "--model-tag", "--num-iterations"),
-    "rl": ("chatrl_checkpoints", "--output-tag", "--num-steps"),
-}
+STAGES = {"sft": "chatsft_checkpoints", "base": "base_checkpoints", "rl": "chatrl_checkpoints"}  # and their folders
 WORK = {"rl": ("rollouts", "an update", "a save")}  # what a run is interrupted in, one after the other
 STEP_AND_SAVE = ("a step", "a save")  # the other stages
 PATIENCE = 20  # seconds to wait until it is at that
@@ -43,6 +33,7 @@ RL_FLAGS = [
     *("--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "32"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
+ORBAX = threading.Lock()  # it is not made for several threads of a process
 
 
 class Early:
@@ -57,28 +48,8 @@ class Early:
     def reward(self, conversation: dict, answer: str) -> float:
         return sum(c < "n" for c in answer) / max(1, len(answer))
 
-
-def make_base(base: Path, stage: str) -> list[str]:
-    """A base directory to train in -> flags of the run. SFT and RL start from the golden files where they are; what
-    else is needed is tiny and random."""
-    sys.path.insert(0, str(ROOT))
-    from tests.support import tiny
-
-    if stage == "base":
-        return tiny.base_flags(base)
-    golden = Path(os.environ.get("NANOCHAT_GOLDEN", ROOT.parent / "shared" / "golden"))
-    is_golden = (golden / "checkpoints" / "c1_master").is_dir()
-    if is_golden:
-        shutil.copytree(golden / "checkpoints" / "c1_master", base, dirs_exist_ok=True)
-    else:
-        tiny.write_base(base)
-    if stage == "rl":
-        return RL_FLAGS
-    if is_golden:
-        shutil.copytree(golden / "sft_run" / "task_data", base / "task_data")
-        shutil.copy(golden / "words_alpha.txt", base)
-        return ["--mmlu-epochs", "2", "--gsm8k-epochs", "2", "--total-batch-size", "2048", "--eval-tokens", "2048"]
-    return tiny.sft_flags(base)
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        return self.reward(conversation, answer) > 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +59,24 @@ class Run:
     stage: str
     tag: str
     base: Path  # directory
-    devices: int  # of the CPU
+    devices: int  # of the CPU, all processes together
     flags: list[str]
+    processes: int = 1
 
     @property
     def folder(self) -> Path:
         """Of its checkpoints."""
-        return self.base / STAGES[self.stage][0] / self.tag
+        return self.base / STAGES[self.stage] / self.tag
+
+    @property
+    def name_flags(self) -> list[str]:
+        return ["--model-tag" if self.stage == "base" else "--output-tag", self.tag]
 
     def start(self, *more: str) -> subprocess.Popen:
+        """As one process."""
         places = {"NANOCHAT_BASE_DIR": str(self.base), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices)}
-        command = [sys.executable, "-m", f"nanochat_jax.{self.stage}", STAGES[self.stage][1], self.tag]
         return subprocess.Popen(
-            [*command, *self.flags, *more],
+            [sys.executable, "-m", f"nanochat_jax.{self.stage}", *self.name_flags, *self.flags, *more],
             env=os.environ | places,
             cwd=ROOT,
             text=True,
@@ -109,7 +85,7 @@ class Run:
         )
 
     def to_end(self, *more: str) -> str:
-        """What it prints. SystemExit with it where the run fails."""
+        """What it prints, as one process. SystemExit with it where the run fails."""
         process = self.start(*more)
         output, _ = process.communicate()
         if process.returncode:
@@ -187,13 +163,7 @@ def is_in(folder: Path, work: str) -> bool:
 
 def difference(one: Path, other: Path, total: int) -> dict:
     """What differs between the ends of two runs: arrays by name, steps by their recorded loss, in RL the rollouts."""
-    arrays, compared = [], 0
-    for item in ("params", "optimizer"):
-        a, b = (store.read_arrays(folder / str(total), item) for folder in (one, other))
-        if a.keys() != b.keys():
-            raise SystemExit(f"{item}: {sorted(a.keys() ^ b.keys())} is in one run only")
-        arrays += [f"{item}/{name}" for name in a if np.asarray(a[name]).tobytes() != np.asarray(b[name]).tobytes()]
-        compared += len(a)
+    compared, arrays = arrays_that_differ(one / str(total), other / str(total))
     a, b = (
         {r["step"]: r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r} for folder in (one, other)
     )
@@ -204,41 +174,150 @@ def difference(one: Path, other: Path, total: int) -> dict:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", choices=tuple(STAGES), default="sft")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--save-every", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        flags = [*make_base(base, args.stage), "--device-batch-size", "1", "--save-every", str(args.save_every)]
-        flags += [STAGES[args.stage][2], str(args.steps)] + ["--eval-every", "20"] * (args.stage != "rl")
-        for devices in args.devices:
-            alone = Run(args.stage, f"alone{devices}", base, devices, flags)
-            began = time.perf_counter()
-            alone.to_end()
-            seconds = time.perf_counter() - began
-            for name in args.signals:
-                killed = dataclasses.replace(alone, tag=f"{name.lower()}{devices}")
-                rng = random.Random(args.seed + devices)
-                case = {"devices": devices, "signal": name, "uninterrupted_seconds": round(seconds, 1)}
-                case |= train_killed(killed, getattr(signal, f"SIG{name}"), args.kills, args.steps, rng)
-                case |= difference(alone.folder, killed.folder, args.steps)
-                case["identical"] = not any(case.get(name) for name in RESULTS)
-                print(json.dumps(case), flush=True)
-                results.append(case)
-    same = sum(case["identical"] for case in results)
-    kills = sum(code != 0 for case in results for code in case["exit_codes"])  # 0: it was done before the signal came
-    print(f"{same} of {len(results)} cases end bit-identical to the uninterrupted run, after {kills} kills")
-    return 0 if same == len(results) else 1
+def arrays_that_differ(one: Path, other: Path) -> tuple[int, list[str]]:
+    """(how many two checkpoints have, the names of those that differ by a bit)"""
+    differing, compared = [], 0
+    for item in ("params", "optimizer"):
+        with ORBAX:
+            a, b = (store.read_arrays(folder, item) for folder in (one, other))
+        if a.keys() != b.keys():
+            raise SystemExit(f"{item}: {sorted(a.keys() ^ b.keys())} is in one run only")
+        differing += [f"{item}/{name}" for name in a if np.asarray(a[name]).tobytes() != np.asarray(b[name]).tobytes()]
+        compared += len(a)
+    return compared, differing
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# ---------------------------------------------------------------------------------------------------------------------
+# Storms: every kind of signal, at every kind of moment, on one process or two
+
+SAVE_EVERY, EVAL_EVERY, CHATCORE_EVERY = 3, 5, 10  # steps
+MOMENTS = {
+    "sft": ("a save", "the start", "a step", "compiling", "sealing", "validation", "ChatCORE", "the end"),
+    "base": ("sealing", "the start", "compiling", "a save", "a step", "validation", "the end"),
+    "rl": ("an update", "the start", "rollouts", "compiling", "a save", "sealing", "validation", "the end"),
+}
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)  # SIGCONT follows the last
+CODES = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130, -2}, signal.SIGSTOP: set()}
+OF_THE_OTHER = {75, 1}  # exit codes of a process that has lost another one, or did not meet it
+LOST_SECONDS = 8  # after which a process that is silent is lost
+HANG_SECONDS = 30.0  # a run that goes on for longer after a signal hangs
+WHOLE_SECONDS = 600.0  # and one that goes on for longer without a signal
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """One interruption: which signal, when, and to which processes."""
+
+    number: signal.Signals
+    step: int  # at the earliest
+    moment: str
+    delay: float  # seconds after that
+    victims: tuple[int, ...]  # processes
+    asleep: float  # seconds between SIGSTOP and SIGCONT
+
+
+def kills_of(run: Run, kills: int, total: int, rng: random.Random) -> list[Kill]:
+    """Signals and moments in turn, so that each meets each; steps, delays and victims drawn."""
+    steps, planned = sorted(rng.randint(1, total - 1) for _ in range(kills)), []
+    moments = MOMENTS[run.stage]
+    for i, step in enumerate(steps):
+        moment = moments[i % (len(moments) - (i < kills - 1))]  # the end comes last
+        longest = {"the start": 5.0, "compiling": 3.0, "ChatCORE": 1.5, "validation": 0.2}.get(moment, 0.05)
+        one = (rng.randrange(run.processes),)
+        victims = one if rng.random() < 0.7 else tuple(range(run.processes))
+        number = SIGNALS[(i + i // len(SIGNALS)) % len(SIGNALS)]
+        planned.append(Kill(number, step, moment, rng.uniform(0, longest), victims, rng.uniform(0.05, 2)))
+    return planned
+
+
+def is_at(kill: Kill, folder: Path, output: str, total: int) -> bool:
+    """Whether a run that has printed this is where the interruption waits for it."""
+    if kill.moment == "the start":
+        return True
+    if kill.moment == "compiling":
+        return "Parameters: " in output
+    step = total if kill.moment == "the end" else kill.step
+    if kill.moment in ("validation", "ChatCORE"):  # they follow the line of the step that they measure
+        every = EVAL_EVERY if kill.moment == "validation" else CHATCORE_EVERY
+        step = min(total, -(-step // every) * every)
+    if not re.search(at_step(step, total), output):
+        return False
+    if kill.moment == "a save":
+        return any(folder.glob("*.orbax-checkpoint-tmp*"))
+    if kill.moment == "sealing":
+        return any(p.name.isdigit() and not (p / "INTEGRITY.json").exists() for p in folder.glob("[0-9]*"))
+    return kill.moment not in ("rollouts", "an update") or work_in(folder) == kill.moment
+
+
+def storm(run: Run, alone: Path, planned: list[Kill], total: int, tell: Callable[[dict], None]) -> dict:
+    """Train to the end through the interruptions -> what came of it; "faults" are its sentences about what must not
+    be. alone: the folder of the same run, which nothing interrupted. tell: gets every interruption's record."""
+    from tests.support.process_runs import started
+
+    waiting, faults = collections.deque(planned), []
+    variables = {"NANOCHAT_LOST_SECONDS": LOST_SECONDS, "NANOCHAT_START_SECONDS": 20}
+    flags = [*run.name_flags, *run.flags, "--resume"]
+    while True:
+        with started(run.base, run.stage, flags, count=run.processes, devices=run.devices, **variables) as processes:
+            kill, met = None, None
+            processes.deadline = time.monotonic() + WHOLE_SECONDS
+            while waiting and (kill is None or kill.number == signal.SIGSTOP):
+                kill = waiting.popleft()
+                met = interrupt(kill, run, processes, total)
+                tell({"run": run.tag, **dataclasses.asdict(kill), "signal": kill.number.name, "met": met})
+            limit = HANG_SECONDS + LOST_SECONDS * (run.processes > 1)
+            last = kill is None or kill.number == signal.SIGSTOP or not met
+            hung = not all_end(processes, WHOLE_SECONDS if last else limit)
+            codes = [process.poll() for process in processes.all]
+            output = processes.all_output()
+        expected = {0} | (CODES[kill.number] if kill else set())
+        if kill and run.processes > 1 and not last:
+            expected |= OF_THE_OTHER
+        where = (
+            f"after {kill.number.name} to {kill.victims} in {kill.moment}, step {kill.step}" if kill else "at the end"
+        )
+        if hung:
+            faults.append(f"{where}: no end within {limit:.0f} seconds\n{output[-3000:]}")
+        elif "Traceback" in output:
+            faults.append(f"{where}: a traceback\n{output[-3000:]}")
+        elif not set(codes) <= expected:
+            faults.append(f"{where}: exit codes {codes} instead of {sorted(expected)}\n{output[-3000:]}")
+        if not waiting and set(codes) == {0}:
+            break
+        if not waiting and kill is None:
+            return {"faults": [*faults, f"it cannot be resumed\n{output[-3000:]}"]}
+    found = difference(alone, run.folder, total)
+    if any(found.get(name) for name in RESULTS):
+        faults.append(f"its end is not that of the run left alone: {json.dumps(found)}")
+    leftovers = [p.name for p in run.folder.iterdir() if "tmp" in p.name or p.name.endswith(".deleted")]
+    if leftovers:
+        faults.append(f"it leaves {leftovers}")
+    return {"faults": faults, **found}
+
+
+def interrupt(kill: Kill, run: Run, processes, total: int) -> bool:
+    """Wait for the moment and send the signal -> whether all processes were alive until then."""
+    patience = time.monotonic() + WHOLE_SECONDS
+    while not is_at(kill, run.folder, processes.output(0), total):
+        if any(process.poll() is not None for process in processes.all) or time.monotonic() > patience:
+            return False
+        time.sleep(0.002)
+    time.sleep(kill.delay)
+    alive = all(process.poll() is None for process in processes.all)
+    for victim in kill.victims:
+        processes.signal(victim, kill.number)
+    if kill.number == signal.SIGSTOP:
+        time.sleep(kill.asleep)
+        for victim in kill.victims:
+            processes.signal(victim, signal.SIGCONT)
+    return alive
+
+
+def all_end(processes, seconds: float) -> bool:
+    latest = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes.all):
+        if time.monotonic() > latest:
+            return False
+        time.sleep(0.01)
+    processes.wait()
+    return True
