@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.checkpoints.saver import Saver
 from nanochat_jax.cli.settings import Maybe, StageConfig, recorded_settings, resumed_settings, setting
 from nanochat_jax.data.packing import PACKING
 from nanochat_jax.sft import SFTConfig
@@ -191,9 +192,9 @@ def test_a_resumed_run_says_which_versions_have_changed(tmp_path, monkeypatch, c
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     state, groups = tiny.random_state()
     tokenizer, said = tiny.tokenizer(), []
-    saver = store.Saver(tmp_path / "chatsft_checkpoints" / "mine", keep=9)
+    saver = Saver(tmp_path / "chatsft_checkpoints" / "mine", keep=9)
     recorded = {"tokenizer": tokenizer.digest(), "versions": store.versions() | changed}
-    saver.save(3, train.state_items(state), tiny.meta(groups, step=3, **recorded))
+    saver.save(3, train.state_items(state), lambda: tiny.meta(groups, step=3, **recorded))
     saver.wait()
     assert find_run(SFTConfig(resume=True), "sft", "mine", tokenizer, said.append).first_step == 3
     found = [line for line in said if "jaxlib" in line]

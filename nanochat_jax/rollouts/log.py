@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
+from nanochat_jax.files.append import AppendedFile
 from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.rollouts.collector import Group
 
@@ -29,15 +29,14 @@ class RolloutLog:
 
     @functools.cached_property
     def _file(self):
-        local = bucket.fetch(self.path, exact=True)
-        file = local.open("a+b")
-        if file.tell() > self.size:
+        file = AppendedFile(bucket.fetch(self.path, exact=True))
+        if file.size > self.size:
             file.truncate(self.size)
-            file.seek(self.size)
-        elif file.tell() < self.size:  # of a folder that was copied or restored in part
-            print0(f"NOTE: {local} has lost answers of earlier steps: {file.tell():,} of {self.size:,} bytes are there")
-            file.seek(max(0, file.tell() - 1))
-            if file.read() not in (b"", b"\n"):
+        elif file.size < self.size:  # of a folder that was copied or restored in part
+            print0(
+                f"NOTE: {file.path} has lost answers of earlier steps: {file.size:,} of {self.size:,} bytes are there"
+            )
+            if file.ends_in_the_middle_of_a_line():
                 file.write(b"\n")  # what is written next is a line of its own
         return file
 
@@ -45,6 +44,7 @@ class RolloutLog:
         """The samples of one prompt, with their rewards and advantages; floats as short as float32 can be told."""
         if processes.index():
             return
+        lines = b""
         for number, (sample, reward, advantage) in enumerate(
             zip(group.samples, group.rewards, group.advantages, strict=True)
         ):
@@ -64,17 +64,16 @@ class RolloutLog:
                 "policy_logprobs": [_short(value) for value in sample.policy_logprobs],
             }
             line = json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False)
-            self._file.write(line.encode("utf-8", "replace") + b"\n")
-        self._file.flush()  # whoever follows the file sees whole steps
+            lines += line.encode("utf-8", "replace") + b"\n"
+        self._file.write(lines)
 
     def saved(self) -> int:
-        """Bytes so far, all of them on disk, or in the bucket."""
+        """Bytes so far, all of them on disk, or in the bucket. OSError: the disk is full."""
         if processes.index():
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        bucket.upload(Path(self._file.name), self.path)
-        return self._file.tell()
+        self._file.sync()
+        bucket.upload(self._file.path, self.path)
+        return self._file.size
 
     def close(self) -> None:
         if "_file" in vars(self):

@@ -314,8 +314,9 @@ def open_run(
         owner = stack.enter_context(hold_folder(start))
         project = f"nanochat-{start.folder.parent.name.removesuffix('_checkpoints').removeprefix('chat')}"
         resumed_at = start.first_step if start.resumed else None
-        log = MetricsLog(start.folder, cfg.run, recorded_settings(cfg), project=project, resumed_at=resumed_at)
-        stack.callback(log.close)
+        log = stack.enter_context(
+            MetricsLog(start.folder, cfg.run, recorded_settings(cfg), project=project, resumed_at=resumed_at)
+        )
         reporter = Reporter(total, start.first_step)
         stack.callback(reporter.close)
         measured = processes.exchange("what was measured", sorted(log.measured_at(start.first_step)))[0]

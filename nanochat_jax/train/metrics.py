@@ -2,19 +2,20 @@
 
 import json
 import math
-import os
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from nanochat_jax.checkpoints.ownership import FolderLost
 from nanochat_jax.distributed import processes
 from nanochat_jax.files import bucket
+from nanochat_jax.files.append import AppendedFile
 from nanochat_jax.files.json_numbers import finite_or_null
 
 
@@ -56,11 +57,10 @@ class MetricsLog:
         bucket.local_path(folder).mkdir(parents=True, exist_ok=True)
         self.kept = folder / "metrics.jsonl"
         path = bucket.fetch(self.kept, exact=True)
-        cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._before = read_metrics(path) if path.exists() and resumed_at is not None else []
-        self.file = path.open("a", encoding="utf-8")
-        if cut_off:  # the process before this one was killed while it wrote
-            self.file.write("\n")
+        self.file = AppendedFile(path)
+        if self.file.ends_in_the_middle_of_a_line():
+            self.file.write(b"\n")
         if run != "dummy":
             import wandb  # a second to import: only when asked for
 
@@ -86,23 +86,29 @@ class MetricsLog:
         return frozenset(r["measured"] for r in self._before if r["step"] == step and "measured" in r)
 
     def sync(self) -> None:
-        """Force what was logged to disk; called with every checkpoint."""
+        """Force what was logged to disk; called with every checkpoint. OSError: the disk is full."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            bucket.upload(Path(self.file.name), self.kept)
+            self.file.sync()
+            bucket.upload(self.file.path, self.kept)
 
-    def close(self) -> None:
+    def close(self, *, folder_lost: bool = False) -> None:
+        """folder_lost: another run's records are in the bucket now."""
         if self.file:
-            self.sync()
             self.file.close()
+            if not folder_lost:
+                bucket.upload(self.file.path, self.kept)
         if self.wandb:
             self.wandb.finish()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        self.close(folder_lost=kind is not None and issubclass(kind, FolderLost))
+
     def _write(self, record: dict) -> None:
         record = finite_or_null(record | {"time": round(time.time(), 3)})
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
+        self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
 
 def read_metrics(path: Path) -> list[dict]:
