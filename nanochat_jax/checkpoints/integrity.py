@@ -44,7 +44,7 @@ def is_intact(folder: Path, optimizer: bool = True) -> bool:
     """Whether every file of the manifest is there with its bytes; without `optimizer` the files of its state need not
     be. Other files in the folder do not matter. Process 0 looks, and tells the others."""
     found = _is_intact(folder, optimizer) if not processes.index() else None
-    return processes.exchange(f"whether {folder} is intact", found)[0]
+    return processes.exchange("whether a checkpoint is intact", found)[0]
 
 
 def _is_intact(folder: Path, optimizer: bool) -> bool:

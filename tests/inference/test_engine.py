@@ -220,7 +220,7 @@ def scripted(monkeypatch, script, **settings):
     monkeypatch.setattr(sampling, "sample_keys", lambda seed, step, *numbers: jnp.stack(numbers, -1).astype(jnp.int32))
     monkeypatch.setattr(sampling, "uniform_draws", uniform_draws)
     monkeypatch.setattr(sampling, "choose_tokens", choose_tokens)
-    monkeypatch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 1)))
+    monkeypatch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 265)))
     config = tiny_config(vocab_size=265, padded_vocab=320, n_layer=1, windows=(-1,))
     return functools.partial(make(config=config, **settings).generate, random_params(config))
 
