@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,11 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows \xNN
             stream.reconfigure(errors="backslashreplace")
+    at_imports = signal.getsignal(
+        signal.SIGINT
+    )  # see nanochat_jax/__init__.py; commands clean up after KeyboardInterrupt
+    if getattr(at_imports, "__name__", "") == "stop_at_once":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             sys.exit(main(cfg))
@@ -35,6 +41,7 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
                 raise
             sys.exit(f"error: {said}")
         except KeyboardInterrupt:
+            print("\nStopped by SIGINT", file=sys.stderr)
             sys.exit(130)
     finally:
         processes.leave()

@@ -7,7 +7,7 @@ second both ways, shows that the sender is alive.
 Requests go to process 0, which handles its own ones without a connection:
     exchange, what, value  the process's value in this exchange, a number or "stop"
     signal                 the process got the signal of this number
-    failed                 the process ends, for this reason
+    failed, code           the process ends, for this reason; code: the exit code of all, default 1
 Orders go from process 0 to all:
     results, what, values  the values of all processes in this exchange
     stop                   a process got the signal of this number: exchange your calls of stop_here so far as "stop",
@@ -202,8 +202,8 @@ class Coordinator(threading.Thread):
             case {"signal": number} if not self.signal_number:
                 self._signalled = sender
                 self._order(stop=number)
-            case {"failed": reason}:
-                self._exit(f"{self._process_name(sender)} has stopped: {reason}")
+            case {"failed": reason, **more}:
+                self._exit(f"{self._process_name(sender)} has stopped: {reason}", more.get("code", 1))
 
     def _follow_order(self, message: dict) -> None:
         match message:
@@ -216,6 +216,8 @@ class Coordinator(threading.Thread):
                 with self._changed:
                     self.signal_number = number
                     calls = self._stop_calls if self._in_order else None
+                if self._in_order and not self.cluster.process_index:
+                    os.write(2, b"\nStopping, and saving what is not saved yet\n")
                 self._request(exchange="stop", what="stop", value=calls)
             case {"end": sentence, "code": code}:
                 self._exit(sentence, code)
@@ -223,7 +225,7 @@ class Coordinator(threading.Thread):
     def _on_signal(self, number: int) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
-            self._request(failed="it was interrupted twice")
+            self._request(failed="it was interrupted twice, steps since the last checkpoint are lost", code=130)
         elif number in STOP_SIGNALS:
             self._request(signal=number)
 

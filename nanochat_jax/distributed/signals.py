@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT ask a run to stop: they are recorded, shared among the processes, and obeyed where it can stop."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable
 from typing import Any, Self
@@ -17,7 +18,10 @@ class Signals:
     """Inside, SIGTERM and SIGINT are recorded instead of ending the process; a second SIGINT ends it. Each of several
     processes learns of a signal that any of them got."""
 
-    def __init__(self):
+    def __init__(self, first: Callable[[], str] = str, second: Callable[[], str] = str):
+        """first, second: what standard error says at once when the first signal comes, and when a second SIGINT does,
+        of a run of one process."""
+        self._first, self._second = first, second
         self._own = 0  # the signal that this process got, where it is the only one
         self._stack = contextlib.ExitStack()
 
@@ -47,7 +51,11 @@ class Signals:
         return self._stack.__exit__(*error)
 
     def _record(self, number: int, _frame: Any) -> None:
-        if self._own and number == signal.SIGINT:
+        again = bool(self._own)
+        if not again or number == signal.SIGINT:
+            said = self._second() if again else self._first()
+            os.write(2, f"\n{said}\n".encode() if said else b"")  # not through a stream that may be in use just now
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._own = number
 

@@ -114,7 +114,8 @@ class Run:
         self.state, self.step = state, int(state.step)
         self.total, self.measurements, self.record_of = total, measurements, record
         self.save_every, self.save_patience = save_every, save_patience
-        self.saver, self.log, self.reporter, self.signals = saver, log, reporter, Signals()
+        self.saver, self.log, self.reporter = saver, log, reporter
+        self.signals = Signals(self._stopping, self._ending)
         self.console, self.average, self.throughput, self.log_late = console, average, throughput, log_late
         self.first, self.saved, self.measured_before = self.step, self.step, measured
         self.skipped, self.bad_steps, self.found = skipped, int(state.bad_steps), {}
@@ -276,6 +277,16 @@ class Run:
         self.saved = self.step
         self.reporter.say(f"step {self.step:05d} | saving {self.saver.folder / str(self.step)}")
         self.clock = time.perf_counter()
+
+    def _stopping(self) -> str:
+        return f"Stopping, and saving what is not saved yet; a second Ctrl-C {self._loss()}"
+
+    def _ending(self) -> str:
+        return f"Interrupted twice: this {self._loss()}"
+
+    def _loss(self) -> str:
+        kept = f"those since step {self.saved}" if self.saved > 0 else "all steps of this run"
+        return "loses nothing" if self.saved == self.step else f"loses {kept}"
 
     def _tell(self, failed: str) -> None:
         """Training goes on after a save that failed: `_between_steps` tries it again."""

@@ -485,3 +485,19 @@ def test_a_run_that_has_lost_its_folder_ends_at_the_next_step_and_writes_nothing
         training.train()
     assert training.saver.saved == [2, 4] and len(training.seen) == 5
     assert (tmp_path / "metrics.jsonl").stat().st_size == training.size
+
+
+def test_the_first_signal_is_answered_at_once_and_a_second_says_what_it_loses(tmp_path, capfd):
+    training = Training(tmp_path, save_every=4)
+
+    def interrupt(k):
+        if k == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            told.append(capfd.readouterr().err)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    told, training.on_step = [], interrupt
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    assert told == ["\nStopping, and saving what is not saved yet; a second Ctrl-C loses those since step 4\n"]
+    assert capfd.readouterr().err == "\nInterrupted twice: this loses those since step 4\n"
