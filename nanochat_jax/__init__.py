@@ -10,6 +10,8 @@ def stop_at_once(number: int, _frame: object) -> None:
     """End a command by a signal that nothing else handles: a line, and exit code 128 + number."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
     os.write(2, f"\nStopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
 

@@ -41,7 +41,8 @@ from nanochat_jax.optim.groups import Groups, default_groups
 from nanochat_jax.optim.schedules import base_decay_multiplier, base_scalars
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight, scaling_laws
-from nanochat_jax.train.loop import Measurement, exit_code
+from nanochat_jax.train.loop import exit_code
+from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
 from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
 from nanochat_jax.train.start import Start, check_agreement, find_run, initial_state
@@ -339,7 +340,7 @@ def samples(every: int, plan: Plan, tokenizer: Tokenizer) -> Measurement:
 
         return {"samples": collect("samples", texts)[0]}
 
-    return Measurement("samples", every if prompts else -1, measure)
+    return Measurement("samples", every if prompts else -1, measure, flag="--sample-every")
 
 
 def printable(text: str) -> str:

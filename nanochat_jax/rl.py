@@ -52,7 +52,8 @@ from nanochat_jax.rollouts.update import make_update, rl_batch_shape, rows_of, t
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
-from nanochat_jax.train.loop import Measurement, exit_code, open_run
+from nanochat_jax.train.loop import exit_code, open_run
+from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, make_plan
 from nanochat_jax.train.start import Start, find_start, fine_tuning_groups, initial_state
 
@@ -237,7 +238,12 @@ def main(cfg: RLConfig) -> int:
             eval_set, engine, plan.mesh, sampling, tokenizer, samples=cfg.eval_samples, seed=cfg.seed
         )
         pass_at_k = Measurement(
-            "held-out answers", cfg.eval_every, measure, at_start=True, shown=shown(cfg.eval_samples)
+            "held-out answers",
+            cfg.eval_every,
+            measure,
+            at_start=True,
+            shown=shown(cfg.eval_samples),
+            flag="--eval-every",
         )
 
     # Train. Beside the state, a step depends on the position of its first problem; a checkpoint keeps it.

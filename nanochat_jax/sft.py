@@ -50,7 +50,8 @@ from nanochat_jax.tasks import (
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
-from nanochat_jax.train.loop import Measurement, exit_code
+from nanochat_jax.train.loop import exit_code
+from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
 from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
 from nanochat_jax.train.start import find_start, fine_tuning_groups, initial_state
@@ -295,7 +296,7 @@ def chatcore_measurement(cfg: SFTConfig, plan: Plan, tokenizer: Tokenizer) -> Me
             max_cat=cfg.chatcore_max_cat,
             max_sample=cfg.chatcore_max_sample,
         )
-    return Measurement("ChatCORE", cfg.chatcore_every if measure else -1, measure)
+    return Measurement("ChatCORE", cfg.chatcore_every if measure else -1, measure, flag="--chatcore-every")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Saver:
         if keep < 1:
             raise ValueError(f"--keep-checkpoints must be at least 1, got {keep}")
         self.folder, self.keep, self.owner = folder, keep, owner
+        self.sealed = 0  # the last step that this process has written and sealed, 0 for none
         self.pause = FIRST_PAUSE  # seconds from the last failure to the next try
         self._step: int | None = None  # of the save whose outcome `failure` has not told yet
         self._bytes = 0  # of its arrays, on all devices
@@ -197,6 +198,7 @@ class Saver:
                 if self.owner:
                     self.owner.check()
                 integrity.write_manifest(target)
+                self.sealed = int(target.name)
                 steps = [step for step in integrity.steps(self.folder) if step <= int(target.name)]
                 for step in steps[: -self.keep]:  # a later one is damaged: the run went on from before it
                     integrity.discard(self.folder / str(step))

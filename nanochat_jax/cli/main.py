@@ -1,10 +1,12 @@
 """How a command ends: with an exit code, and with one sentence for whatever can go wrong in a user's hands."""
 
+import contextlib
 import errno
 import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +22,11 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows \xNN
             stream.reconfigure(errors="backslashreplace")
-    at_imports = signal.getsignal(
-        signal.SIGINT
-    )  # see nanochat_jax/__init__.py; commands clean up after KeyboardInterrupt
-    if getattr(at_imports, "__name__", "") == "stop_at_once":
+    at_imports = signal.getsignal(signal.SIGINT)
+    is_command = getattr(at_imports, "__name__", "") == "stop_at_once"  # see nanochat_jax/__init__.py
+    if is_command:  # it cleans up after a KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = _raising_interrupts_again(sys.unraisablehook)
     try:
         try:
             sys.exit(main(cfg))
@@ -41,10 +43,26 @@ def run_stage(main: Callable[[Any], int], cfg: Any) -> None:
                 raise
             sys.exit(f"error: {said}")
         except KeyboardInterrupt:
-            print("\nStopped by SIGINT", file=sys.stderr)
+            print("\nStopped by SIGINT", file=sys.stderr, flush=True)
+            if is_command and processes.count() == 1:  # else Python waits for threads that still write or judge
+                with contextlib.suppress(OSError):
+                    sys.stdout.flush()
+                os._exit(130)
             sys.exit(130)
     finally:
         processes.leave()
+
+
+def _raising_interrupts_again(previous: Callable) -> Callable:
+    """A KeyboardInterrupt inside a callback of JAX goes no further: it is sent anew, outside of the callback."""
+
+    def hook(dropped) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            previous(dropped)
+
+    return hook
 
 
 def _sentence(e: OSError) -> str:

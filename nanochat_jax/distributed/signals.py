@@ -14,6 +14,10 @@ class Interrupted(Exception):
     """A signal has come during work that takes too long to be finished: the making of a batch, or a measurement."""
 
 
+class FailedTogether(ValueError):
+    """Work that all processes share has failed on one of them, and all of them know."""
+
+
 class Signals:
     """Inside, SIGTERM and SIGINT are recorded instead of ending the process; a second SIGINT ends it. Each of several
     processes learns of a signal that any of them got."""
@@ -63,11 +67,20 @@ class Signals:
 def collect[T](what: str, compute: Callable[[], T]) -> list[T]:
     """What compute() returns on each process, by their numbers; the values travel as JSON.
 
-    Where compute raises Interrupted on one process, all raise it, so that they give up a measurement together."""
+    Where compute raises Interrupted on one process, all raise it, so that they give up a measurement together. Another
+    error there is a FailedTogether on all."""
+    error = None
     try:
-        values = processes.exchange(what, [compute()])
+        part = [compute(), ""]
     except Interrupted:
-        values = processes.exchange(what, None)
-    if None in values:
+        part = None
+    except Exception as e:
+        if processes.count() == 1:
+            raise
+        error, part = e, [None, f"{what}: {type(e).__name__}: {e} (process {processes.index()})"]
+    parts = processes.exchange(what, part)
+    if None in parts:
         raise Interrupted
-    return [value for (value,) in values]
+    if failed := next((reason for _, reason in parts if reason), ""):
+        raise FailedTogether(failed) from error
+    return [value for value, _ in parts]

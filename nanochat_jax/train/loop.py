@@ -30,6 +30,7 @@ from nanochat_jax.distributed.describe import heads_note, parameter_table, repli
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import Interrupted, Signals
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
+from nanochat_jax.train.measurement import Measurement, Progress, take
 from nanochat_jax.train.memory import FEWER_ROWS, explaining_memory
 from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage
 from nanochat_jax.train.plan import Plan
@@ -40,23 +41,6 @@ COMPILED = collections.Counter()  # JAX's events of this process, by name
 jax.monitoring.register_event_listener(lambda name, **_: COMPILED.update([name]))
 LAST_PAUSE = 10.0  # seconds between tries to save at the end of a run, at most
 MAX_BAD_STEPS = 5  # updates skipped in a row before a run gives up
-Progress = Callable[[int, int], None]  # (done, all): shows it, and raises Interrupted where a signal has come
-
-
-def all_numbers(numbers: Mapping[str, float]) -> str:
-    return " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """Something that is found out about the parameters every so many steps, and at the end."""
-
-    name: str  # for the console and the log
-    every: int  # steps; -1 = never
-    measure: Callable[[Any, Progress], dict[str, Any]]  # params -> numbers, and lists of text lines, as they are logged
-    at_start: bool = False  # also before the first step
-    in_step: bool = False  # all processes call Progress equally often, and a signal must end it at the same call
-    shown: Callable[[Mapping[str, float]], str] = all_numbers  # the numbers -> the console's line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +113,7 @@ class Run:
             self.reporter.say(f"All {self.total} steps are done already")
         with contextlib.suppress(Interrupted):
             if self.step == 0:
-                self._measure([m for m in self.measurements if m.every > 0 and m.at_start])
+                self._measure(self._due())
             else:  # a run that ended between its save and its measurements makes up for them
                 self._measure([m for m in self._due() if m.name not in self.measured_before])
             while self.step < self.total and not self.signals.stop():
@@ -192,8 +176,7 @@ class Run:
             self.finish()
 
     def _due(self) -> list[Measurement]:
-        last = self.step == self.total
-        return [m for m in self.measurements if m.every > 0 and (self.step % m.every == 0 or last)]
+        return [m for m in self.measurements if m.due(self.step, self.total)]
 
     def _between_steps(self) -> None:
         last, stop, due = self.step == self.total, self.signals.stop(), self._due()
@@ -250,10 +233,14 @@ class Run:
 
     def _measure(self, due: Sequence[Measurement]) -> None:
         for measurement in due:
-            found = measurement.measure(self.state.params, self.progress(measurement.name, measurement.in_step))
+            progress = self.progress(measurement.name, measurement.in_step)
+            found, failed = take(measurement, self.state.params, progress, may_fail=self.step > 0)
             texts = {name: value for name, value in found.items() if isinstance(value, list)}
             numbers = {name: value for name, value in found.items() if name not in texts}
-            if found:
+            if failed:
+                self.say(f"WARNING: step {self.step}: {failed}")
+                self.log.log(self.step, event="measurement failed", measured=measurement.name)
+            elif found:
                 self.log.log(self.step, **found, measured=measurement.name)
             if shown := measurement.shown(numbers):
                 self.reporter.say(f"step {self.step:05d} | {shown}")
@@ -285,8 +272,10 @@ class Run:
         return f"Interrupted twice: this {self._loss()}"
 
     def _loss(self) -> str:
-        kept = f"those since step {self.saved}" if self.saved > 0 else "all steps of this run"
-        return "loses nothing" if self.saved == self.step else f"loses {kept}"
+        on_disk = max(self.first, self.saver.sealed)
+        if on_disk == self.step:
+            return "loses nothing"
+        return f"loses the steps since {on_disk}" if on_disk else "loses all steps of this run"
 
     def _tell(self, failed: str) -> None:
         """Training goes on after a save that failed: `_between_steps` tries it again."""
@@ -355,11 +344,15 @@ def open_run(
 @contextlib.contextmanager
 def to_its_end(run: Run) -> Iterator[None]:
     """While it is entered, signals are noted; afterwards everything is logged and on disk, also after an error."""
+    waits = True
     with run.signals:
         try:
             with contextlib.suppress(Interrupted):  # a signal in the middle of a step, which is given up
                 yield
         except FolderLost:  # nothing more may be written there
+            raise
+        except KeyboardInterrupt:  # whoever sends a second signal does not wait for what is being written
+            waits = False
             raise
         except Exception:
             try:
@@ -370,7 +363,8 @@ def to_its_end(run: Run) -> Iterator[None]:
         else:
             run.finish()
         finally:
-            run.saver.close()  # Python cannot shut down while Orbax writes
+            if waits:
+                run.saver.close()  # Python cannot shut down while Orbax writes
         if run.signals.received and 0 < run.step < run.total:
             name = signal.Signals(run.signals.received).name
             run.say(f"Stopped by {name} after step {run.step}, which is saved: --resume goes on from there")

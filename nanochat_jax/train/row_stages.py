@@ -17,7 +17,8 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
 from nanochat_jax.model.cost import flops_per_token
-from nanochat_jax.train.loop import Measurement, Run, Throughput, open_run
+from nanochat_jax.train.loop import Run, Throughput, open_run
+from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import BatchShape, Plan
 from nanochat_jax.train.start import Initial, Start
 
@@ -116,7 +117,7 @@ def validation(
         done = itertools.count(1)
         return {"val_bpb": bits_per_byte(params, on_devices, lambda: progress(next(done), n_batches))}
 
-    return Measurement("validation", every, measure, at_start=True, in_step=True)
+    return Measurement("validation", every, measure, at_start=True, in_step=True, flag="--eval-every")
 
 
 def throughput_line(record: Mapping[str, float]) -> str:

@@ -1,6 +1,7 @@
 """The life of a run's steps around a train step that is made up: what is logged, measured, saved, skipped, and when it
 stops."""
 
+import contextlib
 import os
 import signal
 
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 
 from nanochat_jax.checkpoints.ownership import FolderLost
+from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.signals import FailedTogether
 from nanochat_jax.train.loop import (
     MAX_BAD_STEPS,
-    Measurement,
     Run,
     Throughput,
     exit_code,
     to_its_end,
 )
+from nanochat_jax.train.measurement import Measurement, take
 from nanochat_jax.train.memory import explaining_memory
 from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, read_metrics
 from nanochat_jax.train.row_stages import throughput_line
@@ -26,6 +29,7 @@ from nanochat_jax.train.step import StepMetrics, TrainState
 class FakeSaver:
     def __init__(self, folder):
         self.folder, self.saved, self.metas, self.measured, self.waited = folder, [], {}, {}, 0
+        self.sealed = 0
 
     def glance(self):
         pass
@@ -40,6 +44,7 @@ class FakeSaver:
         meta = make_meta()
         assert set(items) == {"params", "optimizer"} and float(items["params"]["w"]) == step
         self.saved.append(step)
+        self.sealed = step
         self.metas[step] = meta
 
     def add_to_meta(self, step, numbers):
@@ -311,18 +316,56 @@ def test_a_signal_ends_a_measurement_whose_step_is_on_disk_by_then_and_that_is_m
     assert measured == [0, 2, 4, 6] and resumed.evaluated == [2, 4, 6]  # the other one was done before
 
 
-def test_an_error_in_a_measurement_loses_no_step(tmp_path):
-    def fail(params, progress):
-        raise RuntimeError("a judge is broken")
+def test_a_measurement_that_fails_is_told_ends_nothing_and_is_not_made_up_for(tmp_path, capsys):
+    tried = []
 
-    training = Training(tmp_path, others=[Measurement("broken", 5, fail)], save_every=5)
-    with pytest.raises(RuntimeError, match="a judge is broken"):
+    def fail(params, progress):
+        tried.append(float(params["w"]))
+        raise RuntimeError("a judge\nis broken")
+
+    broken = Measurement("broken", 5, fail, flag="--broken-every")
+    assert Training(tmp_path, others=[broken], eval_every=5, save_every=5).train() == 0
+    said = "WARNING: step 5: broken could not be measured: RuntimeError: a judge is broken. Training goes on; "
+    assert said + "--broken-every -1 leaves it out\n" in capsys.readouterr().out and tried == [5, 10]
+    resumed = Training(tmp_path, 12, start=10, others=[broken], eval_every=5)
+    assert resumed.train() == 0 and tried == [5, 10, 12] and resumed.evaluated == [2]
+
+
+def test_a_measurement_that_fails_before_the_first_step_ends_the_run(tmp_path):
+    def fail(params, progress):
+        raise ValueError("a judge is broken")
+
+    training = Training(tmp_path, others=[Measurement("broken", 5, fail, at_start=True)])
+    with pytest.raises(ValueError, match="a judge is broken"):
+        training.train()
+    assert training.seen == []
+
+
+def test_of_several_processes_an_error_that_the_others_do_not_know_of_ends_the_run(tmp_path, monkeypatch):
+    errors = []
+
+    def fail(params, progress):
+        raise errors[-1]
+
+    broken = Measurement("broken", 1, fail)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    for error, may_go_on in ((FailedTogether("a judge is broken (process 1)"), True), (ValueError("alone"), False)):
+        errors.append(error)
+        raised = contextlib.nullcontext() if may_go_on else pytest.raises(ValueError, match="alone")
+        with raised:
+            found, said = take(broken, {}, str, may_fail=True)
+            assert found == {} and "a judge is broken (process 1)" in said
+
+
+def test_an_error_of_a_step_loses_no_step_before_it(tmp_path):
+    def fail(k):
+        if k == 6:
+            raise RuntimeError("the step is broken")
+
+    training = Training(tmp_path, on_batch=fail)
+    with pytest.raises(RuntimeError, match="the step is broken"):
         training.train()
     assert training.saver.saved == [5] and training.saver.waited
-    training = Training(tmp_path / "unsaved", others=[Measurement("broken", 5, fail)])
-    with pytest.raises(RuntimeError, match="a judge is broken"):
-        training.train()
-    assert training.saver.saved == [5]
 
 
 def test_a_step_is_logged_at_once_where_the_next_batch_waits_for_it_anyway(tmp_path):
@@ -499,5 +542,5 @@ def test_the_first_signal_is_answered_at_once_and_a_second_says_what_it_loses(tm
     told, training.on_step = [], interrupt
     with pytest.raises(KeyboardInterrupt):
         training.train()
-    assert told == ["\nStopping, and saving what is not saved yet; a second Ctrl-C loses those since step 4\n"]
-    assert capfd.readouterr().err == "\nInterrupted twice: this loses those since step 4\n"
+    assert told == ["\nStopping, and saving what is not saved yet; a second Ctrl-C loses the steps since 4\n"]
+    assert capfd.readouterr().err == "\nInterrupted twice: this loses the steps since 4\n"
