@@ -12,7 +12,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +23,7 @@ from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import Maybe, parse, require
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import kept_dir, write_atomically
-from nanochat_jax.train.metrics import read_metrics
+from nanochat_jax.train.metrics import is_step, read_metrics
 
 STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#888888", "#66aa00")
@@ -81,9 +81,12 @@ def main(cfg: ReportConfig) -> int:
         bool(folders), f"{kept_dir()} has no run with a metrics.jsonl: name a run's folder, or set NANOCHAT_BASE_DIR"
     )
     for folder in folders:
-        require((folder / "metrics.jsonl").is_file(), f"{folder} must be the folder of a run: it has no metrics.jsonl")
+        require((folder / "metrics.jsonl").exists(), f"{folder} must be the folder of a run: it has no metrics.jsonl")
     output = bucket.as_path(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
-    write_atomically(output, page(folders).encode("utf-8", "replace"))
+    skipped: list[str] = []
+    write_atomically(output, page(folders, skipped.append).encode("utf-8", "replace"))
+    for what in skipped:
+        print(f"WARNING: left out: {what}")
     print(f"{len(folders)} run{'s' * (len(folders) > 1)} -> {output}")
     return 0
 
@@ -93,16 +96,23 @@ def find_runs(base: Path) -> list[Path]:
     return [path.parent for stage in STAGES for path in sorted((base / stage).glob("*/metrics.jsonl"))]
 
 
-def page(folders: Sequence[Path]) -> str:
-    """The page about these runs, as HTML without any reference to elsewhere."""
+def page(folders: Sequence[Path], log: Callable[[str], None] = str) -> str:
+    """The page about these runs, as HTML without any reference to elsewhere.
+
+    log: is told of a file that cannot be read, and of lines of another form, which are left out."""
     overview, runs = "", ""
     for n, folder in enumerate(folders):
-        records = read_metrics(folder / "metrics.jsonl")
         name = html.escape(f"{folder.parent.name}/{folder.name}")
+        try:
+            records = read_metrics(folder / "metrics.jsonl", log)
+        except OSError as e:
+            log(f"{folder / 'metrics.jsonl'}: {e.strerror}")
+            overview += f"<tr><td>{name}</td><td>cannot be read: {html.escape(str(e.strerror))}</td></tr>"
+            continue
         charts = "".join(svg(chart) for panel in PANELS if (chart := draw(panel, records)))
         overview += f"<tr><td><a href='#run{n}'>{name}</a></td><td>{html.escape(summary(records))}</td></tr>"
         runs += f"<h2 id='run{n}'>{name}</h2><div class='charts'>{charts or 'nothing measured yet'}</div>"
-        runs += last_answers(folder / "rollouts.jsonl")
+        runs += last_answers(folder / "rollouts.jsonl", log)
     head = "<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
     return f"{head}<title>Runs</title><style>{STYLE}</style><h1>Runs</h1><table>{overview}</table>{runs}\n"
 
@@ -171,19 +181,26 @@ def svg(figure: Figure) -> str:
     return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file
 
 
-def last_answers(path: Path) -> str:
+def last_answers(path: Path, log: Callable[[str], None] = str) -> str:
     """The last problem in rollouts.jsonl with some of the answers to it, from the best to the worst, as HTML."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            start = file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return ""
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):  # cut off by the seek or a kill, or of another form
+    except OSError as e:
+        log(f"{path}: {e.strerror}")
+        return ""
+    records, others = [], 0
+    for line in filter(None, lines[1:] if start else lines):  # the seek has cut the first one
+        with contextlib.suppress(ValueError, RecursionError):
             if is_rollout(record := json.loads(line)):
                 records.append(record)
+                continue
+        others += 1
+    if others:
+        log(f"{path}: {others:,} line{'s are' if others > 1 else ' is'} no answer of a rollout")
     if not records:
         return ""
     step, example = records[-1]["step"], records[-1]["example"]
@@ -203,7 +220,8 @@ def is_rollout(record: object) -> bool:
     """Whether a line of rollouts.jsonl has what the page shows, each of its type."""
     return (
         isinstance(record, dict)
-        and all(type(record.get(name)) is int for name in ("step", "example"))
+        and is_step(record.get("step"))
+        and type(record.get("example")) is int
         and all(is_number(record.get(name)) for name in ("reward", "advantage"))
         and all(isinstance(record.get(name), str) for name in ("prompt", "text"))
     )

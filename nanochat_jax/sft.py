@@ -47,6 +47,7 @@ from nanochat_jax.tasks import (
     SpellingBee,
     TaskMixture,
 )
+from nanochat_jax.tasks.custom_json import LONGEST_LINE
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
@@ -137,6 +138,7 @@ class SFTConfig(StageConfig):
     val_json: tuple[Path, ...] = setting(
         (), "such a file to validate on, beside the tasks' own test splits", resume="free"
     )
+    longest_line: int = setting(LONGEST_LINE, "bytes of a line in these files, at most", at_least(1), resume="free")
     task: tuple[str, ...] = setting((), "another task, by its name in eval or as module:Class")
 
 
@@ -241,7 +243,7 @@ def training_tasks(cfg: SFTConfig) -> list:
     if cfg.arithmetic_rows > 0:
         tasks.append(Arithmetic("train", cfg.arithmetic_rows))
     if cfg.custom_epochs > 0:
-        tasks += [task for path in cfg.custom_json for task in [own_file("custom_json", path)] * cfg.custom_epochs]
+        tasks += [task for path in cfg.custom_json for task in [own_file(cfg, "custom_json", path)] * cfg.custom_epochs]
     tasks += [make_task(name, "train", data_dir=cfg.data_dir, flag="--task") for name in cfg.task]
     require(bool(tasks), "the mixture is empty: all --*-epochs and --*-rows are 0, without --custom-json or --task")
     return tasks
@@ -254,12 +256,12 @@ def validation_tasks(cfg: SFTConfig) -> list:
     tasks = [make("test", stop=stop, data_dir=cfg.data_dir) for make, epochs, stop in sources if epochs > 0]
     if cfg.arithmetic_rows > 0:
         tasks.append(Arithmetic("test", 256))
-    return tasks + [own_file("val_json", path) for path in cfg.val_json]
+    return tasks + [own_file(cfg, "val_json", path) for path in cfg.val_json]
 
 
-def own_file(name: str, path: Path) -> CustomJSON:
+def own_file(cfg: SFTConfig, name: str, path: Path) -> CustomJSON:
     """The task of a file that the flag `name` gives; ValueError where it holds nothing."""
-    task = CustomJSON(path)
+    task = CustomJSON(path, longest_line=cfg.longest_line)
     require(len(task) > 0, f"{flag(name)} {path} must hold at least one conversation, it has none")
     return task
 

@@ -260,7 +260,7 @@ def test_an_interrupt_ends_generating_and_judging(evaluator, params, datasets, m
 
 
 def test_processes_put_their_parts_together_or_are_all_interrupted(monkeypatch):
-    monkeypatch.setattr(processes, "exchange", lambda what, own: [own, [["b"]]])
+    monkeypatch.setattr(processes, "exchange", lambda what, own: [own, [["b"], ""]])
     assert collect_items("letters", lambda: ["a", "c"]) == ["a", "b", "c"]
     with pytest.raises(Interrupted):
         collect_items("letters", lambda: interrupt(0, 0))

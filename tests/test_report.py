@@ -143,3 +143,20 @@ def test_an_answer_of_another_form_is_left_out(tmp_path, change):
 
 def test_a_number_that_cannot_be_drawn_is_left_out():
     assert values([{"step": 1, "loss": 10**400}, {"step": 2, "loss": 2.0}], "loss") == [(2, 2.0)]
+
+
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path, capsys):
+    good, bad = write(tmp_path / "a/good", [*RL, {"step": "x"}], [answer(0, 1.0), {"step": 3}]), tmp_path / "a/bad"
+    (bad / "metrics.jsonl").mkdir(parents=True)
+    other = write(tmp_path / "a/other", RL)
+    (other / "rollouts.jsonl").mkdir()
+    assert main(ReportConfig(folders=(good, bad, other), output=tmp_path / "page.html")) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"WARNING: left out: {good / 'metrics.jsonl'}: 1 line is no record of a step",
+        f"WARNING: left out: {good / 'rollouts.jsonl'}: 1 line is no answer of a rollout",
+        f"WARNING: left out: {bad / 'metrics.jsonl'}: Is a directory",
+        f"WARNING: left out: {other / 'rollouts.jsonl'}: Is a directory",
+        f"3 runs -> {tmp_path / 'page.html'}",
+    ]
+    assert "cannot be read: Is a directory" in (tmp_path / "page.html").read_text()

@@ -311,6 +311,14 @@ def test_an_empty_file_and_held_out_data_that_nothing_can_be_measured_on_are_ref
     assert not (base / "chatsft_checkpoints" / "refused").exists()
 
 
+def test_a_batch_that_no_device_could_hold_is_refused_before_anything_is_allocated(base):
+    rows = str(1 << 22)
+    message = run(arguments(base, "refused", "--device-batch-size", rows, "--total-batch-size", str(1 << 30)))
+    assert "error: the parameters, the optimizer's state and one activation would take" in message
+    assert "lower --device-batch-size or --max-seq-len, or use more devices" in message
+    assert not (base / "chatsft_checkpoints" / "refused").exists()
+
+
 @pytest.mark.parametrize(
     ("length", "item", "words"),
     [

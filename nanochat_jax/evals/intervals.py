@@ -38,15 +38,15 @@ def share(scores: Sequence[float] | np.ndarray, trials: float = 1) -> Share:
 def pass_at_k(passed: np.ndarray) -> dict[int, Share]:
     """passed bool [P,n] -> {k: share of problems that k samples solve at least once} for k = 1..n.
 
-    For a problem that c of n samples solve, 1 - C(n - c, k) / C(n, k) is an unbiased estimate (arXiv 2107.03374). The
+    For a problem that c of n samples solve, 1 - C(n - c, k) / C(n, k) is an unbiased estimate (arXiv 2107.03374), here
+    as one minus the product of (n - c - i) / (n - i) over i < k: binomials of thousands have thousands of digits. The
     interval is that of `share`; a problem counts as at most n / k trials, its groups of k samples.
     """
     passed = np.asarray(passed, bool)
     if passed.ndim != 2 or not passed.size:
         raise ValueError(f"pass@k needs at least one problem and one sample, got passed of shape {passed.shape}")
     n, solved = passed.shape[1], passed.sum(1)
-    result = {}
-    for k in range(1, n + 1):
-        of_count = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
-        result[k] = share(of_count[solved], n / k)
-    return result
+    counts, problem = np.unique(solved, return_inverse=True)
+    drawn = np.arange(n)
+    unsolved = np.cumprod(np.maximum(n - counts[:, None] - drawn, 0) / (n - drawn), axis=1)  # [counts,n]: by k samples
+    return {k: share(1 - unsolved[problem, k - 1], n / k) for k in range(1, n + 1)}

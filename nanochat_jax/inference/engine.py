@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nanochat_jax.distributed.device_memory import check_room
 from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.inference.decode import GenerationPrograms
 from nanochat_jax.inference.samples import ControlTokens, Sample
@@ -26,6 +27,7 @@ from nanochat_jax.inference.scheduler import SlotScheduler
 from nanochat_jax.inference.shapes import PROMPT_STEP, arrange_slots, padded_size
 from nanochat_jax.model.gpt import GPTConfig
 
+MOST_ANSWERS = 1 << 24  # of one call: each is some Python objects of a hundred bytes
 STREAM_CHUNK = 4  # tokens of a device call in `stream`, whose text should come soon
 
 
@@ -114,6 +116,11 @@ class Engine:
         examples = range(len(prompts)) if examples is None else examples
         if len(examples) != len(prompts) or samples < 1:
             raise ValueError(f"there must be an example number for each of {len(prompts)} prompts, and samples >= 1")
+        if (answers := len(prompts) * samples) > MOST_ANSWERS:
+            raise ValueError(
+                f"{len(prompts):,} problems with {samples:,} answers each would be {answers:,} answers, at most "
+                f"{MOST_ANSWERS:,} are held at once: lower --num-samples, --eval-samples or the number of problems"
+            )
         scheduler = self._schedule(self.programs, params, prompts, examples, samples, sampling, seed, step)
         results = [[None] * samples for _ in prompts]
         done = 0
@@ -157,6 +164,9 @@ class Engine:
         shape = programs, groups, group_rows
         longest = max((len(prompt) - 1 for prompt in prompts), default=0)
         self._prompt_sizes[shape] = max(padded_size(longest, PROMPT_STEP), self._prompt_sizes[shape])
+        cache = programs.cache_bytes(groups, group_rows, self._prompt_sizes[shape], programs.chunk)
+        what = f"the keys and values of {groups * group_rows:,} answers, at their first tokens already,"
+        check_room(what, cache // devices, self.mesh.local_devices[0], f"--slots={self.slots}")
         return SlotScheduler(
             programs,
             self.cast_params(params),

@@ -1,6 +1,7 @@
 """Your own conversations: a JSON lines file."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.tasks.task import Slice, Task, message_fault
 
 SHOWN = 20  # bad lines that an error spells out
+LONGEST_LINE = 16 << 20  # bytes: Python's objects of a line take up to 30 times its size
 
 # Files that nanochat's guides tell users to fetch.
 SOURCES = {
@@ -35,7 +37,10 @@ class CustomJSON(Task):
     Python objects of a large file would take several times its size.
     """
 
-    def __init__(self, path: Path | str, *, log: Callable = print0, **slice_: Unpack[Slice]):
+    def __init__(
+        self, path: Path | str, *, log: Callable = print0, longest_line: int = LONGEST_LINE, **slice_: Unpack[Slice]
+    ):
+        """longest_line: bytes; a longer one is a bad line."""
         super().__init__(**slice_)
         self.path = Path(path)
         if not self.path.exists():
@@ -46,13 +51,19 @@ class CustomJSON(Task):
             raise ValueError(f"{self.path} is not a file")
         self._data = self.path.read_bytes()
         spans, faults, at = [], [], 0
-        for number, line in enumerate(self._data.split(b"\n"), start=1):
+        for number in itertools.count(1):
+            end = self._data.find(b"\n", at)
+            end = len(self._data) if end < 0 else end
             try:
-                if _parse(line) is not None:
-                    spans.append((at, at + len(line)))
+                if end - at > longest_line:
+                    raise ValueError(f"{end - at:,} bytes, more than --longest-line={longest_line}")
+                if _parse(self._data[at:end]) is not None:
+                    spans.append((at, end))
             except ValueError as e:
                 faults.append((number, e))
-            at += len(line) + 1
+            at = end + 1
+            if at > len(self._data):
+                break
         if faults:
             shown = [f"{self.path}:{number}: {e}" for number, e in faults[:SHOWN]]
             if len(faults) > SHOWN:

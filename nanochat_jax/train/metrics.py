@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from rich.table import Column
 
 from nanochat_jax.checkpoints.ownership import FolderLost
 from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.append import AppendedFile
 from nanochat_jax.files.json_numbers import finite_or_null
@@ -57,7 +59,11 @@ class MetricsLog:
         bucket.local_path(folder).mkdir(parents=True, exist_ok=True)
         self.kept = folder / "metrics.jsonl"
         path = bucket.fetch(self.kept, exact=True)
-        self._before = read_metrics(path) if path.exists() and resumed_at is not None else []
+        if resumed_at is not None:
+            self._before = read_metrics(path) if path.exists() else []
+            logged = len({r["step"] for r in self._before if "loss" in r and r["step"] <= resumed_at})
+            if logged < resumed_at:  # of a folder that was copied or restored in part
+                print0(f"NOTE: {path} has lost records of earlier steps: {logged:,} of {resumed_at:,} are there")
         self.file = AppendedFile(path)
         if self.file.ends_in_the_middle_of_a_line():
             self.file.write(b"\n")
@@ -111,27 +117,34 @@ class MetricsLog:
         self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
 
-def read_metrics(path: Path) -> list[dict]:
+def is_step(number: object) -> bool:
+    """Whether a value of a file is the number of a step, which a chart can show too."""
+    return type(number) is int and 0 <= number < 2**53
+
+
+def read_metrics(path: Path, log: Callable[[str], None] = str) -> list[dict]:
     """Records of metrics.jsonl in step order, without what later runs took back.
 
-    A line that is no JSON object with an integer step, such as one that was cut off, is skipped.
+    A line that is no JSON object with a step, such as one that was cut off, is skipped; `log` is told how many.
     """
     records: list[dict] = []
-    for line in path.read_bytes().split(b"\n"):
+    skipped = 0
+    for line in filter(None, path.read_bytes().split(b"\n")):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            continue
-        if not isinstance(record, dict):
-            continue
-        if record.get("event") == "start":
+            record = None
+        is_start = isinstance(record, dict) and record.get("event") == "start"
+        if is_start:
             records = []
-        elif type(record.get("step")) is not int:
-            continue
+        elif not (isinstance(record, dict) and is_step(record.get("step"))):
+            skipped += 1
         elif record.get("event") == "resume":
             records = [r for r in records if r["step"] <= record["step"]]
         else:
             records.append(record)
+    if skipped:
+        log(f"{path}: {skipped:,} line{'s are' if skipped > 1 else ' is'} no record of a step")
     return records
 
 

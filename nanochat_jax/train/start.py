@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from filelock import Timeout
 
@@ -27,6 +28,7 @@ from nanochat_jax.cli.settings import (
 )
 from nanochat_jax.data.packing import PACKING
 from nanochat_jax.distributed import processes
+from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import kept_dir
 from nanochat_jax.model.gpt import GPTConfig
@@ -281,7 +283,15 @@ def initial_state(start: Start, plan: Plan, log: Callable) -> Initial:
     """The state of the run's first step: from its checkpoint, from the model it starts from, or drawn from --seed.
 
     The plan comes back with the optimizer's groups in force: after a warm start the betas and the decay are those of
-    the model's optimizer, the rates the plan's. ValueError: the optimizer state of the model lacks something."""
+    the model's optimizer, the rates the plan's. ValueError: the optimizer state of the model lacks something, or a
+    device is too small by far."""
+    activation = plan.rows_per_device * plan.batch.T * plan.model.n_embd * jnp.dtype(plan.dtype).itemsize
+    check_room(
+        "the parameters, the optimizer's state and one activation",
+        bytes_on_device(plan.abstract_state) + activation,
+        plan.mesh.local_devices[0],
+        "--device-batch-size or --max-seq-len, or use more devices",
+    )
     if start.resumed:
         with plan.scope():
             return Initial(plan, restore_state(start.checkpoint, plan.abstract_state))

@@ -1,6 +1,7 @@
 """Intervals that hold what they promise, and the unbiased pass@k."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -62,3 +63,11 @@ def test_scores_that_are_no_shares_are_refused(scores):
 def test_pass_at_k_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one problem and one sample"):
         pass_at_k(np.zeros((0, 4)))
+
+
+def test_thousands_of_samples_are_counted_at_once_and_right():
+    passed = np.zeros((3, 4000), bool)
+    passed[1, :7], passed[2] = True, True
+    found = pass_at_k(passed)
+    unsolved = 1 - math.comb(4000 - 7, 500) / math.comb(4000, 500)
+    assert found[500].value == pytest.approx((0 + unsolved + 1) / 3, rel=1e-12) and found[4000].value == 2 / 3

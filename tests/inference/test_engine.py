@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nanochat_jax.distributed import device_memory
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
-from nanochat_jax.inference.engine import Engine, text_pieces
+from nanochat_jax.inference.engine import MOST_ANSWERS, Engine, text_pieces
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import arrange_slots, padded_size
 from nanochat_jax.model.gpt import GPT, abstract_gpt
@@ -193,6 +194,14 @@ def test_settings_that_make_no_sense_are_refused():
             SamplingParams(**bad)
     with pytest.raises(ValueError, match="slots must be at least 1"):
         make(slots=0)
+
+
+def test_sizes_that_no_device_could_hold_are_refused_before_anything_is_allocated(monkeypatch):
+    with pytest.raises(ValueError, match=r"16,777,217 answers, at most 16,777,216 are held at once: lower"):
+        make().generate(PARAMS, [[1]], SamplingParams(), samples=MOST_ANSWERS + 1)
+    monkeypatch.setattr(device_memory, "device_memory", lambda device: 1 << 20)
+    with pytest.raises(ValueError, match=r"1,024 answers, at their .* of a device's 0.0 GiB: lower --slots=1024"):
+        make(slots=1024).generate(PARAMS, [[1]], SamplingParams(), samples=1024)
 
 
 def test_no_prompts_give_no_samples(engine):

@@ -545,3 +545,14 @@ def test_a_task_that_cannot_be_loaded_says_why(here, spec, message):
 def test_a_task_without_evaluate_says_so():
     with pytest.raises(NotImplementedError, match="Bare cannot judge answers"):
         type("Bare", (Task,), {})().evaluate({}, "")
+
+
+def test_a_line_that_is_too_long_is_a_bad_line(tmp_path):
+    line = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    path = tmp_path / "long.jsonl"
+    path.write_text(f"{line}\n{line} \n")
+    assert len(CustomJSON(path, longest_line=len(line) + 1)) == 2
+    with pytest.raises(
+        ValueError, match=rf"long\.jsonl:2: {len(line) + 1} bytes, more than --longest-line={len(line)}"
+    ):
+        CustomJSON(path, longest_line=len(line))

@@ -189,9 +189,22 @@ def test_lines_that_are_no_record_of_a_step_are_skipped(tmp_path):
         b'{"loss": 1}',
         b'{"step": "1"}',
         b'{"step": true}',
+        b'{"step": -1}',
+        b'{"step": 1%s}' % (b"0" * 400),
         b'{"event": "resume"}',
         b"\xff",
         b"[" * 10**5,
     ]
     (tmp_path / "m.jsonl").write_bytes(b"\n".join([b'{"step": 1}', *bad, b'{"step": 2}']))
-    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+    said = []
+    assert read_metrics(tmp_path / "m.jsonl", said.append) == [{"step": 1}, {"step": 2}]
+    assert said == [f"{tmp_path / 'm.jsonl'}: {len(bad)} lines are no record of a step"]
+
+
+@pytest.mark.parametrize(("kept", "told"), [(5, ""), (2, "2 of 5 are there"), (None, "0 of 5 are there")])
+def test_a_resumed_run_says_that_records_of_earlier_steps_are_gone(tmp_path, capsys, kept, told):
+    if kept is not None:
+        (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {k}, "loss": 1.0}}\n' for k in range(1, kept + 1)))
+    MetricsLog(tmp_path, "dummy", {}, project="test", resumed_at=5).close()
+    said = capsys.readouterr().out
+    assert said == (f"NOTE: {tmp_path / 'metrics.jsonl'} has lost records of earlier steps: {told}\n" if told else "")
