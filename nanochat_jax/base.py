@@ -1,30 +1,17 @@
-"""Pretraining: from documents to a base model.
-
-python -m nanochat_jax.base --download 8 --depth 12         # fetch 8 shards, then train for the best length
-python -m nanochat_jax.base --data-dir shards --depth 4 --num-iterations 300 --total-batch-size 8192
-"""
+"""Pretraining: from documents to a base model. Its settings, with examples: flags/base.py."""
 
 import dataclasses
 from pathlib import Path
 
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli import main as cli_main
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import describe_device, start_device
 from nanochat_jax.cli.settings import (
-    FINITE,
-    LARGEST,
-    RATE,
-    RATIO,
-    Maybe,
-    StageConfig,
-    at_least,
-    between,
     check_bounds,
     require,
-    setting,
 )
 from nanochat_jax.data import shards
 from nanochat_jax.data.documents import DocumentRows, describe_documents
@@ -33,6 +20,7 @@ from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_shards
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import collect
 from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.flags.base import BaseConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
@@ -46,75 +34,6 @@ from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
 from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
 from nanochat_jax.train.start import Start, check_agreement, find_run, initial_state
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseConfig(StageConfig):
-    """Pretrain a model on documents. Everything follows from --depth; the other defaults are nanochat's."""
-
-    # which model and run
-    model_tag: Maybe[str] = setting(None, "folder under base_checkpoints; default: d<depth>", resume="free")
-    seed: int = setting(
-        42,
-        "first weights, and the order of the documents from the second epoch on",
-        between(0, 2**32 - 1, "from 0 to 4294967295"),
-    )
-    # model
-    depth: int = setting(20, "layers: the dial that decides everything else")
-    aspect_ratio: int = setting(64, "width = depth x this, rounded up to whole heads")
-    head_dim: int = setting(128, "width of an attention head")
-    window_pattern: str = setting(
-        "SSSL", "attention of the layers in turn: L = whole row, S = a quarter; the last is L"
-    )
-    max_seq_len: int = setting(2048, "tokens in a row")
-    # length: the first of these three that is above 0
-    num_iterations: int = setting(-1, "optimizer steps", between(-1, LARGEST, "from 1 to 2147483647, or -1"))
-    target_flops: float = setting(-1.0, "floating-point operations of the whole training", FINITE)
-    target_param_data_ratio: float = setting(12.0, "tokens per parameter of matrices and lm_head", FINITE)
-    # batch
-    device_batch_size: Maybe[int] = setting(
-        None, "rows per device in one pass; default: 32, or fewer that divide the batch", resume="free"
-    )
-    total_batch_size: int = setting(
-        -1,
-        "tokens per optimizer step, all devices together (-1 = the best for the model's size)",
-        at_least(1, "at least 1, or -1", also=-1),
-    )
-    document_mask: bool = setting(True, "documents in one row do not see each other; off = nanochat's behaviour")
-    # optimizer: rates for batches of 524,288 tokens, scaled to the batch in force
-    embedding_lr: float = setting(0.3, "AdamW: token and value embeddings, scaled by width too", RATE)
-    unembedding_lr: float = setting(0.008, "AdamW: lm_head, scaled by width too", RATE)
-    matrix_lr: float = setting(0.02, "Muon: matrices inside blocks", RATE)
-    scalar_lr: float = setting(0.5, "AdamW: residual scalars", RATE)
-    weight_decay: float = setting(
-        0.28, "Muon, at depth 12; scaled to the model and to the batch, and falling to 0", RATE
-    )
-    warmup_steps: int = setting(40, "steps over which rates rise", at_least(0))
-    warmdown_ratio: float = setting(0.65, "part of the run over which rates fall", RATIO)
-    final_lr_frac: float = setting(0.05, "rates end at this fraction", RATIO)
-    # evaluation and checkpoints
-    eval_every: int = setting(250, "steps between measurements of validation bits per byte (-1 = never)", resume="free")
-    eval_tokens: int = setting(
-        80 * 524288,
-        "tokens to measure it on, at most one pass over the validation shard",
-        at_least(1, "at least 1 (--eval-every -1 measures nothing)"),
-        resume="free",
-    )
-    sample_every: int = setting(2000, "steps between samples from the model (-1 = never)", resume="free")
-    save_every: int = setting(250, "steps between checkpoints (-1 = only at the end)", resume="free")
-    # data
-    data_dir: Maybe[Path] = setting(
-        None,
-        "parquet files with a column text; default: base_data_climbmix of the base dir",
-        resume="free",
-    )
-    download: int = setting(
-        0,
-        "fetch this many shards of climbmix-400b-shuffle first, and one for validation",
-        at_least(0),
-        resume="free",
-    )
-
 
 PROMPTS = (  # what is sampled from as training goes on: facts, a rule, arithmetic, a story
     "The largest ocean on Earth is",
@@ -236,8 +155,8 @@ def preflight_of(cfg: BaseConfig) -> int:
 def tag_of(cfg: BaseConfig) -> str:
     """The run's folder. Of --resume without a word on which run, the only one; ValueError: there are several."""
     if cfg.resume and not {"depth", "model_tag", "config"} & cfg.given and cfg.depth == BaseConfig.depth:
-        folders = sorted((kept_dir() / store.SOURCES["base"]).glob("*"))
-        tags = [folder.name for folder in folders if integrity.steps(folder)]
+        root = kept_dir() / store.SOURCES["base"]
+        tags = [tag for tag in sorted(find.tags_by_time(root)) if integrity.steps(root / tag)]
         require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
         if tags:
             return tags[0]
@@ -349,4 +268,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    cli_main.run_stage(main, settings.parse(BaseConfig, prog="python -m nanochat_jax.base"))
+    cli_main.run_stage(main, parse(BaseConfig, prog="python -m nanochat_jax.base"))

@@ -1,25 +1,18 @@
-"""Talk with a model in the terminal.
-
-python -m nanochat_jax.chat                                 # the newest SFT model
-python -m nanochat_jax.chat -i rl -t 0.8                    # one that RL has trained
-python -m nanochat_jax.chat -p "How much is 12 * 3.5?"      # one answer, and nothing else, on standard output
-printf 'Hello!\\nWho are you?\\n' | python -m nanochat_jax.chat   # a turn a line
+"""Talk with a model in the terminal. Its settings, with examples: flags/chat.py.
 
 Answers go to standard output, notes about them to standard error. A calculator call is shown as [expression = result],
 one without a result as [expression].
 """
 
 import contextlib
-import dataclasses
 import itertools
 import signal
 import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
@@ -28,11 +21,12 @@ from rich.text import Text
 from nanochat_jax.checkpoints import find
 from nanochat_jax.checkpoints.find import check_tokenizer
 from nanochat_jax.cli import main as cli_main
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import compute_dtype, start_device
-from nanochat_jax.cli.settings import LARGEST, Maybe, between, check_bounds, require, setting
+from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.files.paths import base_dir
+from nanochat_jax.flags.chat import ChatConfig
 from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tokenizer import Tokenizer
@@ -40,28 +34,6 @@ from nanochat_jax.tokenizer.show import visible
 
 CALL_STYLE, NOTE_STYLE = Style.parse("cyan"), "dim"
 JOINERS = "\u200c\u200d"  # invisible, but needed to spell Persian, the scripts of India and emoji
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """Talk with a model. `clear` forgets the chat; `quit`, `exit` and Ctrl-D end it; Ctrl-C stops an answer, and what
-    there is of it stays in the chat."""
-
-    # one message: print the answer to it, and nothing else, and exit
-    prompt: Annotated[Maybe[str], tyro.conf.arg(aliases=["-p"])] = None
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # stage that made the model: sft, rl or base
-    # tag of the model; default: the largest d<number>
-    model_tag: Annotated[Maybe[str], tyro.conf.arg(aliases=["-g"])] = None
-    # step of the model; default: its last
-    step: Annotated[Maybe[int], tyro.conf.arg(aliases=["-s", "--model-step"])] = None
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 = always the likeliest token
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # draw from the likeliest k tokens (0 = from all)
-    max_new_tokens: int = 256  # tokens of an answer, calculator results included
-    seed: int = setting(
-        42, "of the first answer; each one after it has the next number", between(0, LARGEST, f"from 0 to {LARGEST}")
-    )
-    device_type: str = "auto"  # auto, cuda, tpu or cpu
-    dtype: str = "auto"  # compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU
 
 
 class History:
@@ -288,6 +260,8 @@ def main(cfg: ChatConfig) -> int:
     check_bounds(cfg)
     require(cfg.prompt != "", "--prompt must hold a message, got an empty one")
     require(cfg.prompt is not None or sys.stdin is not None, "standard input is closed: give a message with --prompt")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     require(sys.stdout is not None, "standard output is closed: there is nowhere to print an answer to")
     with contextlib.redirect_stdout(sys.stderr):  # a warning is no part of an answer
         engine, params, found = load_model(cfg)
@@ -303,6 +277,4 @@ def main(cfg: ChatConfig) -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdin is not None:
-        sys.stdin.reconfigure(errors="replace")
-    cli_main.run_stage(main, settings.parse(ChatConfig, prog="python -m nanochat_jax.chat"))
+    cli_main.run_stage(main, parse(ChatConfig, prog="python -m nanochat_jax.chat"))

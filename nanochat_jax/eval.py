@@ -1,18 +1,12 @@
-"""Evaluation of a model on tasks: accuracies with intervals, and ChatCORE.
-
-python -m nanochat_jax.eval                                 # the newest SFT model on all tasks
-python -m nanochat_jax.eval -i rl -a "GSM8K|Arithmetic" -n 8 -t 1.0 --json gsm8k.json
-"""
+"""Evaluation of a model on tasks: accuracies with intervals, and ChatCORE. Settings and examples: flags/eval.py."""
 
 import dataclasses
 import json
 import os
 import time
 from pathlib import Path
-from typing import Annotated
 
 import jax
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,67 +15,25 @@ from rich.text import Text
 from nanochat_jax.checkpoints import find, store
 from nanochat_jax.checkpoints.find import check_tokenizer
 from nanochat_jax.cli import main as cli_main
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
-from nanochat_jax.cli.settings import LARGEST, Maybe, at_least, between, check_bounds, require, setting
+from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import param_shardings
-from nanochat_jax.evals.chatcore import BASELINES, NEW_TOKENS, WITH_SPELLING, chatcore
+from nanochat_jax.evals.chatcore import BASELINES, WITH_SPELLING, chatcore
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.files import bucket
 from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.files.paths import base_dir, write_atomically
+from nanochat_jax.flags.eval import EvalConfig
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.tasks.registry import TASKS, find_name, make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.memory import explaining_memory
-
-
-def short(*names: str):
-    """The one-letter forms of a flag."""
-    return tyro.conf.arg(aliases=names)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluate a model on tasks: which share of their problems it solves. One-letter flags are those of nanochat."""
-
-    # which model, which tasks
-    source: Annotated[str, short("-i")] = "sft"  # base, sft or rl
-    task_name: Annotated[Maybe[str], short("-a")] = None  # such as "ARC-Easy|my_module:MyTask"; default: all tasks
-    model_tag: Annotated[Maybe[str], short("-g")] = None  # tag of the model; default: the largest d<number>
-    step: Annotated[Maybe[int], short("-s", "--model-step")] = None  # step of the model; default: its last
-    max_problems: Annotated[Maybe[int], short("-x")] = setting(
-        None, "of each task, the first ones; default: all", at_least(1)
-    )
-    data_dir: Maybe[Path] = None  # folder of datasets on disk, looked at first
-    unsafe_exec: bool = False  # run HumanEval's programs also where this machine cannot guard against them
-    # answers
-    temperature: Annotated[float, short("-t")] = 0.0  # of generated answers; 0 = the most likely one
-    max_new_tokens: Annotated[int, short("-m")] = NEW_TOKENS  # tokens of an answer, the calculator's included
-    num_samples: Annotated[int, short("-n")] = setting(1, "answers to each problem, for pass@1 to pass@n", at_least(1))
-    top_k: Annotated[int, short("-k")] = 50  # sample among so many tokens; 0 = all
-    seed: int = setting(42, "of the sampling", between(0, LARGEST, f"from 0 to {LARGEST}"))
-    # machine
-    device_type: str = "auto"  # auto, cuda, tpu or cpu
-    dtype: Annotated[str, short("-d")] = "auto"  # compute type: float32 or bfloat16; auto = float32 on CPU
-    attention: str = "auto"  # backend by name, see docs/training.md; auto = the best that passes a trial here
-    mesh: Maybe[str] = None  # devices by axis, such as data=4,model=2; default: all on data
-    coordinator: Maybe[str] = None  # of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)
-    num_processes: Maybe[int] = None  # how many there are
-    process_id: Maybe[int] = None  # which one this is, from 0
-    batch_size: Annotated[Maybe[int], short("-b")] = setting(
-        None, "multiple-choice questions in a pass, per device", at_least(1)
-    )
-    slots: int = setting(256, "answers that are generated together", at_least(1))
-    # output
-    json: Maybe[Path] = None  # new file for all numbers
-    config: Maybe[Path] = None  # TOML file of flags; flags on the command line win
-
 
 LESS_MEMORY = "Lower --slots or --max-new-tokens, for multiple choice --batch-size, or use more devices"
 
@@ -278,4 +230,4 @@ def save(path: Path | None, report: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli_main.run_stage(main, settings.parse(EvalConfig, prog="python -m nanochat_jax.eval"))
+    cli_main.run_stage(main, parse(EvalConfig, prog="python -m nanochat_jax.eval"))

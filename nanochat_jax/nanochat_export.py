@@ -4,7 +4,6 @@ Storages are written one after the other, each converted when its turn comes, so
 today's network (era E, since 2026-03-14) has such files.
 """
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -15,29 +14,18 @@ import numpy as np
 
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.checkpoints.find import check_tokenizer
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import Maybe, parse, require
+from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.files.torch_write import write_pt
+from nanochat_jax.flags.nanochat_export import ExportConfig
 from nanochat_jax.interop import nanochat_write, optimizer_state
 from nanochat_jax.interop.nanochat_model import meta_file, model_file
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write a model, in our format or nanochat's, and its tokenizer as files that nanochat loads."""
-
-    output: Path  # nanochat base directory to write into; it is made where it does not exist
-    source: str = "base"  # which model: base, sft or rl
-    model_tag: Maybe[str] = None  # its tag; default: the largest d<number>
-    model_step: Maybe[int] = None  # its step; default: the last
-    output_tag: Maybe[str] = None  # its tag in the output; default: d<depth>, as nanochat names models
-    dtype: str = "float32"  # of the embeddings: float32 is exact, bfloat16 is what nanochat keeps on a GPU
-    optimizer: bool = True  # also the optimizer's state, where the model has one
 
 
 def main(cfg: ExportConfig) -> int:

@@ -5,27 +5,17 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import tyro
-
 from nanochat_jax.checkpoints import integrity, store
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import parse
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files import bucket
+from nanochat_jax.flags.nanochat_import import ImportConfig
 from nanochat_jax.interop.nanochat_model import find_steps, model_file, read_model
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from nanochat_jax.interop.optimizer_state import groups_to_json, recorded_groups
 from nanochat_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class ImportConfig:
-    """Convert every model in a nanochat base directory, once; reading them in place works too."""
-
-    src: tyro.conf.Positional[Path]  # nanochat's base directory (it holds base_checkpoints/, tokenizer/, ...)
-    to: Path  # base directory to write, ours from then on
-    logit_cap: float = 15.0  # 20 for models trained 2026-03-02 to 03-09, which cannot be told from the files
 
 
 def main(cfg: ImportConfig) -> int:

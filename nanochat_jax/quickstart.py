@@ -30,13 +30,15 @@ from rich.text import Text
 
 from nanochat_jax import base, chat, report, rl, sft
 from nanochat_jax.checkpoints import find
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import Maybe, parse, require
+from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import Evaluator
 from nanochat_jax.evals.intervals import Share
 from nanochat_jax.files.paths import write_atomically
+from nanochat_jax.flags.quickstart import QuickstartConfig
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tasks import Arithmetic, SimpleSpelling
 from nanochat_jax.tokenizer import train_tokenizer
@@ -70,14 +72,6 @@ RL = (
     *("--init-lr-frac=0.25", "--embedding-lr=0.005", "--scalar-lr=0.005"),
     *("--device-batch-size=32", "--eval-every=-1", "--save-every=-1"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
-    """Train a tokenizer, a base model and a chat model on word problems, in minutes and without a network."""
-
-    out: Maybe[Path] = None  # new folder for all it makes; default: quickstart-1, or the next number that is free
-    seed: int = 0  # texts, first weights, order and draws: another seed is another model
 
 
 def main(cfg: QuickstartConfig) -> int:

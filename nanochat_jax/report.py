@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
-import tyro
 from matplotlib.figure import Figure
 
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import Maybe, parse, require
+from nanochat_jax.cli.settings import require
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import kept_dir, write_atomically
+from nanochat_jax.flags.report import ReportConfig
 from nanochat_jax.train.metrics import is_step, read_metrics
 
 STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
@@ -38,14 +39,6 @@ table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem 1
 pre { white-space: pre-wrap; background: #f5f5f5; padding: .6rem; border-left: 4px solid #bbb; }
 pre.right { border-color: #109618; } pre.wrong { border-color: #dc3912; }
 """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Draw the curves of training runs into one HTML page."""
-
-    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # of runs; default: all in the base directory
-    output: Maybe[Path] = None  # the page; default: report.html in the base directory
 
 
 @dataclasses.dataclass(frozen=True)

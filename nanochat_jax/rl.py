@@ -1,33 +1,21 @@
 """Reinforcement learning: a chat model gets better at a task whose answers can be judged.
 
-python -m nanochat_jax.rl                                   # GSM8K, from the newest SFT model
-python -m nanochat_jax.rl --task my_module:MyTask --num-steps 200 --run my-run
-"""
+Its settings, with examples: flags/rl.py."""
 
 import contextlib
 import dataclasses
 import functools
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from jax.sharding import Mesh
 
 from nanochat_jax.cli import main as cli_main
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import describe_device, start_device
 from nanochat_jax.cli.settings import (
-    LARGEST,
-    RATE,
-    Bounds,
-    Maybe,
-    StageConfig,
-    at_least,
-    between,
     check_bounds,
-    one_of,
     require,
-    setting,
 )
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
@@ -35,6 +23,7 @@ from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.files.paths import base_dir
+from nanochat_jax.flags.rl import RLConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
@@ -43,7 +32,7 @@ from nanochat_jax.optim.groups import Groups
 from nanochat_jax.optim.schedules import rl_scalars
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
 from nanochat_jax.rollouts.log import RolloutLog
-from nanochat_jax.rollouts.objective import ADVANTAGES, Objective, make_score
+from nanochat_jax.rollouts.objective import Objective, make_score
 from nanochat_jax.rollouts.pass_at_k import make_pass_at_k, shown
 from nanochat_jax.rollouts.prompts import PromptStream, check_context
 from nanochat_jax.rollouts.reference import load_reference
@@ -56,97 +45,6 @@ from nanochat_jax.train.loop import exit_code, open_run
 from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, make_plan
 from nanochat_jax.train.start import Start, find_start, fine_tuning_groups, initial_state
-
-COUNT = between(1, 65536, "from 1 to 65536")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig(StageConfig):
-    """Train a chat model on what its own answers to a task's problems are worth. Defaults are nanochat's."""
-
-    # which model and run
-    source: str = setting("sft", "stage of the model to start from: sft, rl or base", one_of("sft", "rl", "base"))
-    model_tag: Maybe[str] = setting(None, "its tag; default: the largest d<number>")
-    model_step: Maybe[int] = setting(None, "its step; default: the last")
-    output_tag: Maybe[str] = setting(
-        None, "folder under chatrl_checkpoints; default: the run's name, else d<depth>", resume="own"
-    )
-    load_optimizer: int = setting(0, "1 = start from that model's optimizer state, 0 = from an empty one", one_of(0, 1))
-    seed: int = setting(
-        42,
-        "of the sampling, and of the order of the problems from the second epoch on",
-        between(0, LARGEST, "from 0 to 2147483647"),
-    )
-    # problems and length
-    task: str = setting("gsm8k", "gsm8k, arithmetic, spelling, or a class of your own with a reward, as module:Class")
-    eval_task: Maybe[str] = setting(
-        None, "the same for the held-out problems; default: the test split of --task", resume="free"
-    )
-    data_dir: Maybe[Path] = setting(
-        None,
-        "local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data",
-        resume="free",
-    )
-    num_epochs: int = setting(1, "times that every problem is met", COUNT)
-    num_steps: int = setting(
-        -1,
-        "optimizer steps (-1 = as --num-epochs says)",
-        at_least(1, "at least 1, or -1 for --num-epochs", also=-1),
-    )
-    # rollouts
-    examples_per_step: int = setting(16, "problems in a step, all devices together", COUNT)
-    num_samples: int = setting(
-        16, "answers to each of them", between(2, 65536, "from 2 to 65536, as answers are compared with each other")
-    )
-    max_new_tokens: int = setting(256, "tokens of an answer, the calculator's included")
-    temperature: float = setting(
-        1.0, "of the sampling", Bounds(lambda t: t > 0, "above 0: else all answers to a problem are the same")
-    )
-    top_k: int = setting(50, "sample among so many tokens; 0 = all")
-    resample: bool = setting(False, "draw more problems in place of those whose answers are all worth the same")
-    slots: int = setting(256, "answers that are generated together, all devices together", COUNT, resume="free")
-    # objective
-    objective: str = setting(
-        "global",
-        "global = a step's tokens weigh alike; nanochat = its passes, end of turn not trained",
-        one_of("global", "nanochat"),
-    )
-    advantage: str = setting(
-        "mean",
-        f"an answer's reward against its problem's others: {', '.join(ADVANTAGES)}",
-        one_of(*ADVANTAGES, words=f"one of {', '.join(ADVANTAGES)}"),
-    )
-    clip_low: Maybe[float] = setting(
-        None, "a token's probability counts down to 1 - this times that of the sampling; e.g. 0.2"
-    )
-    clip_high: Maybe[float] = setting(None, "and up to 1 + this times")
-    updates_per_batch: int = setting(1, "updates on the same answers; more than 1 needs a --clip", COUNT)
-    kl_coef: float = setting(0.0, "penalty for leaving the model that the run started from")
-    is_cap: Maybe[float] = setting(
-        None, "weigh by policy / sampling distribution, at most this: corrects for top-k; e.g. 2"
-    )
-    device_batch_size: int = setting(8, "rows per device in one forward and backward pass", COUNT, resume="free")
-    max_seq_len: Maybe[int] = setting(
-        None, "tokens in a row of packed answers; default: the model's, or what the longest needs", at_least(1)
-    )
-    # optimizer
-    embedding_lr: float = setting(0.2, "AdamW: token and value embeddings, scaled by width", RATE)
-    unembedding_lr: float = setting(0.004, "AdamW: lm_head, scaled by width", RATE)
-    matrix_lr: float = setting(0.02, "Muon: matrices inside blocks", RATE)
-    scalar_lr: float = setting(0.5, "AdamW: residual scalars", RATE)
-    weight_decay: float = setting(0.0, "Muon", RATE)
-    init_lr_frac: float = setting(0.05, "all rates start at this fraction, and fall to 0", RATE)
-    # evaluation, checkpoints, records
-    eval_every: int = setting(
-        60, "steps between measurements of pass@k on held-out problems (-1 = never)", resume="free"
-    )
-    eval_examples: int = setting(400, "held-out problems", COUNT, resume="free")
-    eval_samples: int = setting(8, "answers to each, for pass@1 to pass@8", COUNT, resume="free")
-    save_every: int = setting(60, "steps between checkpoints (-1 = only at the end)", resume="free")
-    log_rollouts: int = setting(
-        2, "problems of each step whose answers rollouts.jsonl keeps", at_least(0), resume="free"
-    )
-
 
 TRAINING_PROBLEMS = 100_000  # of a task that makes them up
 MEMORY_ADVICE = "Lower --slots and --device-batch-size first, which change no result, then --max-new-tokens"
@@ -367,13 +265,7 @@ def find_rl_start(cfg: RLConfig, tokenizer: Tokenizer) -> Start:
             start.cfg.objective != "nanochat" or start.cfg.device_batch_size == recorded,
             f"--resume: with --objective nanochat the training depends on --device-batch-size, which was {recorded}",
         )
-        return start
-    require(
-        start.base.folder.resolve() != start.folder.resolve(),
-        f"{start.base} is the model to start from: choose another folder for this run with --output-tag",
-    )
-    cfg = dataclasses.replace(start.cfg, model_tag=start.base.tag, model_step=start.base.step)
-    return dataclasses.replace(start, cfg=cfg)
+    return start
 
 
 def held_out(cfg: RLConfig, tokenizer: Tokenizer) -> EvalSet | None:
@@ -393,7 +285,8 @@ def console_line(record: Mapping[str, float]) -> str:
     """The console's line of a step."""
     updated = "delta_logp_mean" in record
     return (
-        f"reward {record['smoothed_reward']:.3f} | pass {record['pass_rate']:.1%} | signal "
+        f"reward {record['reward']:.3f} (smoothed {record['smoothed_reward']:.3f}) | rewarded "
+        f"{record['pass_rate']:.1%} | signal "
         f"{1 - record['no_signal']:.0%} | length {record['length_mean']:.0f} | "
         f"{f'dlogp {record["delta_logp_mean"]:.0e}' if updated else 'no signal, no update'} | "
         f"lrm {record['lr_multiplier']:.3f} | rollout {record['rollout_tokens_per_second']:,.0f} tok/s "
@@ -402,4 +295,4 @@ def console_line(record: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    cli_main.run_stage(main, settings.parse(RLConfig, prog="python -m nanochat_jax.rl"))
+    cli_main.run_stage(main, parse(RLConfig, prog="python -m nanochat_jax.rl"))

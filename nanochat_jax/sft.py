@@ -1,30 +1,16 @@
-"""Supervised fine-tuning: a base model becomes a chat model.
+"""Supervised fine-tuning: a base model becomes a chat model. Its settings, with examples: flags/sft.py."""
 
-python -m nanochat_jax.sft                                  # everything inherited from the newest base checkpoint
-python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run my-run
-"""
-
-import dataclasses
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from nanochat_jax.cli import main as cli_main
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import describe_device, start_device
 from nanochat_jax.cli.settings import (
-    LARGEST,
-    RATE,
-    RATIO,
-    Maybe,
-    StageConfig,
-    at_least,
-    between,
     check_bounds,
     flag,
-    one_of,
     require,
-    setting,
 )
 from nanochat_jax.data.conversations import ConversationRows, ConversationStore, describe_conversations
 from nanochat_jax.data.token_cache import open_caches
@@ -33,6 +19,7 @@ from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.chatcore import make_chatcore
 from nanochat_jax.files.paths import base_dir
+from nanochat_jax.flags.sft import SFTConfig
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups
@@ -47,7 +34,6 @@ from nanochat_jax.tasks import (
     SpellingBee,
     TaskMixture,
 )
-from nanochat_jax.tasks.custom_json import LONGEST_LINE
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
@@ -56,90 +42,6 @@ from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
 from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
 from nanochat_jax.train.start import find_start, fine_tuning_groups, initial_state
-
-STEPS = between(1, LARGEST, "from 1 to 2147483647, or -1 for one epoch", also=-1)
-TIMES = between(0, 1000, "from 0 to 1000 (see --num-iterations)")
-ROWS = between(0, 10_000_000, "from 0 to 10000000")
-PROBLEMS = at_least(1, "at least 1, or -1 for all", also=-1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig(StageConfig):
-    """Fine-tune a base model on conversations. What is not given is inherited from the base checkpoint, or from the
-    run's own one with --resume."""
-
-    # which model and run
-    model_tag: Maybe[str] = setting(None, "tag of the base model; default: the largest d<number>")
-    model_step: Maybe[int] = setting(None, "step of the base model; default: its last")
-    output_tag: Maybe[str] = setting(
-        None, "folder under chatsft_checkpoints; default: the run's name, else d<depth>", resume="own"
-    )
-    load_optimizer: int = setting(
-        1, "1 = start from the base model's optimizer state, 0 = from an empty one", one_of(0, 1)
-    )
-    seed: int = setting(42, "order of the conversations; 42 is nanochat's", at_least(0))
-    # length and batch
-    num_iterations: int = setting(
-        -1,
-        "optimizer steps (-1 = one epoch)",
-        STEPS,
-    )
-    max_seq_len: Maybe[int] = setting(None, "tokens in a row; default: inherited", inherited=2048)
-    device_batch_size: Maybe[int] = setting(
-        None,
-        "rows per device in one forward and backward pass; default: inherited",
-        inherited=32,
-        resume="free",
-    )
-    total_batch_size: Maybe[int] = setting(
-        None, "tokens per optimizer step, all devices together; default: inherited", inherited=524288
-    )
-    document_mask: bool = setting(True, "conversations in one row do not see each other; off = nanochat's behaviour")
-    # optimizer
-    embedding_lr: Maybe[float] = setting(
-        None, "AdamW: token and value embeddings, scaled by width; default: inherited", RATE, inherited=0.3
-    )
-    unembedding_lr: Maybe[float] = setting(
-        None, "AdamW: lm_head, scaled by width; default: inherited", RATE, inherited=0.004
-    )
-    matrix_lr: Maybe[float] = setting(None, "Muon: matrices inside blocks; default: inherited", RATE, inherited=0.02)
-    scalar_lr: float = setting(0.5, "AdamW: residual scalars", RATE)
-    weight_decay: Maybe[float] = setting(None, "Muon; default: that of the loaded optimizer, else 0", RATE)
-    init_lr_frac: float = setting(0.8, "all rates start at this fraction", RATE)
-    warmup_ratio: float = setting(0.0, "part of the run over which rates rise", RATIO)
-    warmdown_ratio: float = setting(0.5, "part of the run over which rates fall", RATIO)
-    final_lr_frac: float = setting(0.0, "rates end at this fraction", RATIO)
-    # evaluation and checkpoints
-    eval_every: int = setting(200, "steps between measurements of validation bits per byte (-1 = never)", resume="free")
-    eval_tokens: int = setting(
-        40 * 524288,
-        "tokens to measure it on, at most one pass over the validation data",
-        at_least(1, "at least 1 (--eval-every -1 measures nothing)"),
-        resume="free",
-    )
-    chatcore_every: int = setting(200, "steps between ChatCORE evaluations (-1 = never)", resume="free")
-    chatcore_max_cat: int = setting(-1, "problems per multiple-choice task (-1 = all)", PROBLEMS, resume="free")
-    chatcore_max_sample: int = setting(24, "problems per generative task", PROBLEMS, resume="free")
-    save_every: int = setting(200, "steps between checkpoints (-1 = only at the end)", resume="free")
-    # data
-    data_dir: Maybe[Path] = setting(
-        None,
-        "local mirror of the datasets; default: NANOCHAT_DATA_DIR, else <base dir>/task_data",
-        resume="free",
-    )
-    smoltalk_epochs: int = setting(1, "times SmolTalk is in the mixture (0 = left out)", TIMES)
-    mmlu_epochs: int = setting(3, "times MMLU's auxiliary_train is in it", TIMES)
-    gsm8k_epochs: int = setting(4, "times GSM8K's train split is in it", TIMES)
-    simple_spelling_rows: int = setting(200_000, "words to spell (0 = left out)", ROWS)
-    spelling_bee_rows: int = setting(80_000, "words to count a letter of", ROWS)
-    arithmetic_rows: int = setting(0, "generated word problems", ROWS)
-    custom_json: tuple[Path, ...] = setting((), "file with a conversation a line")
-    custom_epochs: int = setting(1, "times the custom files are in the mixture", TIMES)
-    val_json: tuple[Path, ...] = setting(
-        (), "such a file to validate on, beside the tasks' own test splits", resume="free"
-    )
-    longest_line: int = setting(LONGEST_LINE, "bytes of a line in these files, at most", at_least(1), resume="free")
-    task: tuple[str, ...] = setting((), "another task, by its name in eval or as module:Class")
 
 
 def main(cfg: SFTConfig) -> int:
@@ -153,7 +55,7 @@ def main(cfg: SFTConfig) -> int:
 
     # The run: a new one from the base model, or one to go on with
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    start = find_start(cfg, "sft", tokenizer, print0)
+    start = find_start(cfg, "sft", tokenizer, print0, source=cfg.source)
     cfg = start.cfg
     check_bounds(cfg)  # also what was inherited
     check_attention_backend(cfg.attention, mesh, packed=cfg.document_mask)
@@ -228,7 +130,7 @@ def preflight_of(cfg: SFTConfig) -> int:
     """--preflight -> the exit code: 0 where it fits, else 1."""
     devices = preflight.start(cfg)
     model, cfg = preflight.model_for(
-        cfg, "base", lambda: find_start(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), print0)
+        cfg, cfg.source, lambda: find_start(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), print0, cfg.source)
     )
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd))
     return preflight.report(plan, [preflight.update_phase(plan)])
@@ -302,4 +204,4 @@ def chatcore_measurement(cfg: SFTConfig, plan: Plan, tokenizer: Tokenizer) -> Me
 
 
 if __name__ == "__main__":
-    cli_main.run_stage(main, settings.parse(SFTConfig, prog="python -m nanochat_jax.sft"))
+    cli_main.run_stage(main, parse(SFTConfig, prog="python -m nanochat_jax.sft"))

@@ -13,7 +13,8 @@ import pytest
 from nanochat_jax import base as stage
 from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
-from nanochat_jax.cli.settings import parse, require
+from nanochat_jax.cli.command_line import parse
+from nanochat_jax.cli.settings import require
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.train import scaling_laws
 from nanochat_jax.train.metrics import read_metrics

@@ -540,7 +540,7 @@ def test_a_terminal_is_told_what_it_talks_to(keyboard, monkeypatch, capsys):
         (["--seed", "-1"], "--seed must be"),
         (["--seed", str(2**31)], "--seed must be"),
         (["-p", ""], "--prompt must hold a message"),
-        (["-i", "mid"], "one of base, sft, rl, got 'mid'"),
+        (["-i", "mid"], "no mid model"),
         (["-i", "rl"], "no rl model"),
         (["-g", "d9"], "--model-tag=d9"),
         (["-s", "8"], "--model-step=8"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.model.cost import kv_bytes_per_token, parameter_counts
 from nanochat_jax.rollouts.pack import most_rows
 from nanochat_jax.train.scaling_laws import REFERENCE_DEPTH, config_of_depth, recipe
@@ -91,7 +91,7 @@ def estimated_rollout_gb(model, cfg, devices: int, on_cpu: bool) -> float:
 def preset(request):
     """(file, class, devices, GB of one, settings)"""
     cls, devices, memory = stage_of(request.param)
-    return request.param, cls, devices, memory, settings.parse(cls, ["--config", str(request.param)])
+    return request.param, cls, devices, memory, parse(cls, ["--config", str(request.param)])
 
 
 def test_there_is_a_preset_for_every_machine():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax import base, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, sft
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.tasks.registry import TASKS
 from nanochat_jax.tasks.task import load_task
 from nanochat_jax.tokenizer.__main__ import Eval, Show, Train
@@ -73,7 +73,7 @@ def check_stage(command):
     """The stage's settings take the flags, as typed and as tools/check/readme_walk.py gives them."""
     stage, flags = STAGE.match(command).groups()
     for typed in (flags, walk.sized(command).partition(f"nanochat_jax.{stage}")[2]):
-        settings.parse(SETTINGS[stage], shlex.split(typed))
+        parse(SETTINGS[stage], shlex.split(typed))
 
 
 def check_tool(tool, words):
@@ -83,7 +83,7 @@ def check_tool(tool, words):
     if tool == "tools/tpu_vm.py":
         check_launcher(words)
     elif tool == "tools/quickstart.sh":
-        settings.parse(quickstart.QuickstartConfig, words)
+        parse(quickstart.QuickstartConfig, words)
     elif path.suffix == ".sh":
         assert all(word in path.read_text(encoding="utf-8") or (ROOT / word).is_file() for word in words), words
     else:
@@ -96,7 +96,7 @@ def check_launcher(words):
     cut = words.index("--") if "--" in words else len(words)
     verb, *flags = ["--follow" if word == "-f" else word for word in words[:cut]]
     assert verb in launcher.VERBS
-    settings.parse(launcher.Settings, flags)
+    parse(launcher.Settings, flags)
     if command := shlex.join(words[cut + 1 :]):
         check_stage(command)
 

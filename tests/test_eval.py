@@ -423,7 +423,7 @@ def test_own_tasks_run_beside_ours_and_what_is_done_survives_a_judge_that_fails(
         (["-k", "-1"], "--top-k must be at least 1, or 0 for no limit, got -1"),
         (["-t", "nan"], "--temperature must be a number from 0 to 1e30, got nan"),
         (["-d", "float16"], "--dtype must be auto, float32 or bfloat16, got 'float16'"),
-        (["-i", "pretrained"], "must be one of base, sft, rl, got 'pretrained'"),
+        (["-i", "pretrained"], "must be base, mid, sft or rl, got pretrained"),
         (["-i", "rl"], "no rl model"),
         (["-s", "8"], "--model-step=8 is not in"),
         (["-g", "d9"], "--model-tag=d9"),

@@ -13,7 +13,7 @@ from flax import nnx
 
 from nanochat_jax import nanochat_import, sft
 from nanochat_jax.checkpoints import find, integrity, store
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.distributed import sharding
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -185,7 +185,7 @@ def test_fine_tuning_a_converted_model_gives_the_same_numbers_as_the_original(tm
     try:
         for base in (theirs, ours):
             monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-            assert sft.main(settings.parse(sft.SFTConfig, argv)) == 0
+            assert sft.main(parse(sft.SFTConfig, argv)) == 0
             folder = base / "chatsft_checkpoints" / "x"
             losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
             results.append((losses, *(store.read_arrays(folder / "2", k) for k in ("params", "optimizer"))))

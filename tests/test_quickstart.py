@@ -18,6 +18,7 @@ from rich.console import Console
 from nanochat_jax import quickstart, rl
 from nanochat_jax.checkpoints import find, integrity
 from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.inference import engine
 from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
 from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
@@ -127,7 +128,7 @@ def test_the_flags_are_such_as_a_user_can_type():
         (quickstart.sft.SFTConfig, quickstart.SFT),
         (rl.RLConfig, quickstart.RL),
     ):
-        cfg = settings.parse(kind, [*flags, "--seed=1"])
+        cfg = parse(kind, [*flags, "--seed=1"])
         settings.check_bounds(cfg)
     rl.check(cfg)
 

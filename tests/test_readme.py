@@ -30,7 +30,7 @@ def test_the_two_commands_and_a_preset_are_named():
 def test_the_tree_shows_every_command_and_every_folder_from_high_to_low():
     (tree,) = re.findall(r"^```\nnanochat_jax/\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     shown = re.findall(r"^  (\S+) +\S", tree, re.MULTILINE)
-    commands = {path.name for path in (ROOT / "nanochat_jax").glob("*.py")} - {"__init__.py"}
+    commands = {path.name for path in (ROOT / "nanochat_jax").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert {name for name in shown if name.endswith(".py")} == commands
     assert [name for name in shown if name.endswith("/")] == [f"{name}/" for name in reversed(FOLDERS)]
     for name in re.findall(r"^(\w+/)", tree, re.MULTILINE):

@@ -11,8 +11,9 @@ import pytest
 
 from nanochat_jax.checkpoints import integrity, store
 from nanochat_jax.checkpoints.saver import Saver
-from nanochat_jax.cli.settings import Maybe, StageConfig, recorded_settings, resumed_settings, setting
+from nanochat_jax.cli.settings import Maybe, recorded_settings, resumed_settings, setting
 from nanochat_jax.data.packing import PACKING
+from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.sft import SFTConfig
 from nanochat_jax.train import step as train
 from nanochat_jax.train.start import Start, changed_versions, find_run
@@ -196,7 +197,7 @@ def test_a_resumed_run_says_which_versions_have_changed(tmp_path, monkeypatch, c
     recorded = {"tokenizer": tokenizer.digest(), "versions": store.versions() | changed}
     saver.save(3, train.state_items(state), lambda: tiny.meta(groups, step=3, **recorded))
     saver.wait()
-    assert find_run(SFTConfig(resume=True), "sft", "mine", tokenizer, said.append).first_step == 3
+    assert find_run(SFTConfig(resume="run"), "sft", "mine", tokenizer, said.append).first_step == 3
     found = [line for line in said if "jaxlib" in line]
     assert len(found) == notes and all(
         line.startswith("NOTE: since then versions have changed (jaxlib 0.0.1 to ") for line in found

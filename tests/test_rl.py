@@ -471,7 +471,7 @@ BAD = [
     (["--is-cap", "-1"], "--is-cap must be above 0"),
     (["--kl-coef", "nan"], "--kl-coef must be at least 0"),
     (["--matrix-lr", "nan"], "--matrix-lr must be between 0 and 1000"),
-    (["--source", "pretrained"], "--source must be sft, rl or base"),
+    (["--source", "pretrained"], "--source must be base, mid, sft or rl"),
     (["--source", "sft"], "no sft model"),
     (["--task", "gsm9k"], "did you mean GSM8K?"),
     (["--task", "rl_tasks:Missing"], "has no Missing"),

@@ -9,7 +9,8 @@ import pytest
 from nanochat_jax import rl
 from nanochat_jax.checkpoints import store
 from nanochat_jax.checkpoints.saver import Saver
-from nanochat_jax.cli.settings import parse, recorded_settings
+from nanochat_jax.cli.command_line import parse
+from nanochat_jax.cli.settings import recorded_settings
 from nanochat_jax.data.packing import PACKING
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS
 from nanochat_jax.rollouts.log import RolloutLog

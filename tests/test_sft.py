@@ -167,8 +167,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, tr
     assert same(final(folder), final(trained[0]))
 
 
-def test_resume_without_anything_to_resume_and_overwrite_both_begin_anew(base, trained, capsys):
-    assert run(arguments(base, "anew", "--resume", "--eval-every", "-1", *RATES)) == 0
+def test_resume_auto_without_anything_to_resume_and_overwrite_both_begin_anew(base, trained, capsys):
+    message = run(arguments(base, "anew", "--resume", "--eval-every", "-1", *RATES))
+    assert "anew has no checkpoint to go on from; the runs that have some, the newest first: " in message
+    assert "trained" in message and "or give --resume=auto" in message
+    assert run(arguments(base, "anew", "--resume=auto", "--eval-every", "-1", *RATES)) == 0
     assert "anew: a new run" in capsys.readouterr().out
     folder = base / "chatsft_checkpoints" / "anew"
     first = final(folder)
@@ -425,7 +428,7 @@ def test_help_is_readable_and_starts_no_device(base):
     command = [sys.executable, "-m", "nanochat_jax.sft", "--help"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr
-    assert "--max-seq-len INT   tokens in a row; default: inherited" in done.stdout
+    assert "--max-seq-len N           tokens in a row; default: inherited" in done.stdout
     assert "None" not in done.stdout
 
 

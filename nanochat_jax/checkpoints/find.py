@@ -35,13 +35,15 @@ class Found:
     folder: Path
     step: int
     ours: bool
+    among: int = 1  # models of the stage of which it is the newest; 1 where it was named
 
     @property
     def tag(self) -> str:
         return self.folder.name
 
     def __str__(self) -> str:
-        return str(self.folder / (str(self.step) if self.ours else f"model_{self.step:06d}.pt"))
+        path = self.folder / (str(self.step) if self.ours else f"model_{self.step:06d}.pt")
+        return f"{path}{f', the newest of {self.among} (--model-tag names another)' if self.among > 1 else ''}"
 
 
 def identity(found: Found) -> str:
@@ -61,10 +63,11 @@ def find_model(
     *,
     optimizer: bool = False,
 ) -> Found:
-    """Where the model is: the tag d<number> with the largest number, and its last step, unless they are given.
+    """Where the model is: unless they are given, the tag whose last checkpoint is newest, and its last step.
 
     optimizer: whether its optimizer state is going to be read too; what is not read is not compared with its hashes.
-    FileNotFoundError says where was looked and what to do. A damaged checkpoint of ours is named and passed over.
+    FileNotFoundError says where was looked and what to do. A damaged checkpoint of ours is named and passed over, and
+    so is a folder without an intact one where no tag is given. nanochat takes the largest d<number>.
     """
     if source not in SOURCES:
         raise ValueError(f"the source of a model must be one of {', '.join(SOURCES)}, got {source!r}")
@@ -74,10 +77,49 @@ def find_model(
             f"no {source} model: {root} does not exist; train one there, or set NANOCHAT_BASE_DIR to the folder that "
             f"holds {SOURCES[source]}/"
         )
-    folder = root / (model_tag or find_tag(root))
+    if model_tag is not None:
+        return _find_step(root / model_tag, step, optimizer)
+    tags = tags_by_time(root)
+    for tag in tags:
+        try:
+            return dataclasses.replace(_find_step(root / tag, step, optimizer), among=len(tags))
+        except FileNotFoundError as error:
+            if step is not None or len(tags) == 1:
+                raise
+            print0(f"WARNING: {error}; looking at the one saved before it")
+    raise FileNotFoundError(
+        f"no {source} model in {root}: train one, or set NANOCHAT_BASE_DIR to the folder that holds nanochat's"
+    )
+
+
+def tags_by_time(root: Path) -> list[str]:
+    """Tags of the folders in `root` that hold checkpoints, the one with the newest last checkpoint first; of those that
+    are equally old, as after a copy, the deepest d<number> first."""
+    folders = [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
+    saved = {folder.name: last_saved(folder) for folder in folders}
+
+    def order(tag: str) -> tuple:
+        depth = re.match(r"d([0-9]+)", tag)
+        return -saved[tag], -int(depth[1][:9]) if depth else 0, len(tag), tag  # "d20" before "d20_long"
+
+    return sorted((tag for tag, when in saved.items() if when is not None), key=order)
+
+
+def last_saved(folder: Path) -> int | None:
+    """When the last checkpoint in a folder <tag> was written, in nanoseconds since 1970; None where there is none."""
+    ours, theirs = integrity.steps(folder), sorted(folder.glob("model_*.pt"))
+    files = [folder / str(ours[-1]) / integrity.MANIFEST] if ours else []
+    files += theirs[-1:]
+    if bucket.in_bucket(folder):
+        return bucket.modified(folder) if files else None
+    return max((file.stat().st_mtime_ns for file in files), default=None)
+
+
+def _find_step(folder: Path, step: int | None, optimizer: bool) -> Found:
+    """The model of this step, or the last intact one, in the folder <tag>; see `find_model`."""
     if not folder.is_dir():
-        tags = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
-        raise FileNotFoundError(f"--model-tag={model_tag}: {folder} does not exist; tags in {root}: {tags}")
+        tags = ", ".join(sorted(p.name for p in folder.parent.iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(f"--model-tag={folder.name}: {folder} does not exist; tags in {folder.parent}: {tags}")
     ours, theirs = integrity.steps(folder), _nanochat_steps(folder)
     if step is not None:
         if step not in (*ours, *theirs):
@@ -190,16 +232,3 @@ def check_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:
             f"the tokenizer in {base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model was trained "
             f"with ({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
         )
-
-
-def find_tag(folder: Path) -> str:
-    """nanochat's default model in `folder`: the largest d<number>, else the folder modified last."""
-    tags = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    if not tags:
-        raise FileNotFoundError(
-            f"no model in {folder}: put nanochat's checkpoints there, train one, or point NANOCHAT_BASE_DIR elsewhere"
-        )
-    depths = {tag: int(found[1]) for tag in tags if (found := re.match(r"d([0-9]+)", tag))}
-    if depths:
-        return min(depths, key=lambda tag: (-depths[tag], len(tag), tag))  # of equal depth: "d20" before "d20_long"
-    return max(tags, key=lambda tag: bucket.modified(folder / tag))

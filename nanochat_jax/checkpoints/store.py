@@ -21,7 +21,12 @@ from orbax.checkpoint import v1 as ocp
 from nanochat_jax.checkpoints import integrity
 
 MEASURED = "measured.json"  # in a checkpoint's folder, beside what the manifest lists
-SOURCES = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+SOURCES = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file, and prints what it raises too
 

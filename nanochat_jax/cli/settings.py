@@ -3,39 +3,48 @@
 Precedence: flag > --config FILE.toml > what the checkpoint recorded > default. A field that is None is inherited.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
 import os
-import sys
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-from nanochat_jax.cli.main import write_nowhere
+from tyro.constructors import PrimitiveConstructorSpec
 
 T = TypeVar("T")
 # The type of a setting that is None where the user does not give it; its help says what holds then.
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
-HERE = "here"
-# The type of --preflight, whose value may be left out: then it is HERE. None where the flag is not given.
-Preflight = Annotated[
-    str | None,
-    PrimitiveConstructorSpec(
+
+
+def with_optional_value(alone: str, metavar: str) -> Any:
+    """The type of a flag whose value may be left out: then it is `alone`. None where the flag is not given."""
+    constructor = PrimitiveConstructorSpec(
         (0, 1),
-        "[SLICE]",
-        lambda texts: texts[0] if texts else HERE,
+        metavar,
+        lambda texts: texts[0] if texts else alone,
         lambda value: value is None or isinstance(value, str),
         lambda value: [] if value is None else [value],
-    ),
-    tyro.conf.arg(help_behavior_hint=""),
-]
-CONSTRUCTORS = ConstructorRegistry()
+    )
+    return Annotated[str | None, constructor, tyro.conf.arg(help_behavior_hint="")]
+
+
+HERE = "here"
+Preflight = with_optional_value(HERE, "[SLICE]")
+AUTO = "auto"
+Resume = with_optional_value("run", "[auto]")  # AUTO: begins a new run where there is none to go on with
+# Groups of settings, in the order in which --help shows them: what is used most comes first.
+RUN = "model and run"
+DATA = "data"
+MODEL = "model"
+LENGTH = "length and batch"
+ANSWERS = "answers"
+OBJECTIVE = "objective"
+OPTIMIZATION = "optimization"
+EVALUATION = "evaluation and checkpoints"
+DEVICES = "devices and processes"
+GROUPS = (RUN, DATA, MODEL, LENGTH, ANSWERS, OBJECTIVE, OPTIMIZATION, EVALUATION, DEVICES)
 LARGEST = 2**31 - 1  # of an integer setting: JAX counts in int32
 
 # What --resume does with a setting. "same": the checkpoint's value goes on, and another one is refused, since it would
@@ -49,6 +58,7 @@ class Bounds(NamedTuple):
 
     holds: Callable[[Any], bool]
     words: str  # for the error: "--flag must be <words>, got <value>"
+    choices: tuple = ()  # all values, where they are few
 
 
 def between(low: float, high: float, words: str | None = None, *, also: float | None = None) -> Bounds:
@@ -67,9 +77,10 @@ def at_least(low: float, words: str | None = None, *, also: float | None = None)
 
 def one_of(*choices: Any, words: str | None = None) -> Bounds:
     """One of some values."""
-    return Bounds(choices.__contains__, words or f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}")
+    return Bounds(choices.__contains__, words or f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}", choices)
 
 
+SOURCES = one_of("base", "mid", "sft", "rl")  # stages that make models; "mid" is one of nanochat's first eras
 FINITE = Bounds(math.isfinite, "a finite number")
 RATE = between(0, 1000)  # of a learning rate, a weight decay, or a factor on rates
 RATIO = between(0, 1)
@@ -82,62 +93,26 @@ def setting(
     *,
     inherited: Any = None,
     resume: OnResume = "same",
+    group: str = "",
 ) -> Any:
     """A field of a settings dataclass.
 
-    help: the flag's line in --help. bounds: what `check_bounds` demands of a value that is not None. inherited: the
-    value of a field that is None, neither given nor recorded by the model that a run starts from; without it the field
-    is not inherited (see `inherit`). resume: see OnResume.
+    help: the flag's line in --help. group: title of the lines among which it stands there. bounds: what `check_bounds`
+    demands of a value that is not None. inherited: the value of a field that is None, neither given nor recorded by the
+    model that a run starts from; without it the field is not inherited (see `inherit`). resume: see OnResume.
     """
-    properties = {"help": help, "bounds": bounds, "inherited": inherited, "resume": resume}
+    properties = {"help": help, "bounds": bounds, "inherited": inherited, "resume": resume, "group": group}
     return dataclasses.field(default=default, metadata=properties)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """The settings that base, sft and rl have in common."""
+def short(*names: str) -> Any:
+    """Other names of a flag, such as one letter, as an annotation of its field."""
+    return tyro.conf.arg(aliases=names)
 
-    # where and how
-    run: str = setting("dummy", 'name of the run; "dummy" = no wandb', resume="free")
-    device_type: str = setting("auto", "auto, cuda, tpu or cpu", resume="own")
-    dtype: str = setting("auto", "compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU")
-    attention: str = setting(
-        "auto", "backend by name, see docs/training.md; auto = the best that passes a trial here", resume="own"
-    )
-    remat: str = setting(
-        "auto",
-        "computed again instead of kept: none, elementwise or block; auto = the least that fits",
-        one_of("auto", "none", "elementwise", "block"),
-        resume="free",
-    )
-    preflight: Preflight = setting(
-        None, "compile only and say whether it fits: here, or on a TPU slice such as v5e-8", resume="own"
-    )
-    mesh: Maybe[str] = setting(
-        None,
-        "devices by axis, as data=4,model=2 or replica=2,data=4; default: by width and number",
-        resume="own",
-    )
-    replicate: bool = setting(
-        False, "whole parameters on every device, instead of shards over data (for small models)", resume="free"
-    )
-    verbose: bool = setting(False, "print how every parameter is split over the devices", resume="own")
-    coordinator: Maybe[str] = setting(
-        None,
-        "of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)",
-        resume="own",
-    )
-    num_processes: Maybe[int] = setting(None, "how many there are", resume="own")
-    process_id: Maybe[int] = setting(None, "which one this is, from 0", resume="own")
-    resume: bool = setting(False, "go on from the newest intact checkpoint of this run, if there is one", resume="own")
-    keep_checkpoints: int = setting(2, "how many checkpoints of the run stay on disk", at_least(1), resume="free")
-    save_patience: float = setting(
-        600.0, "seconds that a run's last save is tried again before it gives up", at_least(0), resume="free"
-    )
-    overwrite: bool = setting(False, "delete the checkpoints that an earlier run left in the folder", resume="own")
-    config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", resume="own")
-    # names of the settings that the user gave, here or in the file
-    given: Annotated[frozenset[str], tyro.conf.Suppress] = dataclasses.field(default=frozenset(), compare=False)
+
+def marks(field: dataclasses.Field) -> tuple:
+    """What the type of a field is annotated with."""
+    return getattr(field.type, "__metadata__", ())
 
 
 def flag(name: str) -> str:
@@ -160,90 +135,13 @@ def check_bounds(cfg: Any) -> None:
     for field in dataclasses.fields(cfg):
         bounds, value = field.metadata.get("bounds"), getattr(cfg, field.name)
         if bounds and value is not None and not bounds.holds(value):
-            raise ValueError(f"{flag(field.name)} must be {bounds.words}, got {value}")
+            raise ValueError(f"{flag(field.name)} must be {bounds.words}, got {value!s:.60}")
 
 
 def require(condition: bool, message: str) -> None:
     """ValueError with the message where what a user typed cannot work."""
     if not condition:
         raise ValueError(message)
-
-
-# ------------------------------------------------------------------------------------------ from the command line
-@CONSTRUCTORS.primitive_rule
-def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Paths as tyro reads them, except that an empty one, of a variable that is not set, is an error: it would be the
-    working directory."""
-    if info.type is not Path:
-        return None
-
-    def read(texts: list[str]) -> Path:
-        if not texts[0]:
-            raise ValueError("a path must not be empty (the working directory is a single dot)")
-        return Path(texts[0])
-
-    return PrimitiveConstructorSpec(1, "PATH", read, lambda value: isinstance(value, Path), lambda path: [str(path)])
-
-
-def parse[T](cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
-    """Settings from the command line and its --config file.
-
-    Where the class has a field `given` it holds the names that the user set, on the command line or in the file."""
-    argv = sys.argv[1:] if argv is None else argv
-    finder = argparse.ArgumentParser(prog=prog, usage=f"{prog} [-h] [OPTIONS]", add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    file = finder.parse_known_args(argv)[0].config
-    given = {_kebab_name(arg) for arg in argv if arg.startswith("--")}
-    from_file = file_flags(cls, Path(file), given) if file else []
-    style = (tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
-    try:
-        cfg = tyro.cli(cls, args=[*from_file, *argv], prog=prog, config=style, registry=CONSTRUCTORS)
-    except BrokenPipeError:  # --help | head
-        write_nowhere()
-        sys.exit(0)
-    if not any(field.name == "given" for field in dataclasses.fields(cls)):
-        return cfg
-    given |= {_kebab_name(arg) for arg in from_file}
-    return dataclasses.replace(cfg, given=frozenset(name.replace("-", "_") for name in given))
-
-
-def _kebab_name(arg: str) -> str:
-    """--no-some_flag=value -> some-flag"""
-    return arg.split("=")[0].removeprefix("--").removeprefix("no-").replace("_", "-")
-
-
-def file_flags(cls: type, file: Path, given: set[str]) -> list[str]:
-    """The settings of a flat TOML file as flags, without those that the command line gives (kebab case, no dashes).
-
-    SystemExit with one sentence: no such file, not TOML, a key that is not a flag, a value that is not flat.
-    """
-    try:
-        settings = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SystemExit(f"--config={file} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise SystemExit(f"--config={file} must be a readable TOML file: {e}") from None
-    fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(cls)}
-    flags = []
-    for key, value in settings.items():
-        name = key.replace("_", "-")
-        if name not in fields or name in ("config", "given"):
-            near = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, fields, 1))
-            raise SystemExit(f"{file}: {key} is not a flag of this stage{near}")
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
-            raise SystemExit(f"{file}: {key} must be a plain value or a list of them, got {value!r}")
-        if name in given:
-            continue
-        if isinstance(fields[name].default, bool):
-            if not isinstance(value, bool):
-                raise SystemExit(f"{file}: {key} must be true or false, got {value!r}")
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list) and not isinstance(fields[name].default, tuple):
-            raise SystemExit(f"{file}: {key} must be one value, got {value!r}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}={int(v) if isinstance(v, bool) else v}" for v in values]
-    return flags
 
 
 # --------------------------------------------------------------------------------------------- from a checkpoint

@@ -20,7 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from nanochat_jax.cli import main as cli_main
-from nanochat_jax.cli import settings as cli_settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.settings import Maybe, flag, require
 from nanochat_jax.data.shards import FOLDERS, fetch_shards, find_shards
 from nanochat_jax.files import bucket
@@ -184,9 +184,9 @@ Command = (
 def main(argv: list[str]) -> None:
     name = argv[0] if argv else "--help"
     if name not in COMMANDS:
-        cli_settings.parse(Command, [name], PROG)  # prints the commands, or what is wrong, and exits
+        parse(Command, [name], PROG)  # prints the commands, or what is wrong, and exits
     cls, run = COMMANDS[name]
-    cli_main.run_stage(run, cli_settings.parse(cls, argv[1:], f"{PROG} {name}"))
+    cli_main.run_stage(run, parse(cls, argv[1:], f"{PROG} {name}"))
 
 
 if __name__ == "__main__":

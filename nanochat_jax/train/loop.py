@@ -23,22 +23,20 @@ import jax
 
 from nanochat_jax.checkpoints.ownership import FolderLost
 from nanochat_jax.checkpoints.saver import Saver
-from nanochat_jax.cli.device import pages_note
 from nanochat_jax.cli.settings import recorded_settings
+from nanochat_jax.cli.waiting import saying
 from nanochat_jax.distributed import processes
-from nanochat_jax.distributed.describe import heads_note, parameter_table, replicas_note
-from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import Interrupted, Signals
-from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.train.measurement import Measurement, Progress, take
 from nanochat_jax.train.memory import FEWER_ROWS, explaining_memory
 from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage
-from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.start import Initial, Start, hold_folder
 from nanochat_jax.train.step import StepMetrics, TrainState, state_items
+from nanochat_jax.train.summary import describe_run, end_lines
 
 COMPILED = collections.Counter()  # JAX's events of this process, by name
 jax.monitoring.register_event_listener(lambda name, **_: COMPILED.update([name]))
+nothing = contextlib.nullcontext()
 LAST_PAUSE = 10.0  # seconds between tries to save at the end of a run, at most
 MAX_BAD_STEPS = 5  # updates skipped in a row before a run gives up
 
@@ -103,8 +101,8 @@ class Run:
         self.console, self.average, self.throughput, self.log_late = console, average, throughput, log_late
         self.first, self.saved, self.measured_before = self.step, self.step, measured
         self.skipped, self.bad_steps, self.found = skipped, int(state.bad_steps), {}
-        self.waiting: Recorded | None = None
-        self.clock = time.perf_counter()
+        self.waiting: list[Recorded] = []  # at most two
+        self.began = self.clock = time.perf_counter()
 
     def steps(self) -> Iterator[tuple[int, TrainState]]:
         """(step, state before it) until the run is done or a signal has come. The body of the loop must call `record`
@@ -118,7 +116,8 @@ class Run:
                 self._measure([m for m in self._due() if m.name not in self.measured_before])
             while self.step < self.total and not self.signals.stop():
                 step = self.step
-                yield step, self.state
+                with saying("compiling the train step, at its first call", self.say) if step == self.first else nothing:
+                    yield step, self.state
                 if self.step != step + 1:
                     raise RuntimeError("the body of the loop must call record(state, metrics) once for each step")
                 self._between_steps()
@@ -128,8 +127,7 @@ class Run:
         another run has taken the folder."""
         self.saver.glance()
         self.state, self.step = state, self.step + 1
-        self._log_waiting()  # the step before this one, while this one runs
-        self.waiting = Recorded(self.step, metrics, numbers)
+        self.waiting.append(Recorded(self.step, metrics, numbers))
 
     def say(self, text: str) -> None:
         """A line that stays on the console; nothing for an empty text."""
@@ -157,7 +155,9 @@ class Run:
         if self.saved != self.step:
             self._save()
         until, signal_before = time.monotonic() + self.save_patience, self.signals.received
-        while failed := self.saver.failure(wait=True):
+        with saying("writing the last checkpoint", self.say):
+            failed = self.saver.failure(wait=True)
+        while failed:
             left = until - time.monotonic()
             if processes.exchange("patience", left <= 0 or self.signals.received != signal_before)[0]:
                 raise OSError(f"{failed}; the steps after it are lost")
@@ -166,6 +166,7 @@ class Run:
             while time.monotonic() < next_try and self.signals.received == signal_before:
                 time.sleep(0.1)
             self._save()
+            failed = self.saver.failure(wait=True)
 
     def rescue(self) -> None:
         """After an error that is none of the steps before: log them, and save them where that can be done alone."""
@@ -183,21 +184,29 @@ class Run:
         self._tell(self.saver.failure())
         regular = self.save_every > 0 and self.step % self.save_every == 0
         saving = last or stop or regular or self.saver.due()
-        if saving or due or not self.log_late:
-            self._log_waiting()
+        now = saving or due or not self.log_late or self.step == self.first + 1
+        self._log_waiting(keep=0 if now else 1)  # the step before this one, while this one runs
         if saving and (last or stop or not self.bad_steps):  # a state of skipped updates does not replace a good one
             self._save()
         if not stop:  # whoever sent a signal does not wait long
             self._measure(due)
 
-    def _log_waiting(self) -> None:
-        if self.waiting is None:
-            return
-        (step, metrics, numbers), self.waiting = self.waiting, None
+    def _log_waiting(self, keep: int = 0) -> None:
+        """Log the steps that wait, but for the last `keep`. Two steps share the time: when the first was done, nobody
+        has looked."""
+        count = len(self.waiting) - keep
+        ready, self.waiting = self.waiting[:count], self.waiting[count:]
+        jax.block_until_ready([recorded.metrics for recorded in ready])
+        now = time.perf_counter()
+        for recorded in ready:
+            self._log(recorded, (now - self.clock) / len(ready))
+        if ready:
+            self.clock = now
+
+    def _log(self, recorded: Recorded, seconds: float) -> None:
+        step, metrics, numbers = recorded
         loss, ok, grad_norm = float(metrics.loss), bool(metrics.ok), float(metrics.grad_norm)
         tokens = int(metrics.tokens)
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
         record = {"loss": loss, "grad_norm": grad_norm, **numbers, "percent": 100 * step / self.total}
         finite_loss = loss if ok and tokens else float("nan")  # a skipped step does not count in the average
         values = record | {"loss": finite_loss}
@@ -266,7 +275,7 @@ class Run:
         self.clock = time.perf_counter()
 
     def _stopping(self) -> str:
-        return f"Stopping, and saving what is not saved yet; a second Ctrl-C {self._loss()}"
+        return f"Stopping after step {self.step}, and saving what is not saved yet; Ctrl-C again {self._loss()}"
 
     def _ending(self) -> str:
         return f"Interrupted twice: this {self._loss()}"
@@ -368,23 +377,11 @@ def to_its_end(run: Run) -> Iterator[None]:
         if run.signals.received and 0 < run.step < run.total:
             name = signal.Signals(run.signals.received).name
             run.say(f"Stopped by {name} after step {run.step}, which is saved: --resume goes on from there")
+        elif run.first < run.step == run.total:
+            for line in end_lines(run.log.records(), run.saver.folder, run.step, time.perf_counter() - run.began):
+                run.say(line)
 
 
 def exit_code(run: Run) -> int:
     """0, or 128 + n after signal n; to be asked when the run is closed."""
     return 128 + run.signals.received if run.signals.received else 0
-
-
-def describe_run(start: Start, plan: Plan, total: int) -> None:
-    """Print what a user should know before the first step: sizes, and what does not divide."""
-    cfg, params = start.cfg, plan.abstract_state.params
-    lines, notes = parameter_table(params, plan.mesh, plan.replicate)
-    if not plan.replicate and "replica" not in (cfg.mesh or ""):
-        notes += replicas_note(plan.model.n_embd, plan.mesh)
-    notes += heads_note(plan.model.n_kv_head, plan.mesh)
-    notes += pages_note(plan.mesh.devices.flat[0].platform)
-    for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:
-        print0(line)
-    counts = [f"{name} {count:,}" for name, count in parameter_counts(plan.model).items()]
-    flops = flops_per_token(plan.model, plan.batch.T)
-    print0(f"Parameters: {', '.join(counts)} | FLOPs per token: {flops:e} | steps: {total}")

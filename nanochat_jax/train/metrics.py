@@ -20,6 +20,8 @@ from nanochat_jax.files import bucket
 from nanochat_jax.files.append import AppendedFile
 from nanochat_jax.files.json_numbers import finite_or_null
 
+INTERVAL = 20.0  # seconds between two lines about work that goes on, where there is no terminal
+
 
 class SmoothedAverage:
     """Exponential moving average of one of a step's numbers, de-biased so that the first average is the first value.
@@ -91,6 +93,14 @@ class MetricsLog:
         """Names of the measurements that this run, before it was resumed, has recorded of a step."""
         return frozenset(r["measured"] for r in self._before if r["step"] == step and "measured" in r)
 
+    def records(self) -> list[dict]:
+        """What the run has recorded so far, see `read_metrics`; on process 0, [] on others, and where it cannot be
+        read."""
+        try:
+            return read_metrics(self.file.path) if self.file else []
+        except OSError:
+            return []
+
     def sync(self) -> None:
         """Force what was logged to disk; called with every checkpoint. OSError: the disk is full."""
         if self.file:
@@ -153,6 +163,7 @@ class Reporter:
 
     def __init__(self, total: int, done: int = 0):
         self.total, self.enabled, self.progress = total, not processes.index(), None
+        self.quiet_until = time.monotonic() + INTERVAL
         if self.enabled and sys.stdout.isatty():
             numbers = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what gives way on a narrow terminal
             self.progress = Progress(
@@ -168,16 +179,19 @@ class Reporter:
         """After every step: moves the bar, or prints a line."""
         if self.progress:
             self.progress.update(self.task, completed=done, description=text)
-        elif self.enabled:
-            print(f"step {done:05d}/{self.total:05d} | {text}", flush=True)
+        else:
+            self.say(f"step {done:05d}/{self.total:05d} | {text}")
 
     def doing(self, text: str) -> None:
-        """In the middle of a long step: what the bar shows meanwhile."""
+        """In the middle of long work: what the bar shows meanwhile, or a line now and then."""
         if self.progress:
             self.progress.update(self.task, description=text)
+        elif self.enabled and time.monotonic() > self.quiet_until:
+            self.say(text)
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        self.quiet_until = time.monotonic() + INTERVAL
         if self.progress:
             self.progress.console.print(text, markup=False, highlight=False)
         elif self.enabled:

@@ -17,12 +17,12 @@ import optax
 from jax.sharding import Mesh
 
 from nanochat_jax.cli.device import choose_attention, compute_dtype
-from nanochat_jax.cli.settings import StageConfig
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.mesh import row_shards
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import batch_sharding
+from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import weighted_nll
 from nanochat_jax.optim.groups import Groups, make_optimizer

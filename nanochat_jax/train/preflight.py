@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from nanochat_jax.checkpoints import find
 from nanochat_jax.cli.device import describe_device, start_device
-from nanochat_jax.cli.settings import HERE, StageConfig, inherit, require
+from nanochat_jax.cli.settings import HERE, inherit, require
 from nanochat_jax.distributed.device_memory import (
     beside_arguments,
     bytes_on_device,
@@ -23,6 +23,7 @@ from nanochat_jax.distributed.device_memory import (
 from nanochat_jax.distributed.mesh import make_mesh, row_axes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir
+from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.inference.decode import GenerationPrograms
 from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, arrange_slots, padded_size
 from nanochat_jax.model.cost import parameter_counts

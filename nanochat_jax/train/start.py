@@ -19,7 +19,7 @@ from filelock import Timeout
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.checkpoints.ownership import Lock, Token, own
 from nanochat_jax.cli.settings import (
-    StageConfig,
+    AUTO,
     inherit,
     recorded_settings,
     require,
@@ -31,6 +31,7 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import kept_dir
+from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import (
     Groups,
@@ -127,9 +128,13 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
         return check_agreement(start)
     found = found or find.find_model(source, cfg.model_tag, cfg.model_step, optimizer=bool(cfg.load_optimizer))
     log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
+    require(
+        found.folder.resolve() != start.folder.resolve(),
+        f"{found} is the model to start from: choose another folder for this run with --output-tag",
+    )
     meta = find.peek_meta(found)
     find.check_tokenizer(tokenizer, meta)
-    cfg = inherit_from(cfg, meta, log)
+    cfg = inherit_from(dataclasses.replace(cfg, model_tag=found.tag, model_step=found.step), meta, log)
     limit = 10 * meta["model_config"]["sequence_len"]
     fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
     require(fits, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
@@ -160,6 +165,13 @@ def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -
         find.check_tokenizer(tokenizer, record)
         return Start(cfg, folder, tokenizer.digest(), record=record)
     if cfg.resume:
+        tags = find.tags_by_time(root)
+        require(
+            cfg.resume == AUTO,
+            f"--resume: {folder} has no checkpoint to go on from; the runs that have some, the newest first: "
+            f"{', '.join(tags) or 'none'}; name one with {tag_flag(root)}{otherwise}, or give --resume=auto, which "
+            "begins a run that is not there",
+        )
         log(f"Nothing to resume in {folder}: a new run")
     return Start(cfg, folder, tokenizer.digest())
 
@@ -193,7 +205,7 @@ def tag_flag(root: Path) -> str:
     return "--model-tag" if root.name == store.SOURCES["base"] else "--output-tag"
 
 
-def claim(folder: Path, resume: bool, overwrite: bool) -> list[int]:
+def claim(folder: Path, resume: str | None, overwrite: bool) -> list[int]:
     """The checkpoints to go on from, or to give up; the folder is refused where it holds what must not be touched."""
     if any(folder.glob("model_*.pt")):
         raise FileExistsError(
@@ -229,7 +241,7 @@ def hold_folder(start: Start) -> Iterator[Lock | Token | None]:
     try:
         integrity.sweep(start.folder)
         if not start.resumed:
-            for step in claim(start.folder, False, start.cfg.overwrite):
+            for step in claim(start.folder, None, start.cfg.overwrite):
                 integrity.discard(start.folder / str(step))
         _check_shared(start.folder)
         yield owner

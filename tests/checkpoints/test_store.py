@@ -226,16 +226,41 @@ def fake_nanochat(folder, *steps):
         (folder / f"meta_{step:06d}.json").touch()
 
 
-def test_the_default_is_the_deepest_model_and_its_last_step(base):
-    for tag, steps in {"d4": [100, 20], "d20": [7, 5], "d3": [999], "notes": [1000]}.items():
-        fake_nanochat(base / "base_checkpoints" / tag, *steps)
+def saved_at(seconds, *files):
+    for file in files:
+        os.utime(file, (seconds, seconds))
+
+
+def test_the_default_is_the_model_saved_last_and_its_last_step(base):
     root = base / "base_checkpoints"
-    assert find_model("base") == Found(root / "d20", 7, False)
-    assert find_model("base", "d4") == Found(root / "d4", 100, False)
+    for tag, steps in {"d4": [100, 20], "d20": [7, 5], "mine": [999], "notes": []}.items():
+        fake_nanochat(root / tag, *steps)
+        saved_at(1000, *(root / tag).glob("*.pt"))
+    assert find_model("base") == Found(root / "d20", 7, False, among=3)  # of equal age, as after a copy: the deepest
+    assert str(find_model("base")).endswith("model_000007.pt, the newest of 3 (--model-tag names another)")
+    saved_at(2000, root / "mine" / "model_000999.pt")
+    assert find_model("base", base=base).tag == "mine"
+    saved_at(3000, root / "d4" / "model_000100.pt")
+    saved_at(4000, root / "mine" / "meta_000999.json")  # is no checkpoint
+    assert find_model("base") == Found(root / "d4", 100, False, among=3)
+    assert find_model("base", "d20") == Found(root / "d20", 7, False)
     assert find_model("base", "d4", 20) == Found(root / "d4", 20, False)
-    assert find_model("base", base=base).tag == "d20"
-    (root / "d20" / "meta_000007.json").unlink()  # nanochat was killed while it saved
-    assert find_model("base").step == 5
+    (root / "d4" / "meta_000100.json").unlink()  # nanochat was killed while it saved
+    assert find_model("base").step == 20
+
+
+def test_a_folder_without_an_intact_checkpoint_is_no_default(base, capsys):
+    root = base / "chatsft_checkpoints"
+    simple_saves(root / "d2", [5])
+    (root / "d9").mkdir()
+    assert find_model("sft") == Found(root / "d2", 5, True)
+    simple_saves(root / "broken", [7])
+    (root / "broken" / "7" / "meta" / "data.json").unlink()
+    assert find_model("sft") == Found(root / "d2", 5, True, among=2)
+    said = capsys.readouterr().out
+    assert (
+        f"WARNING: no intact checkpoint in {root / 'broken'}" in said and "looking at the one saved before it" in said
+    )
 
 
 def test_of_both_formats_the_later_step_counts_and_of_equal_ones_ours(base):
@@ -285,12 +310,20 @@ def test_what_is_missing_is_named_with_what_there_is(base):
     with pytest.raises(FileNotFoundError, match=r"--model-step=4 is not in .*; its steps: \[3, 9\]"):
         find_model("base", "d4", 4)
     with pytest.raises(FileNotFoundError, match=r"no intact checkpoint in .*d6: pass another --model-tag"):
-        find_model("base")
+        find_model("base", "d6")
     (base / "base_checkpoints" / "d6" / "model_000001.pt").touch()
     with pytest.raises(FileNotFoundError, match=r"meta_000001.json is missing"):
-        find_model("base")
-    with pytest.raises(ValueError, match="must be one of base, sft, rl, got 'mid'"):
-        find_model("mid")
+        find_model("base", "d6")
+    (base / "chatsft_checkpoints" / "d6").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no sft model in .*: train one, or set NANOCHAT_BASE_DIR"):
+        find_model("sft")
+    with pytest.raises(ValueError, match="must be one of base, mid, sft, rl, got 'middle'"):
+        find_model("middle")
+
+
+def test_the_middle_stage_of_the_first_eras_is_found(base):
+    fake_nanochat(base / "mid_checkpoints" / "d4", 3)
+    assert find_model("mid") == Found(base / "mid_checkpoints" / "d4", 3, False)
 
 
 def test_a_meta_file_without_its_sizes_is_refused_by_name(base):

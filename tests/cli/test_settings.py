@@ -13,7 +13,9 @@ import pytest
 from nanochat_jax import base, rl, sft
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli import settings
-from nanochat_jax.cli.settings import Maybe, StageConfig, at_least, between, check_bounds, one_of, setting
+from nanochat_jax.cli.command_line import parse
+from nanochat_jax.cli.settings import Maybe, at_least, between, check_bounds, one_of, setting
+from nanochat_jax.flags.stage import StageConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Settings(StageConfig):
 
 
 def parsed(*argv):
-    return settings.parse(Settings, list(argv))
+    return parse(Settings, list(argv), prog="stage")
 
 
 def toml(folder, text):
@@ -125,6 +127,7 @@ def test_text_in_a_file_may_look_like_a_flag_or_a_number(tmp_path):
         ("[steps]\na = 3", "steps must be a plain value or a list of them"),
         ("files = [[1]]", "files must be a plain value or a list of them"),
         ("steps = [1, 2]", "steps must be one value, got [1, 2]"),
+        (f"steps = {'[' * 100_000}", "must be a flat TOML file: it is nested too deeply"),
         ("mask = 1", "mask must be true or false, got 1"),
     ],
 )
@@ -154,7 +157,8 @@ def test_help_shows_types_and_defaults_but_no_none(capsys):
         parsed("--help")
     text = capsys.readouterr().out
     assert "number of steps (default: 10)" in text
-    assert "--matrix-lr FLOAT" in text
+    assert "--matrix-lr X" in text and "--load {0,1}" in text and "--preflight [SLICE]" in text
+    assert "--mask, --no-mask" in text and "documents apart (default: on)" in text
     assert "None" not in text
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import rl
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.distributed.describe import heads_note, parameter_table, replicas_note
 from nanochat_jax.distributed.device_memory import bytes_on_device
 from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_part
@@ -58,7 +58,7 @@ def rl_runs(base):
             more = ["--mesh", *MESHES[name], "--device-batch-size", rows, "--output-tag", tag]
             with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
                 patch.setenv("NANOCHAT_BASE_DIR", str(base))
-                assert rl.main(settings.parse(rl.RLConfig, [*flags, *more])) == 0
+                assert rl.main(parse(rl.RLConfig, [*flags, *more])) == 0
             folder = base / "chatrl_checkpoints" / tag
             records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
             rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]

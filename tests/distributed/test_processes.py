@@ -102,7 +102,7 @@ def interrupted(base, stage, flags, victim, number, at, delay, **how):
 def test_a_lost_process_ends_the_others_by_name_and_a_stopped_one_saves_with_them(base, flags, undisturbed, stage):
     alone, rng = undisturbed(stage), random.Random(f"{SEED} {stage}")
     folder, total = base / FOLDERS[stage] / "disturbed", STEPS[stage]
-    these = [*flags[stage], "--output-tag", "disturbed", "--resume", "--eval-every", "-1"]
+    these = [*flags[stage], "--output-tag", "disturbed", "--resume=auto", "--eval-every", "-1"]
     victim, at, delay = rng.randrange(2), rng.randint(1, total // 2), rng.uniform(0, 0.1)
     codes, seconds, runs = interrupted(base, stage, these, victim, KILL, at, delay)
     assert codes[victim] == -KILL and codes[1 - victim] == coordinator.LOST_EXIT_CODE, f"{SEED=}\n{runs.all_output()}"
@@ -126,7 +126,7 @@ def test_a_lost_process_ends_the_others_by_name_and_a_stopped_one_saves_with_the
 
 def test_fine_tuning_moves_between_one_process_and_two_and_stays_the_same(base, flags, undisturbed):
     alone, folder = undisturbed("sft"), base / FOLDERS["sft"] / "moving"
-    these = [*flags["sft"], "--output-tag", "moving", "--resume"]
+    these = [*flags["sft"], "--output-tag", "moving", "--resume=auto"]
     codes, _, runs = interrupted(base, "sft", these, 0, INT, 3, 0.0, count=1)
     assert codes == [130], runs.all_output()
     codes, _, runs = interrupted(base, "sft", [*these, "--mesh", "replica=2"], 0, INT, 11, 0.0)

@@ -191,10 +191,10 @@ def test_nanochat_s_checkpoints_are_converted_into_a_bucket(cloud, tmp_path):
     assert Tokenizer.load(bucket.as_path("gs://bucket/new/tokenizer")).digest() == tiny.tokenizer().digest()
 
 
-def test_of_tags_without_a_number_the_one_changed_last_is_taken(cloud):
+def test_of_tags_the_one_changed_last_is_taken(cloud):
     for tag in ("old", "new", "older"):
-        cloud.put("bucket", f"base/base_checkpoints/{tag}/1/x", b"")
-    assert find.find_tag(paths.kept_dir() / "base_checkpoints") == "older"
+        cloud.put("bucket", f"base/base_checkpoints/{tag}/1/INTEGRITY.json", b"{}")
+    assert find.tags_by_time(paths.kept_dir() / "base_checkpoints")[0] == "older"
 
 
 # ----------------------------------------------------------------------------------------------------- metrics, answers
@@ -420,7 +420,7 @@ def test_a_run_killed_in_the_middle_of_an_upload_goes_on_bit_for_bit_on_another_
     left = cloud.names("bucket", "base/chatsft_checkpoints/killed/4/")
     assert left and not any(name.endswith(("commit_success.txt", integrity.MANIFEST)) for name in left)
     shutil.rmtree(tmp_path / "first")
-    output = ended(start(tmp_path / "second", "killed", ["--resume"]))
+    output = ended(start(tmp_path / "second", "killed", ["--resume=auto"]))
     assert "Resuming gs://bucket/base/chatsft_checkpoints/killed from step 2" in output
     there = get(cloud, "base/chatsft_checkpoints/killed", tmp_path / "there")
     found = kill_resume.difference(there, base / "chatsft_checkpoints" / "run", STEPS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochat_jax.checkpoints.find import find_tag
+from nanochat_jax.checkpoints.find import tags_by_time
 from nanochat_jax.files.plain_pickle import Refused
 from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 from nanochat_jax.files.torch_read import read_pt
@@ -29,7 +29,7 @@ from tests.support.torch_files import write_pt
 
 def checkpoint(name: str) -> tuple[Path, int]:
     base = data.path(f"checkpoints/{name}/base_checkpoints")
-    folder = base / find_tag(base)
+    folder = base / tags_by_time(base)[0]
     return folder, find_steps(folder)[-1]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import sft
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.data.packing import BUFFER_SIZE
 from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import sharding
@@ -74,7 +74,7 @@ def replay(name: str, attention: str = "chunked", steps: int | None = None) -> d
     """Drive our train step with the recorded multipliers and momenta, so many steps or all -> what it measured."""
     run = recording(name)
     arguments, task_data = run["arguments"], data.path("sft_run/task_data")
-    cfg = dataclasses.replace(settings.parse(sft.SFTConfig, [*arguments, *tiny.NO_SPELLING]), data_dir=task_data)
+    cfg = dataclasses.replace(parse(sft.SFTConfig, [*arguments, *tiny.NO_SPELLING]), data_dir=task_data)
     with pytest.MonkeyPatch.context() as patch:
         folder = base_directory(cfg.model_tag, run["final_meta"]["model_config"])
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))

@@ -1,13 +1,11 @@
 """nanochat's checkpoints of every era, on tiny made-up models: what is read, and what is refused, by name."""
 
 import json
-import os
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from nanochat_jax.checkpoints.find import find_tag
 from nanochat_jax.files.plain_pickle import Refused
 from nanochat_jax.interop.nanochat_model import (
     NAMES,
@@ -227,27 +225,6 @@ def test_files_that_do_not_exist_are_named(tmp_path):
     refuses(tmp_path, r"meta_000007\.json does not exist")
     (tmp_path / "meta_000007.json").write_bytes(b"\xff\xfe\x00")
     refuses(tmp_path, r"meta_000007\.json: it is not JSON")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding
-
-
-def test_the_default_tag_is_the_deepest_else_the_newest(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model in"):
-        find_tag(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="NANOCHAT_BASE_DIR"):
-        find_tag(tmp_path)
-    for age, tag in enumerate(["mine", "newest", "older", "depth"]):
-        (tmp_path / tag).mkdir()
-        os.utime(tmp_path / tag, (0, 1000 + age if tag != "newest" else 2000))
-    (tmp_path / "d99").write_text("a file, no folder")
-    assert find_tag(tmp_path) == "newest"
-    for tag in ("d4", "d12_long", "d9", "x30"):
-        (tmp_path / tag).mkdir()
-    assert find_tag(tmp_path) == "d12_long"
-    (tmp_path / "d12").mkdir()
-    assert find_tag(tmp_path) == "d12"
 
 
 def test_steps_are_those_with_both_files(tmp_path):

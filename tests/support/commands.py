@@ -2,8 +2,8 @@
 
 import pytest
 
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import parse
 
 
 def run_command(main, settings: type, *argv) -> int | str:

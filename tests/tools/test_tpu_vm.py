@@ -35,7 +35,7 @@ home = pathlib.Path.home()
 host = subprocess.run(["hostname"], capture_output=True, text=True).stdout.strip()
 done = pathlib.Path(os.environ["NANOCHAT_BASE_DIR"]) / f"steps-{host}"
 done.parent.mkdir(parents=True, exist_ok=True)
-begun = step = int(done.read_text()) if "--resume" in sys.argv and done.exists() else 0
+begun = step = int(done.read_text()) if "--resume=auto" in sys.argv and done.exists() else 0
 print(f"begins at step {step}" if step else "begins anew")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 (home / "progress").write_text("0")
@@ -233,7 +233,7 @@ def test_the_back_off_doubles_up_to_a_cap_with_jitter(attempt, first, jitter):
 def test_only_our_stages_get_resume_and_only_once():
     python = [".venv/bin/python", "-m"]
     stage = [*python, "nanochat_jax.rl", "--seed", "1"]
-    assert resumed(stage) == [*stage, "--resume"]
+    assert resumed(stage) == [*stage, "--resume=auto"]
     for command in ([*python, "nanochat_jax.sft", "--resume"], [*python, "nanochat_jax.eval"], ["ls"]):
         assert resumed(command) == command
 
@@ -307,7 +307,7 @@ def test_up_survives_two_preemptions_and_ends_with_the_command(cloud, capfd):
         "price class: spot",
         "made again after every preemption",
         "+ gcloud compute tpus tpu-vm create mine",
-        "running on all workers: .venv/bin/python -m nanochat_jax.sft --resume",
+        "running on all workers: .venv/bin/python -m nanochat_jax.sft --resume=auto",
         "begins anew",
         "lost: the TPU is PREEMPTED",
         "+ gcloud compute tpus tpu-vm delete mine",
@@ -872,11 +872,11 @@ def test_the_slurm_file_starts_the_stage_with_resume_and_the_user_s_flags(tmp_pa
     done = subprocess.run(command, env=env | {"http_proxy": "x"}, capture_output=True, text=True, check=True)
     first, *words = done.stdout.splitlines()
     assert first == f"{tmp_path}/nanochat_base,"
-    assert words[words.index("-m") :] == ["-m", "nanochat_jax.sft", "--resume", "--run", "a b"]
+    assert words[words.index("-m") :] == ["-m", "nanochat_jax.sft", "--resume=auto", "--run", "a b"]
 
 
 def test_the_skypilot_file_runs_what_the_stage_takes():
     task = yaml.safe_load((ROOT / "configs/skypilot.yaml").read_text())
     words = shlex.split(task["run"])
-    assert words[-4:] == [".venv/bin/python", "-m", "nanochat_jax.sft", "--resume"]
+    assert words[-4:] == [".venv/bin/python", "-m", "nanochat_jax.sft", "--resume=auto"]
     assert re.match("NANOCHAT_BASE_DIR=gs://.", words[0]) and "tools/setup.sh --extra tpu" in task["setup"]

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from nanochat_jax import base, rl, sft
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.distributed import sharding
 from nanochat_jax.distributed.device_memory import bytes_on_device, device_memory, parse_memory_error
 from nanochat_jax.distributed.mesh import make_mesh
@@ -55,7 +55,7 @@ def alone(base):
 
 
 def run(stage, cls, *flags):
-    return stage.main(settings.parse(cls, ["--preflight", *flags], prog="test"))
+    return stage.main(parse(cls, ["--preflight", *flags], prog="test"))
 
 
 def table(text):
@@ -67,7 +67,7 @@ def table(text):
 
 def test_the_flag_stands_alone_or_names_a_slice(tmp_path):
     def parsed(*argv):
-        return settings.parse(sft.SFTConfig, list(argv), prog="test").preflight
+        return parse(sft.SFTConfig, list(argv), prog="test").preflight
 
     assert parsed() is None
     assert parsed("--preflight") == parsed("--preflight", "--seed", "1") == "here"
@@ -108,7 +108,7 @@ def test_base_needs_neither_model_nor_tokenizer(tmp_path, monkeypatch, capsys):
 
 
 def test_a_depth_is_assumed_where_there_is_no_such_model(home):
-    cfg = settings.parse(sft.SFTConfig, ["--model-tag", "d3", "--max-seq-len", "128"], prog="test")
+    cfg = parse(sft.SFTConfig, ["--model-tag", "d3", "--max-seq-len", "128"], prog="test")
     model, filled = preflight.model_for(cfg, "base", lambda: None)
     assert (model.n_layer, model.n_embd, model.vocab_size, filled.device_batch_size) == (3, 256, 265, 32)
     with pytest.raises(FileNotFoundError, match="name a depth to assume, such as --model-tag d20"):
@@ -116,7 +116,7 @@ def test_a_depth_is_assumed_where_there_is_no_such_model(home):
 
 
 def test_what_does_not_fit_is_a_line_with_the_flags_to_change(home, capsys):
-    cfg = settings.parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
+    cfg = parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
     model, cfg = preflight.model_for(cfg, "base", lambda: None)
     plan = sft.plan_of(cfg, model, make_mesh("data=1", preflight.start(cfg)))
     assert preflight.report(plan, [preflight.update_phase(plan)], memory=10**6) == 1
@@ -130,7 +130,7 @@ def test_the_program_that_is_compiled_is_the_runs_own(home, monkeypatch, capsys)
     def margin_loss(logp, aux):
         return aux["weights"] * jax.numpy.maximum(aux["margin"] - logp, 0.0)
 
-    cfg = settings.parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
+    cfg = parse(sft.SFTConfig, ["--preflight", *SFT], prog="test")
     model, cfg = preflight.model_for(cfg, "base", lambda: None)
     shown, programs = [], []
     for loss in (TokenLoss(), TokenLoss(margin_loss, ("margin",))):

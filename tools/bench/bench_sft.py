@@ -32,9 +32,10 @@ from jax.sharding import Mesh
 
 from nanochat_jax.cli.device import peak_flops
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import StageConfig, require
+from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.mesh import make_mesh, row_shards
 from nanochat_jax.distributed.sharding import to_global
+from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.optim.groups import default_groups, group_labels
 from nanochat_jax.optim.muon import POLAR_EXPRESS

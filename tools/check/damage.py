@@ -64,7 +64,7 @@ def run_command(argument: tuple[str, list[str], str]) -> str:
     """(command, flags, base directory): as a user runs it, but in this process."""
     import importlib
 
-    from nanochat_jax.cli.settings import parse
+    from nanochat_jax.cli.command_line import parse
 
     command, flags, base = argument
     os.environ["NANOCHAT_BASE_DIR"] = base
@@ -191,7 +191,7 @@ def load(tag: str, base: Path) -> str:
 
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    found = find.find_model("base", tag)
+    found = find.find_model("base", tag, optimizer=True)
     find.check_tokenizer(tokenizer, find.peek_meta(found))
     config, params, _ = find.load_params(found)
     groups = default_groups(config.n_embd, embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02)

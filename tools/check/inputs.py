@@ -134,7 +134,8 @@ def read_rollouts(data: bytes, base: Path) -> str:
 
 
 def read_toml(data: bytes, base: Path) -> str:
-    from nanochat_jax.cli.settings import check_bounds, parse
+    from nanochat_jax.cli.command_line import parse
+    from nanochat_jax.cli.settings import check_bounds
     from nanochat_jax.sft import SFTConfig
 
     path = base / "other.toml"
@@ -144,7 +145,8 @@ def read_toml(data: bytes, base: Path) -> str:
 def read_flags(data: str, base: Path) -> str:
     """data: the number of a setting of SFT or RL, a colon, and what the user types for it."""
     from nanochat_jax import rl, sft
-    from nanochat_jax.cli.settings import check_bounds, flag, parse, recorded_settings
+    from nanochat_jax.cli.command_line import parse
+    from nanochat_jax.cli.settings import check_bounds, flag, recorded_settings
 
     number, _, text = data.partition(":")
     cls = (sft.SFTConfig, rl.RLConfig)[int(number) % 2]

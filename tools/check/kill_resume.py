@@ -139,7 +139,7 @@ def train_killed(run: Run, number: int, kills: int, total: int, rng: random.Rand
     every fourth at a random moment of starting."""
     kinds, codes, moments, resumed = WORK.get(run.stage, STEP_AND_SAVE), [], [], []
     for i, step in enumerate(sorted(rng.randint(1, total - 1) for _ in range(kills))):
-        process = run.start("--resume")
+        process = run.start("--resume=auto")
         if i % 4 == 3:
             moments.append("the start")
             code, output = run_until(process, ".", rng.uniform(0, 5), number)
@@ -153,7 +153,7 @@ def train_killed(run: Run, number: int, kills: int, total: int, rng: random.Rand
             break
         if "error:" in output or "Traceback" in output:
             raise SystemExit(output)
-    resumed += re.findall(r"from step (\d+)", run.to_end("--resume"))
+    resumed += re.findall(r"from step (\d+)", run.to_end("--resume=auto"))
     return {"exit_codes": codes, "interrupted": moments, "resumed_from": [int(s) for s in resumed]}
 
 
@@ -256,7 +256,7 @@ def storm(run: Run, alone: Path, planned: list[Kill], total: int, tell: Callable
 
     waiting, faults = collections.deque(planned), []
     variables = {"NANOCHAT_LOST_SECONDS": LOST_SECONDS, "NANOCHAT_START_SECONDS": 20}
-    flags = [*run.name_flags, *run.flags, "--resume"]
+    flags = [*run.name_flags, *run.flags, "--resume=auto"]
     while True:
         with started(run.base, run.stage, flags, count=run.processes, devices=run.devices, **variables) as processes:
             kill, met = None, None

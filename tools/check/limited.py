@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0  # that a process may take to begin, on a busy machine
+BUSY = 8
 GUARD = 4 << 30  # bytes that a case may ask for before the system refuses more
 CASES = 400  # after so many a process is replaced: what has been compiled stays in its memory
 
@@ -26,7 +27,7 @@ class Ended(NamedTuple):
     how: str  # "well", "refused" (a sentence and exit code 1) or a fault: "traceback", "hang", "died", "memory", ...
     result: str | None  # of a case that ended well
     said: str  # everything that it printed; where it failed, the error's sentence or traceback last
-    seconds: float
+    seconds: float  # processor time
     memory: int  # bytes, the most above what the process had before
 
 
@@ -37,7 +38,9 @@ class Worker:
         self.variables, self.module, self.process, self.served = variables, module, None, 0
 
     def run(self, function: Callable[[Any], str], argument: Any, seconds: float, memory: int = 1 << 30) -> Ended:
-        """function(argument), which must be importable, as a command would run it."""
+        """function(argument), which must be importable, as a command would run it.
+
+        seconds: of the process's own time; of the clock, on which others may be as busy, BUSY times as many."""
         if self.served >= CASES:
             self.close()
         if self.process is None:
@@ -45,9 +48,13 @@ class Worker:
         self.served += 1
         began = time.perf_counter()
         self.connection.send((function, argument))
-        if not self.connection.poll(seconds):
-            self.close()
-            return Ended("hang", None, f"no end after {seconds:.0f} seconds", time.perf_counter() - began, 0)
+        spent = own_seconds(self.process.pid)
+        while not self.connection.poll(0.2):
+            used, passed = own_seconds(self.process.pid) - spent, time.perf_counter() - began
+            if used > seconds or passed > BUSY * seconds:
+                self.close()
+                said = f"no end after {used:.0f} seconds of its own and {passed:.0f} of the clock"
+                return Ended("hang", None, said, passed, 0)
         try:
             ended = Ended(*self.connection.recv())
         except EOFError:
@@ -103,9 +110,9 @@ def serve(connection, variables: dict[str, str], module: str, log: str) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
             before = kilobytes("VmRSS")
             resource.setrlimit(resource.RLIMIT_AS, ((kilobytes("VmSize") << 10) + GUARD, hard))
-            began = time.perf_counter()
+            began = time.process_time()
             how, result, error = ended(function, argument)
-            seconds = time.perf_counter() - began
+            seconds = time.process_time() - began
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
             sys.stdout.flush()
             sys.stderr.flush()
@@ -145,6 +152,14 @@ def is_sentence(error: str) -> bool:
     """Whether a user can make something of it: not empty, not a page, no traceback, no bare class of an exception."""
     told = error.removeprefix("error: ").strip()
     return len(told.split()) >= 3 and len(told) <= 4000 and "Traceback" not in told and "Error: " not in told[:40]
+
+
+def own_seconds(pid: int) -> float:
+    """Processor time that a process has had."""
+    with contextlib.suppress(OSError):  # it has just ended
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def kilobytes(field: str) -> int:

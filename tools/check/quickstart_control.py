@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nanochat_jax import quickstart, sft
 from nanochat_jax.checkpoints import find
-from nanochat_jax.cli.settings import parse
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.evals.eval_set import make_eval_set
 from nanochat_jax.evals.evaluator import Evaluator

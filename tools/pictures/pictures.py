@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import Maybe, parse, require
+from nanochat_jax.cli.settings import Maybe, require
 from nanochat_jax.files.paths import write_atomically
 from nanochat_jax.report import svg, values
 from nanochat_jax.train.metrics import read_metrics

@@ -12,7 +12,7 @@ stop    COMMAND, by SIGTERM, so that it saves; the TPU stays and costs money; --
 delete  the TPU
 
 Flags may stand in a TOML file, see configs/tpu/. COMMAND is run in the project's folder, as it stands after --: for a
-line of shell write -- bash -c 'line'. `up` adds --resume where COMMAND is base, sft or rl of this project.
+line of shell write -- bash -c 'line'. `up` adds --resume=auto where COMMAND is base, sft or rl of this project.
 """
 
 import functools
@@ -24,7 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat_jax.cli.settings import parse, require
+from nanochat_jax.cli.command_line import parse
+from nanochat_jax.cli.settings import require
 from tools.tpu_vm.gcloud import Accelerator, Gcloud, Record, Unreachable, accelerator, last_error
 from tools.tpu_vm.machine import DEAD, HALTED, WORKER, Lost, Machine
 from tools.tpu_vm.settings import Settings, check, disk_place, environment

@@ -1,7 +1,7 @@
 """`tools/tpu_vm.py up`: have a TPU, start the command on all workers, follow it, and decide what its end means.
 
-A preemption, a machine that started anew and a SIGTERM are interruptions: the command goes on, with --resume. Any other
-exit code than 0 is the command's own failure, and ends `up` after --retries.
+A preemption, a machine that started anew and a SIGTERM are interruptions: the command goes on, with --resume=auto. Any
+other exit code than 0 is the command's own failure, and ends `up` after --retries.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ MOST_SILENT = 3  # machines in a row whose workers never answered: something is 
 
 
 def resumed(command: list[str]) -> list[str]:
-    """The command with --resume, where it is a stage of ours."""
+    """The command with --resume=auto, which begins or goes on, where it is a stage of ours."""
     stage = any(flag == "-m" and STAGE.fullmatch(module) for flag, module in itertools.pairwise(command))
-    return [*command, "--resume"] if stage and "--resume" not in command else command
+    given = any(word.split("=")[0] == "--resume" for word in command)
+    return [*command, "--resume=auto"] if stage and not given else command
 
 
 @dataclasses.dataclass(frozen=True)
