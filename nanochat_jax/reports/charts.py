@@ -15,6 +15,7 @@ TOP, RIGHT, BOTTOM = 8, 14, 34  # around the plot; on the left there is room for
 LETTER = 6.2  # width of a letter of a label, at most
 FINE = 1000  # a curve's coordinates are whole numbers, so many to a unit: short, and a value can be read back
 DOTS = 30  # a curve with so few points shows each of them
+TINY = 1e-300  # smaller values are drawn as 0
 STYLES = 4  # strokes that tell a run's metrics apart
 
 Points = Sequence[tuple[int, float]]
@@ -131,10 +132,10 @@ def axis_of(values: Sequence[float], *, log: bool = False, margin: float = 0.04)
     """An axis on which all values have their place, and a margin, as a share of it, on both sides. log: it is
     logarithmic where all values are above 0."""
     low, high = min(values), max(values)
-    if log := log and low > 0:
+    if log := log and low > TINY:
         low, high = math.log10(low), math.log10(high)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value in the middle
-        around = 0.5 * abs(high) or 0.5
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), TINY):  # one value in the middle
+        around = 0.5 if log or abs(high) <= TINY else 0.5 * abs(high)
         return Axis(low - around, high + around, log)
     more = margin * (high - low)
     return Axis(low - more, high + more, log)
@@ -144,7 +145,7 @@ def ticks(axis: Axis, *, most: int = 5, whole: bool = False) -> list[float]:
     """Round values on an axis, about `most` of them; whole: steps, of which there are no fractions."""
     if not axis.log:
         return round_values(axis.low, axis.high, most, whole)
-    first, last = math.ceil(axis.low), math.floor(axis.high)
+    first, last = max(-307, math.ceil(axis.low)), min(307, math.floor(axis.high))
     if last - first >= 2:
         return [10.0**power for power in range(first, last + 1, 1 + (last - first) // most)]
     between = [m * 10.0**power for power in range(first - 1, last + 1) for m in (1, 2, 5)]

@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 from nanochat_jax.reports.charts import STYLES, Curve, Points, chart, smoothed
 from nanochat_jax.reports.runs import STAGES, Log, Run, read_run
+from nanochat_jax.reports.tables import Shown, differing_settings, evaluations, label, last_answers, samples, words
 
 HERE = Path(__file__).parent
 STYLE, SCRIPT = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 TITLES = dict(zip(STAGES, ("Base models", "Supervised fine-tuning (SFT)", "Reinforcement learning (RL)")))
 COLOURS = 8  # in the style sheet; more runs begin again with the first
-SHOWN_ANSWERS = 4  # to a problem
+IN_FOLDERS = {STAGES[0]: ("model_tag",)}  # settings that name a stage's folders
+TASK = "chatcore/"  # the beginning of the names of ChatCORE's tasks, among the metrics
+MOST_TASKS = 20
 
 
 class Panel(NamedTuple):
@@ -48,14 +51,6 @@ PANELS = (
     Panel("model FLOPs utilisation", ("mfu",)),
 )
 MEANS = 100  # that a smoothed curve consists of, at least
-
-
-class Shown(NamedTuple):
-    """A run on the page."""
-
-    number: int  # on the page: its colour, and part of what is named after it
-    name: str  # among the runs of its stage
-    run: Run
 
 
 def page(folders: Sequence[Path], log: Log = str) -> str:
@@ -113,11 +108,6 @@ def overview_row(shown: Shown, stage: str) -> str:
     return f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>"
 
 
-def label(shown: Shown) -> str:
-    """A run's name with its colour."""
-    return f"<span class='run{shown.number} swatch'></span>{html.escape(shown.name)}"
-
-
 def anchor(stage: str) -> str:
     return stage or "other"
 
@@ -141,12 +131,21 @@ def summary(run: Run) -> str:
 def section(stage: str, title: str, shown: Sequence[Shown]) -> str:
     """All about the runs of a stage."""
     legend = "".join(f"<label><input type=checkbox checked id=show{one.number}>{label(one)}</label>" for one in shown)
-    charts = "".join(figure(panel, shown) for panel in PANELS)
-    answers = "".join(last_answers(one) for one in shown)
+    charts = "".join(figure(panel, shown) for panel in (*PANELS, *task_panels(shown)))
+    details = "".join(evaluations(one) for one in shown)
+    details += "".join(samples(one) for one in shown)
+    details += "".join(last_answers(one) for one in shown)
     return (
         f"<section id='{anchor(stage)}'><h2>{title}</h2><div class=legend>{legend}</div>"
-        f"<div class=charts>{charts or '<p>nothing measured yet</p>'}</div>{answers}</section>"
+        f"<div class=charts>{charts or '<p>nothing measured yet</p>'}</div>"
+        f"{differing_settings(shown, IN_FOLDERS.get(stage, ()))}{details}</section>"
     )
+
+
+def task_panels(shown: Sequence[Shown]) -> list[Panel]:
+    """The accuracies on ChatCORE's tasks, a chart each."""
+    names = dict.fromkeys(name for one in shown for name in one.run.numbers if name.startswith(TASK))
+    return [Panel(f"{name.removeprefix(TASK)}, accuracy", (name,), noisy=False) for name in [*names][:MOST_TASKS]]
 
 
 def figure(panel: Panel, shown: Sequence[Shown]) -> str:
@@ -193,24 +192,3 @@ def interval_of(numbers: dict[str, Points], name: str) -> list[tuple[int, float,
 def is_averaged(name: str, measured: dict[str, Points], window: int) -> bool:
     """Whether the page smooths a metric, since the run's log does not."""
     return window > 1 and not name.startswith("smoothed_") and f"smoothed_{name}" not in measured
-
-
-def words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def last_answers(shown: Shown) -> str:
-    """Some of the answers to RL's last problem, from the best to the worst."""
-    answers = shown.run.answers
-    if not answers:
-        return ""
-    count = min(SHOWN_ANSWERS, len(answers))
-    some = [answers[round(i * (len(answers) - 1) / max(1, count - 1))] for i in range(count)]
-    title = f"{label(shown)}<span>Step {answers[0]['step']}: {count} of {len(answers)} answers to one problem</span>"
-    texts = "".join(
-        f"<pre class='{'right' if record['reward'] > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
-        f"<small>reward {record['reward']:g}, advantage {record['advantage']:g}</small></pre>"
-        for record in some
-    )
-    prompt = f"<pre>{html.escape(answers[0]['prompt'])}</pre>"
-    return f"<details id=answers{shown.number}><summary>{title}</summary>{prompt}{texts}</details>"

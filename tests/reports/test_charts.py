@@ -66,6 +66,7 @@ def test_a_curve_of_few_points_shows_each_of_them_and_a_long_one_does_not():
 
 @given(st.lists(st.tuples(STEPS, FINITE), min_size=1, max_size=30, unique_by=lambda point: point[0]), st.booleans())
 def test_any_numbers_give_a_chart_that_is_well_formed_and_has_all_points_inside(points, log):
+    points = [(step, abs(value) if log else value) for step, value in points]
     svg = chart("<'&\">", [Curve(0, "<'&\">", sorted(points), interval=[(s, v, v) for s, v in points])], log)
     root = ET.fromstring(svg.replace(" data-log", " data-log='1'"))
     width, height = map(float, root.get("data-size").split())

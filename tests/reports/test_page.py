@@ -3,10 +3,15 @@
 Run: python -m pytest tests/reports/test_page.py
 """
 
+import itertools
+import random
 import re
+import xml.etree.ElementTree as ET
 
 from nanochat_jax.reports.page import page
-from tests.reports.folders import RL, Elements, answer, write
+from nanochat_jax.reports.runs import find_runs
+from tests.reports.folders import RL, Elements, answer, checkpoint, write
+from tools.check import hostile_inputs
 
 
 def long_run(steps=400):
@@ -67,13 +72,30 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert {"one/chatrl_checkpoints/d2", "two/chatrl_checkpoints/d2"} <= {*texts}
 
 
-def test_the_best_and_the_worst_answers_to_the_last_problem_are_shown(tmp_path):
-    last = [answer(i, float(i), f"answer {i}") for i in range(10)]
-    found = Elements(page([write(tmp_path / "a/b", RL, last)]))
-    assert [text.strip() for text in found.texts if text.startswith("answer")] == [
-        *("answer 9", "answer 6", "answer 3", "answer 0")
-    ]
-    assert "Step 3: 4 of 10 answers to one problem" in found.texts
+def test_chatcores_tasks_have_a_chart_each(tmp_path):
+    shown = page([write(tmp_path / "a", [{"step": 1, "chatcore/GSM8K": 0.5, "chatcore/<b>": 0.5}])])
+    captions = re.findall("<figcaption>(.*?)</figcaption>", shown)
+    assert captions == ["GSM8K, accuracy", "&lt;b&gt;, accuracy"]
+
+
+def test_hostile_lines_and_files_give_a_page_that_is_well_formed(tmp_path):
+    """As tools/check/hostile_inputs.py makes them: values of any type and size, nesting, damage."""
+    rng = random.Random(0)
+    lines, texts = hostile_inputs.metrics_lines(rng), hostile_inputs.json_texts(rng)
+    for n in range(20):
+        folder = tmp_path / f"chatrl_checkpoints/{n}<b>"
+        folder.mkdir(parents=True)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            (folder / name).write_bytes(b"".join(itertools.islice(lines, 40)))
+        checkpoint(folder, 3)
+        for name in ("a.json", "3/meta/data.json"):
+            (folder / name).write_bytes(next(texts))
+    whole = page(find_runs(tmp_path)).encode("utf-8", "replace").decode()
+    found = Elements(whole)
+    assert found.count("script") == 1 and found.count("b") == 0
+    for chart in re.findall(r"<svg.*?</svg>", whole):
+        ET.fromstring(chart.replace(" data-log", " data-log='1'"))
+    assert found.count("figure") > 0
 
 
 def test_the_same_numbers_give_the_same_page(tmp_path):
