@@ -118,12 +118,12 @@ def thinned(points: Points, columns: int) -> Points:
 
 
 def smoothed(points: Points, window: int) -> Points:
-    """Each point with the mean of so many values, of which its own is the middle; fewer towards the ends."""
+    """Each point with the mean of so many values around it, an odd number; at the ends of those that are there."""
     sums = [0.0, *itertools.accumulate(value for _, value in points)]
     half, means = window // 2, []
     for n, (step, _) in enumerate(points):
-        around = min(half, n, len(points) - 1 - n)
-        means.append((step, (sums[n + around + 1] - sums[n - around]) / (2 * around + 1)))
+        first, end = max(0, n - half), min(len(points), n + half + 1)
+        means.append((step, (sums[end] - sums[first]) / (end - first)))
     return means
 
 

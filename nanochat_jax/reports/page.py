@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,9 +53,15 @@ PANELS = (
 MEANS = 100  # that a smoothed curve consists of, at least
 
 
-def page(folders: Sequence[Path], log: Log = str) -> str:
+def page(
+    folders: Sequence[Path],
+    log: Log = str,
+    read: Callable[[Path, Log], Run] = read_run,
+    *,
+    version: str = "",
+) -> str:
     """The page about these runs. log: is told of a file that cannot be read, and of lines of another form, which are
-    left out."""
+    left out. version: of a page that is served: another one than its own makes it ask for itself again."""
     stages: dict[str, list[Path]] = {stage: [] for stage in STAGES}
     for folder in folders:
         stages.setdefault(folder.parent.name if folder.parent.name in TITLES else "", []).append(folder)
@@ -63,26 +69,29 @@ def page(folders: Sequence[Path], log: Log = str) -> str:
     for stage, of_stage in stages.items():
         shown = []
         for folder, name in zip(of_stage, names_of(of_stage)):
-            shown.append(Shown(number, name, read_run(folder, log)))
+            shown.append(Shown(number, name, f"{anchor(stage)} {name}", read(folder, log)))
             number += 1
         if shown:
             title = TITLES.get(stage, "Other runs")
             overview += f"<tr><th colspan=2>{title}</th></tr>" + "".join(overview_row(one, stage) for one in shown)
             sections += section(stage, title, shown)
-    body = f"<main><h1>Runs</h1><div class=wide><table class=runs>{overview}</table></div>{sections}</main>"
+    table = f"<table class=overview>{overview}</table>" if overview else "<p>no run has begun yet</p>"
     rules = "".join(
         f".run{n}{{--run:var(--colour{n % COLOURS})}}main:has(#show{n}:not(:checked)) svg .run{n}{{display:none}}"
         for n in range(number)
     )
-    return f"{head(STYLE + rules)}<body>{body}<script>{SCRIPT}</script>\n"
+    body = f"<body><main><h1>Runs</h1>{table}{sections}</main><script>{SCRIPT}</script>"
+    return f"{head(STYLE + rules, version)}{body}\n"
 
 
-def head(style: str) -> str:
-    """Whatever a run's texts hold, the browser runs no script but the page's own, and asks nobody for anything."""
+def head(style: str, version: str) -> str:
+    """Whatever a run's texts hold, the browser runs no script but the page's own, and asks nobody else for anything."""
     script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'; connect-src 'self'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
+    if version:
+        policy += "; connect-src 'self'"
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<!doctype html><html lang=en{f' data-version={version}' if version else ''}><meta charset=utf-8>"
         f'<meta http-equiv=Content-Security-Policy content="{policy}">'
         "<meta name=viewport content='width=device-width,initial-scale=1'><meta name=color-scheme content='light dark'>"
         f"<title>Runs</title><style>{style}</style>"
@@ -130,7 +139,10 @@ def summary(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------------------ a stage
 def section(stage: str, title: str, shown: Sequence[Shown]) -> str:
     """All about the runs of a stage."""
-    legend = "".join(f"<label><input type=checkbox checked id=show{one.number}>{label(one)}</label>" for one in shown)
+    legend = ""
+    for one in shown:
+        box = f"<input type=checkbox checked id=show{one.number} data-key='{html.escape(one.key)}'>"
+        legend += f"<label>{box}{label(one)}</label>"
     charts = "".join(figure(panel, shown) for panel in (*PANELS, *task_panels(shown)))
     details = "".join(evaluations(one) for one in shown)
     details += "".join(samples(one) for one in shown)

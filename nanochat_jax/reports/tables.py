@@ -24,6 +24,7 @@ class Shown(NamedTuple):
 
     number: int  # on the page: its colour, and part of what is named after it
     name: str  # among the runs of its stage
+    key: str  # its stage and name: it stays the same when other runs come
     run: Run
 
 
@@ -77,8 +78,7 @@ def evaluations(shown: Shown) -> str:
     if not files:
         return ""
     head = "".join(
-        f"<th>step {one.step:,}<small>{html.escape(one.file)}{html.escape(how_sampled(one))}</small></th>"
-        for one in files
+        f"<th>step {one.step:,}<small>{html.escape(one.file)}</small>{how_sampled(one)}</th>" for one in files
     )
     rows = ""
     for task in dict.fromkeys(task for one in files for task in one.tasks):
@@ -101,7 +101,7 @@ def how_sampled(one: Evaluation) -> str:
     )
     if not (is_number(samples) and is_number(temperature) and temperature > 0):
         return ""
-    return f", {samples:,} answers at temperature {temperature:g}"
+    return f"<small>{samples:,} answers at temperature {temperature:g}</small>"
 
 
 def result(task: dict) -> str:
@@ -142,4 +142,5 @@ def last_answers(shown: Shown) -> str:
 def details(kind: str, shown: Shown, said: str, inside: str, *, is_open: bool = False) -> str:
     """What a reader opens; said: what it is, beside the run's name."""
     summary = f"<summary>{label(shown)} <span class=said>{said}</span></summary>"
-    return f"<details id={kind}{shown.number}{' open' * is_open}>{summary}{inside}</details>"
+    key = html.escape(f"{kind} {shown.key}")
+    return f"<details data-key='{key}'{' open' * is_open}>{summary}{inside}</details>"

@@ -117,5 +117,5 @@ def test_labels_are_short(values, texts):
 
 
 def test_a_smoothed_curve_has_the_mean_of_the_steps_around_each():
-    assert smoothed([(1, 3.0), (2, 0.0), (3, 6.0), (4, 3.0)], 3) == [(1, 3.0), (2, 3.0), (3, 3.0), (4, 3.0)]
+    assert smoothed([(1, 3.0), (2, 0.0), (3, 6.0), (4, 3.0)], 3) == [(1, 1.5), (2, 3.0), (3, 3.0), (4, 4.5)]
     assert smoothed([(5, 1.5)], 7) == [(5, 1.5)]

@@ -104,7 +104,7 @@ def test_results_of_eval_are_a_table_of_tasks_and_steps(tmp_path):
     sampled = result(20, GSM8K=0.55) | {"sampling": {"samples": 8, "temperature": 0.7}}
     (folder / "third.json").write_text(json.dumps(sampled))
     assert table(page([folder]), "right answers, with 95 % intervals") == [
-        ["", "step 10 z.json", "step 20 second.json", "step 20 third.json, 8 answers at temperature 0.7"],
+        ["", "step 10 z.json", "step 20 second.json", "step 20 third.json 8 answers at temperature 0.7"],
         ["GSM8K", *(f"{v}.0 % {v - 5}.0 to {v + 5}.0, of 400" for v in (25, 50, 55))],
         ["MMLU", "75.0 % 70.0 to 80.0, of 400", "–", "–"],
         ["ChatCORE", "–", "0.2500", "0.2500"],
