@@ -26,6 +26,14 @@ function onAxis(ends, share) {
   return low + share * (high - low);
 }
 
+function valueAt(chart, down, height) { // no more digits than the curve's coordinates hold
+  const value = onAxis(chart.dataset.y, 1 - down / height);
+  if ("log" in chart.dataset) return Number((10 ** value).toPrecision(4));
+  const [low, high] = chart.dataset.y.split(" ").map(Number);
+  const decimals = Math.floor(Math.log10(height / (high - low)));
+  return Number(Number(value.toFixed(Math.min(100, Math.max(0, decimals)))).toPrecision(4));
+}
+
 function valuesAt(chart, pointer) {
   const [width, height] = chart.dataset.size.split(" ").map(Number);
   const found = [];
@@ -33,14 +41,13 @@ function valuesAt(chart, pointer) {
     if (getComputedStyle(path).display === "none") continue; // its run is hidden
     path.points ??= pointsOf(path);
     const [across, down] = nearest(path.points, pointer.x);
-    const value = onAxis(chart.dataset.y, 1 - down / height);
     found.push({
       run: path.getAttribute("class").match(/\d+/)[0],
       name: path.dataset.name,
       across,
       distance: Math.abs(down - pointer.y),
       step: Math.round(onAxis(chart.dataset.x, across / width)),
-      value: Number(("log" in chart.dataset ? 10 ** value : value).toPrecision(4)),
+      value: valueAt(chart, down, height),
     });
   }
   return found.sort((a, b) => a.distance - b.distance);
