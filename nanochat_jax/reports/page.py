@@ -32,7 +32,7 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("loss", ("loss", "smoothed_loss")),
+    Panel("loss", ("loss", "smoothed_loss"), log=True),
     Panel("bits per byte of held-out text", ("val_bpb",), noisy=False),
     Panel("reward", ("reward", "smoothed_reward")),
     Panel("held-out problems solved, pass@1 with 95 % interval", ("pass@1",), noisy=False, interval=True),
