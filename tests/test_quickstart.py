@@ -79,10 +79,7 @@ def test_every_stage_runs_and_the_table_ends_it(toured):
     assert (folder / "report.html").read_text().count("<svg") > 10 and "quickstart-1/report.html" in out
 
 
-def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(
-    toured, short, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(quickstart.report, "page", lambda runs: "")  # it comes after all models, and takes long to draw
+def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(toured, short, tmp_path, capsys):
     assert main(QuickstartConfig(seed=3, out=Path("again"))) == 0
     first, again = (find.load_params(find.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again"))
     jax.tree.map(np.testing.assert_array_equal, first, again)

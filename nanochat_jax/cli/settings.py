@@ -18,16 +18,17 @@ T = TypeVar("T")
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 
 
-def with_optional_value(alone: str, metavar: str) -> Any:
-    """The type of a flag whose value may be left out: then it is `alone`. None where the flag is not given."""
+def with_optional_value(alone: Any, metavar: str, kind: type = str) -> Any:
+    """The type of a flag whose value, of this kind, may be left out: then it is `alone`. None where the flag is not
+    given."""
     constructor = PrimitiveConstructorSpec(
         (0, 1),
         metavar,
-        lambda texts: texts[0] if texts else alone,
-        lambda value: value is None or isinstance(value, str),
-        lambda value: [] if value is None else [value],
+        lambda texts: kind(texts[0]) if texts else alone,
+        lambda value: value is None or isinstance(value, kind),
+        lambda value: [] if value is None else [str(value)],
     )
-    return Annotated[str | None, constructor, tyro.conf.arg(help_behavior_hint="")]
+    return Annotated[kind | None, constructor, tyro.conf.arg(help_behavior_hint="")]
 
 
 HERE = "here"

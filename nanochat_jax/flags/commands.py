@@ -28,7 +28,9 @@ COMMANDS = {  # in the order of use
     "eval": Command("right answers on tasks, with intervals, and ChatCORE", "EvalConfig"),
     "chat": Command("talk to a model in the terminal", "ChatConfig"),
     "models": Command("list the models of the base directory", "ModelsConfig"),
-    "report": Command("curves of all runs on one HTML page", "ReportConfig"),
+    "report": Command(
+        "curves, settings and results of all runs on one HTML page, also while they train", "ReportConfig"
+    ),
     "nanochat_import": Command("convert a nanochat base directory", "ImportConfig"),
     "nanochat_export": Command("write a model as nanochat's files", "ExportConfig"),
 }

@@ -5,12 +5,25 @@ from pathlib import Path
 
 import tyro
 
-from nanochat_jax.cli.settings import Maybe
+from nanochat_jax.cli.settings import Maybe, between, setting, with_optional_value
+
+PORT = 8765
+Watch = with_optional_value(PORT, "[PORT]", int)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Draw the curves of training runs into one HTML page."""
+    """Draw the curves of training runs into one HTML page.
+
+    python -m nanochat_jax.report                                    # all runs of the base directory
+    python -m nanochat_jax.report ~/.cache/nanochat/chatrl_checkpoints/d20 --output rl.html
+    python -m nanochat_jax.report --watch                            # in the browser, and kept up to date
+    """
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # of runs; default: all in the base directory
     output: Maybe[Path] = None  # the page; default: report.html in the base directory
+    watch: Watch = setting(
+        None,
+        f"instead of writing the page serve it to this machine, as runs go on; at port {PORT}, or at any for 0",
+        between(0, 65535, "a port from 0 to 65535"),
+    )

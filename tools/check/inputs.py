@@ -108,7 +108,7 @@ def read_conversations(data: bytes, base: Path) -> str:
 
 def read_metrics(data: bytes, base: Path) -> str:
     """By a run that goes on, and by report."""
-    from nanochat_jax.report import page
+    from nanochat_jax.reports.page import page
     from nanochat_jax.train.metrics import MetricsLog
 
     def read() -> None:
@@ -121,7 +121,7 @@ def read_metrics(data: bytes, base: Path) -> str:
 
 
 def read_rollouts(data: bytes, base: Path) -> str:
-    from nanochat_jax.report import last_answers
+    from nanochat_jax.reports.runs import last_answers
     from nanochat_jax.rollouts.log import RolloutLog
 
     def read() -> None:

@@ -35,7 +35,7 @@ from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import Maybe, require
 from nanochat_jax.files.paths import write_atomically
-from nanochat_jax.report import svg, values
+from nanochat_jax.reports.runs import numbers_of
 from nanochat_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +170,8 @@ def training(folder: Path) -> str:
     for stage, name, title in (("sft", "loss", "SFT: loss"), ("rl", "reward", "RL: mean reward")):
         path = next(iter(sorted((folder / f"chat{stage}_checkpoints").glob("*/metrics.jsonl"))), None)
         records = read_metrics(path) if path else []
-        curves = [values(records, key) for key in (name, f"smoothed_{name}")]
+        numbers = numbers_of(records)
+        curves = [numbers.get(key) for key in (name, f"smoothed_{name}")]
         require(all(curves), f"--run {folder} must be a finished quickstart: it has no {name} of {stage} to draw")
         panels.append((title, *curves))
     path = folder / "shares.json"
@@ -190,6 +191,14 @@ def training(folder: Path) -> str:
         axes[0].minorticks_off()
         draw_shares(axes[2], shares)
         return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an SVG element: text stays text, and the same numbers give the same bytes."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanochat_jax"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return "<svg" + file.getvalue().partition("<svg")[2]  # without the head of a file
 
 
 def draw_shares(axes: Axes, shares: dict[str, list]) -> None:

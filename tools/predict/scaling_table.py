@@ -1,14 +1,15 @@
 """The table and the plot of the predictions in a file of tools/predict/scaling.py: what its --render shows."""
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from nanochat_jax.files.paths import write_atomically
-from nanochat_jax.report import svg
 
 HEAD = (
     *("model, slice", "mesh", "passes x rows, remat", "GiB a chip", "MiB a chip sends in a step", "ms a step"),
@@ -121,8 +122,10 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     if lines:
         panels[-1].legend(loc="lower left", fontsize="small")
     figure.suptitle("Predicted, not measured: sending wholly hidden (solid), not at all (dotted)", fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, svg(figure).encode())
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanochat_jax"}):  # text, and the same bytes
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    write_atomically(path, file.getvalue())
 
 
 def render(lines: Sequence[dict[str, Any]], plot: Path | None) -> str:

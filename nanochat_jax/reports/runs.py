@@ -1,0 +1,186 @@
+"""What a run's folder holds for a reader: the numbers of its steps, texts of its model, results of eval, its settings.
+
+Everything is read as others may have left it: what has another form is left out, and `log` is told.
+"""
+
+import collections
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanochat_jax.checkpoints import integrity
+from nanochat_jax.reports.charts import Points
+from nanochat_jax.train.metrics import is_step, read_metrics
+
+STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
+TAIL_BYTES = 2_000_000  # of rollouts.jsonl are read, from its end
+Log = Callable[[str], None]
+
+
+class Evaluation(NamedTuple):
+    """A file that eval has written with --json."""
+
+    file: str
+    step: int  # of the model
+    tasks: dict[str, dict]  # see `is_result`
+    facts: dict[str, Any]  # all that the file holds
+
+
+class Run(NamedTuple):
+    """A run as far as it has come."""
+
+    folder: Path
+    records: list[dict]  # of metrics.jsonl, see `read_metrics`
+    numbers: dict[str, Points]  # what of them can be drawn, see `numbers_of`
+    samples: list[tuple[int, list[str]]]  # (step, texts), in the order of the file
+    answers: list[dict]  # to the last problem in rollouts.jsonl, from the best to the worst; [] where there is none
+    evaluations: list[Evaluation]  # in the order of their steps
+    settings: dict[str, Any]  # of the newest checkpoint; {} where there is none
+    error: str = ""  # why metrics.jsonl cannot be read
+
+
+def find_runs(base: Path) -> list[Path]:
+    """Folders of runs in a base directory, stage after stage."""
+    return [path.parent for stage in STAGES for path in sorted((base / stage).glob("*/metrics.jsonl"))]
+
+
+def read_run(folder: Path, log: Log = str) -> Run:
+    """The run in a folder; what cannot be read is empty."""
+    path, records, error = folder / "metrics.jsonl", [], ""
+    try:
+        records = read_metrics(path, log)
+    except OSError as e:
+        error = e.strerror or str(e)
+        log(f"{path}: {error}")
+    return Run(
+        folder,
+        records,
+        numbers_of(records),
+        [(record["step"], record["samples"]) for record in records if is_texts(record.get("samples"))],
+        last_answers(folder / "rollouts.jsonl", log),
+        read_evaluations(folder, log),
+        read_settings(folder, log),
+        error,
+    )
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds, None where it is no JSON. OSError: it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------- numbers over the steps
+def numbers_of(records: Sequence[dict]) -> dict[str, Points]:
+    """Of each metric (step, value), in the order of the steps, where it was logged as a number that can be drawn; of a
+    step that was logged twice, the later."""
+    found = collections.defaultdict(dict)
+    for record in records:
+        step = record["step"]
+        for name, value in record.items():
+            if is_number(value):
+                found[name][step] = value
+    return {name: sorted(by_step.items()) for name, by_step in found.items()}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a file is a number that can be drawn; integers of any size are JSON."""
+    return type(value) in (float, int) and abs(value) < 1e300
+
+
+# ------------------------------------------------------------------------------------------------------ answers of RL
+def last_answers(path: Path, log: Log = str) -> list[dict]:
+    """All answers to the last problem in rollouts.jsonl, from the best to the worst."""
+    try:
+        with path.open("rb") as file:
+            start = file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        log(f"{path}: {e.strerror}")
+        return []
+    records, others = [], 0
+    for line in filter(None, lines[1:] if start else lines):  # the seek has cut the first one
+        with contextlib.suppress(ValueError, RecursionError):
+            if is_rollout(record := json.loads(line)):
+                records.append(record)
+                continue
+        others += 1
+    if others:
+        log(f"{path}: {others:,} line{'s are' if others > 1 else ' is'} no answer of a rollout")
+    last = records[-1] if records else {}
+    answers = [r for r in records if (r["step"], r["example"]) == (last["step"], last["example"])]
+    return sorted(answers, key=lambda record: -record["reward"])
+
+
+def is_rollout(record: object) -> bool:
+    """Whether a line of rollouts.jsonl has what the page shows, each of its type."""
+    return (
+        isinstance(record, dict)
+        and is_step(record.get("step"))
+        and type(record.get("example")) is int
+        and all(is_number(record.get(name)) for name in ("reward", "advantage"))
+        and all(isinstance(record.get(name), str) for name in ("prompt", "text"))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- results of eval
+def read_evaluations(folder: Path, log: Log = str) -> list[Evaluation]:
+    """The results of eval that lie in a run's folder, whatever their names are, in the order of their steps."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            facts = read_json(path)
+        except OSError as e:
+            log(f"{path}: {e.strerror}")
+            continue
+        if is_evaluation(facts):
+            found.append(Evaluation(path.name, facts["step"], facts["tasks"], facts))
+        else:
+            log(f"{path}: no result of eval")
+    return sorted(found, key=lambda one: one.step)
+
+
+def is_evaluation(facts: object) -> bool:
+    """Whether a file has the form that eval gives it."""
+    return (
+        isinstance(facts, dict)
+        and is_step(facts.get("step"))
+        and isinstance(facts.get("tasks"), dict)
+        and all(map(is_result, facts["tasks"].values()))
+    )
+
+
+def is_result(task: object) -> bool:
+    """Whether an entry has the share of right answers, its 95 % interval, and of how many problems."""
+    return (
+        isinstance(task, dict)
+        and is_step(task.get("problems"))
+        and isinstance(share := task.get("accuracy"), dict)
+        and all(is_number(share.get(end)) for end in ("value", "low", "high"))
+    )
+
+
+def is_texts(value: object) -> bool:
+    """Whether a record's value is a list of texts, as samples of a model are."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+def read_settings(folder: Path, log: Log = str) -> dict[str, Any]:
+    """The settings that the newest checkpoint of a run has recorded, without Orbax, whose import takes seconds."""
+    for step in reversed(integrity.steps(folder)):
+        path = folder / str(step) / "meta" / "data.json"
+        with contextlib.suppress(OSError):  # the run has deleted the checkpoint meanwhile
+            meta = read_json(path)
+            settings = meta.get("user_config") if isinstance(meta, dict) else None
+            if isinstance(settings, dict):
+                return settings
+            log(f"{path}: no settings of a run")
+    return {}
