@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 
 import matplotlib.pyplot as plt
@@ -13,7 +14,7 @@ from nanochat_jax.inference.chat_model import ChatModel
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.train.metrics import MetricsLog
 from tests.support import tiny
-from tests.test_docs import ROOT
+from tests.test_docs import ROOT, anchors
 
 NOTEBOOK = json.loads((ROOT / "docs/notebook.ipynb").read_text(encoding="utf-8"))
 
@@ -58,3 +59,10 @@ def test_the_notebook_is_kept_without_outputs():
     assert NOTEBOOK["nbformat"] == 4 and "widgets" not in NOTEBOOK["metadata"]
     assert [cell["id"] for cell in NOTEBOOK["cells"] if cell.get("outputs") or cell.get("execution_count")] == []
     assert len({cell["id"] for cell in NOTEBOOK["cells"]}) == len(NOTEBOOK["cells"])
+
+
+def test_links_of_the_notebook_lead_to_a_heading():
+    text = "".join("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown")
+    (target,) = re.findall(r"\]\(([^)\s]+)\)", text)
+    page, _, anchor = target.partition("#")
+    assert anchor in anchors((ROOT / "docs" / page).read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from nanochat_jax.rollouts.statistics import FAR_APART, far_apart, little_signal
 from nanochat_jax.rollouts.update import rl_batch_shape
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
-from tests.support import tiny, wandb_files
+from tests.support import columns, tiny, wandb_files
 from tests.support.commands import run_command
 
 pytestmark = pytest.mark.usefixtures("in_base")
@@ -189,6 +189,10 @@ def test_every_step_is_measured(trained):
     assert found[1]["compiles"] == found[3]["compiles"]  # the evaluation after step 2 and two more steps: nothing new
 
 
+def test_every_column_of_metrics_is_told_in_the_documentation(trained):
+    assert columns.unknown(trained[0]) == set()
+
+
 def test_a_trainer_that_disagrees_with_the_sampler_is_warned_of_once(trained, monkeypatch):
     assert "dlogp;" not in trained[1]
     monkeypatch.setitem(FAR_APART, "float32", 0.0)
@@ -235,6 +239,7 @@ def test_wandb_has_the_answers_of_the_checkpoints_as_tables_and_the_settings(bas
     assert code == 0, printed
     wandb.teardown()
     folder = base / "chatrl_checkpoints" / "shown"
+    assert columns.unknown(folder) == set()  # also of the line about wandb
     (file,) = wandb_files.files(folder)
     tables = wandb_files.tables(file)
     assert [name for name, _ in tables] == ["rollouts", "rollouts"]
@@ -336,7 +341,7 @@ def test_all_options_of_the_objective_compose_and_resume(base):
     assert code == 0, printed
     folder = base / "chatrl_checkpoints" / "everything"
     found = records(folder)
-    assert {"kl", "clipped", "capped"} <= found[-1].keys()
+    assert {"kl", "clipped", "capped"} <= found[-1].keys() and columns.unknown(folder) == set()
     assert found[0]["kl"] < 1e-9 < found[-1]["kl"]  # the first step starts from the reference
     assert max(r["groups"] for r in found) > 2  # problems were drawn again
     assert store.read_meta(folder / "4")["problems_consumed"] == sum(r["groups"] for r in found)
