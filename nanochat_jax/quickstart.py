@@ -162,6 +162,7 @@ def documents(seed: int) -> list[str]:
 
 
 def question_of(conversation: dict) -> str:
+    """The user's first message."""
     return conversation["messages"][0]["content"]
 
 
@@ -241,6 +242,7 @@ class Tour:
 
 
 def format_share(share: Share) -> str:
+    """A share with its interval, in per cent."""
     return f"{100 * share.value:.1f} % ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 

@@ -345,6 +345,7 @@ def check(cfg: RLConfig) -> SamplingParams:
 
 
 def objective_of(cfg: RLConfig) -> Objective:
+    """The terms of the loss that the settings ask for."""
     return Objective(clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, is_cap=cfg.is_cap)
 
 
