@@ -19,13 +19,10 @@ from rich.style import Style
 from rich.text import Text
 
 from nanochat_jax.checkpoints import find
-from nanochat_jax.checkpoints.find import check_tokenizer
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import compute_dtype, start_device
 from nanochat_jax.cli.settings import check_bounds, require
-from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.files.paths import base_dir
 from nanochat_jax.flags.chat import ChatConfig
 from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.sampling import SamplingParams
@@ -242,16 +239,11 @@ class Chat:
 
 
 def load_model(cfg: ChatConfig) -> tuple[Engine, Any, find.Found]:
-    """(engine, its parameters, where they were found), on one device. The context is the length trained with."""
+    """(engine, its parameters, where they were found), on one device."""
     found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
     start_device(cfg.device_type)
-    dtype = compute_dtype(cfg.dtype)
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    check_tokenizer(tokenizer, find.peek_meta(found))
-    model_config, params, _ = find.load_params(found)
-    context = model_config.sequence_len
-    engine = Engine(model_config, tokenizer, make_mesh("data=1"), dtype=dtype, slots=1, context=context)
-    return engine, engine.cast_params(params), found
+    model = find.chat_model_of(found, compute_dtype(cfg.dtype))
+    return model.engine, model.params, found
 
 
 def main(cfg: ChatConfig) -> int:

@@ -81,6 +81,7 @@ def make_eval_sets(cfg: EvalConfig, tokenizer: Tokenizer) -> tuple[list[EvalSet]
 
 
 def main(cfg: EvalConfig) -> int:
+    """Evaluate -> the exit code, 0."""
     sampling = check(cfg)
     task_names(cfg.task_name)  # a wrong name is found before anything is loaded
     start_device(cfg.device_type, cfg)
@@ -185,10 +186,12 @@ def summary(record: dict) -> str:
 
 
 def percent(share: dict) -> str:
+    """A share of a record in per cent."""
     return f"{share['value']:.2%}"
 
 
 def interval(share: dict) -> str:
+    """Its 95 % interval."""
     return f"{share['low']:.1%} to {share['high']:.1%}"
 
 
@@ -221,10 +224,12 @@ def print_table(console: Console, report: dict) -> None:
 
 
 def print_line(console: Console, text: str) -> None:
+    """A line as it is, however long."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def save(path: Path | None, report: dict) -> None:
+    """The report so far as --json, by process 0."""
     if path and not processes.index():
         write_atomically(path, (json.dumps(finite_or_null(report), allow_nan=False) + "\n").encode())
 

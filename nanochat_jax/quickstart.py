@@ -156,6 +156,7 @@ def documents(seed: int) -> list[str]:
 
 
 def question_of(conversation: dict) -> str:
+    """The user's first message."""
     return conversation["messages"][0]["content"]
 
 
@@ -235,6 +236,7 @@ class Tour:
 
 
 def format_share(share: Share) -> str:
+    """A share with its interval, in per cent."""
     return f"{100 * share.value:.1f} % ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 

@@ -33,7 +33,7 @@ from nanochat_jax.optim.schedules import rl_scalars
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.objective import Objective, make_score
-from nanochat_jax.rollouts.pass_at_k import make_pass_at_k, shown
+from nanochat_jax.rollouts.pass_at_k import pass_at_k_measurement
 from nanochat_jax.rollouts.prompts import PromptStream, check_context
 from nanochat_jax.rollouts.reference import load_reference
 from nanochat_jax.rollouts.statistics import FIRST_STEPS, far_apart, little_signal
@@ -42,7 +42,6 @@ from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
 from nanochat_jax.train.loop import exit_code, open_run
-from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, make_plan
 from nanochat_jax.train.start import Start, find_start, fine_tuning_groups, initial_state
 
@@ -130,19 +129,9 @@ def main(cfg: RLConfig) -> int:
         resample=cfg.resample,
     )
     update = make_update(plan, objective, updates_per_batch=cfg.updates_per_batch, score=score)
-    pass_at_k = Measurement("held-out answers", -1, lambda params, progress: {})
-    if eval_set:
-        measure = make_pass_at_k(
-            eval_set, engine, plan.mesh, sampling, tokenizer, samples=cfg.eval_samples, seed=cfg.seed
-        )
-        pass_at_k = Measurement(
-            "held-out answers",
-            cfg.eval_every,
-            measure,
-            at_start=True,
-            shown=shown(cfg.eval_samples),
-            flag="--eval-every",
-        )
+    pass_at_k = pass_at_k_measurement(
+        eval_set, engine, plan.mesh, sampling, tokenizer, samples=cfg.eval_samples, seed=cfg.seed, every=cfg.eval_every
+    )
 
     # Train. Beside the state, a step depends on the position of its first problem; a checkpoint keeps it.
     position = start.record.get("problems_consumed", 0)
@@ -178,8 +167,9 @@ def main(cfg: RLConfig) -> int:
     ):
         for step, state in run.steps():
             rollouts = collector.collect(state.params, position, step, run.progress("answers"))
-            for group in rollouts.groups[: cfg.log_rollouts]:
-                log.write(step + 1, group, tokenizer.decode)
+            kept = rollouts.groups[: cfg.log_rollouts]
+            answers = [row for group in kept for row in log.write(step + 1, group, tokenizer.decode)]
+            run.log.table(step + 1, "rollouts", answers)
             began = time.perf_counter()
             groups = rollouts.to_train_on(cfg.examples_per_step)
             rows = rows_of(groups, plan, objective, cfg.objective, tokenizer)
@@ -253,6 +243,7 @@ def check(cfg: RLConfig) -> SamplingParams:
 
 
 def objective_of(cfg: RLConfig) -> Objective:
+    """The terms of the loss that the settings ask for."""
     return Objective(clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, is_cap=cfg.is_cap)
 
 

@@ -18,7 +18,7 @@ from nanochat_jax.cli.settings import require
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.train import scaling_laws
 from nanochat_jax.train.metrics import read_metrics
-from tests.support import tiny
+from tests.support import columns, tiny
 from tests.support.commands import run_command
 
 STEPS = 6
@@ -75,6 +75,10 @@ def differing(one, other, step=STEPS):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run says and leaves behind
+
+
+def test_every_column_of_metrics_is_told_in_the_documentation(trained):
+    assert columns.unknown(trained[0]) == set()
 
 
 def test_the_console_tells_what_follows_from_the_depth(trained):

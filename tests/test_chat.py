@@ -17,6 +17,7 @@ from rich.console import Console
 
 from nanochat_jax import chat
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
+from nanochat_jax.checkpoints import find
 from nanochat_jax.inference.samples import ControlTokens
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tokenizer import UnsplittableText
@@ -516,7 +517,7 @@ def test_an_answer_that_is_stopped_leaves_the_engine_usable(model, capsys):
 
 
 def test_what_is_said_while_the_model_loads_is_no_part_of_the_answer(monkeypatch, capsys):
-    monkeypatch.setattr(chat, "Engine", lambda *args, **kwargs: Script(said("x") + sampled(END)))
+    monkeypatch.setattr(find, "Engine", lambda *args, **kwargs: Script(said("x") + sampled(END)))
     monkeypatch.setattr(Script, "cast_params", lambda self, params: print("loaded"))
     assert run("-p", "hi") == 0
     out, err = capsys.readouterr()

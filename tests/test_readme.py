@@ -9,6 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
+from nanochat_jax.inference.chat_model import ChatModel
+from nanochat_jax.inference.sampling import SamplingParams
 from tests.golden.data import SUBSET
 from tests.test_layers import FOLDERS
 
@@ -52,9 +54,12 @@ def test_the_python_snippet_runs_on_files_of_nanochat_where_they_lie(tmp_path, m
     shutil.copytree(SUBSET / "checkpoints/c2_gqa", folder)
     (folder / "base_checkpoints").rename(folder / "chatsft_checkpoints")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    monkeypatch.setattr(ChatModel.answer, "__defaults__", (SamplingParams(0.0, 0, 4),))  # 256 take long to compile
     (snippet,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     names = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(snippet, names)
-    assert names["logits"].shape == (1, len(names["ids"]), names["tokenizer"].vocab_size)
-    assert printed.getvalue().endswith("\n")
+    answer, *scores = printed.getvalue().rsplit("\n", 3)[:-1]
+    assert answer == names["chat"].answer("What is 2+2?")
+    assert [score.rpartition(" ")[0] for score in scores] == ["'4'", "'<|assistant_end|>'"]
+    assert all(float(score.rpartition(" ")[2]) < 0 for score in scores)

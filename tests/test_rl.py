@@ -12,12 +12,13 @@ import sys
 
 import numpy as np
 import pytest
+import wandb
 
 from nanochat_jax import rl
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sample
+from nanochat_jax.inference.samples import Sample, ToolCall
 from nanochat_jax.rollouts.collector import Group
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.prompts import PromptStream
@@ -25,7 +26,7 @@ from nanochat_jax.rollouts.statistics import FAR_APART, far_apart, little_signal
 from nanochat_jax.rollouts.update import rl_batch_shape
 from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.train.metrics import read_metrics
-from tests.support import tiny
+from tests.support import columns, tiny, wandb_files
 from tests.support.commands import run_command
 
 pytestmark = pytest.mark.usefixtures("in_base")
@@ -188,6 +189,10 @@ def test_every_step_is_measured(trained):
     assert found[1]["compiles"] == found[3]["compiles"]  # the evaluation after step 2 and two more steps: nothing new
 
 
+def test_every_column_of_metrics_is_told_in_the_documentation(trained):
+    assert columns.unknown(trained[0]) == set()
+
+
 def test_a_trainer_that_disagrees_with_the_sampler_is_warned_of_once(trained, monkeypatch):
     assert "dlogp;" not in trained[1]
     monkeypatch.setitem(FAR_APART, "float32", 0.0)
@@ -225,6 +230,43 @@ def test_the_rollouts_of_the_first_problems_are_kept_whole(trained):
         group = kept[4 * step : 4 * step + 4]
         mean = np.mean([r["reward"] for r in group])
         assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group], abs=1e-6)
+
+
+def test_wandb_has_the_answers_of_the_checkpoints_as_tables_and_the_settings(base, trained, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    code, printed = run("--run", "shown", "--save-every", "2", "--log-rollouts", "1", *EVALUATED)
+    assert code == 0, printed
+    wandb.teardown()
+    folder = base / "chatrl_checkpoints" / "shown"
+    assert columns.unknown(folder) == set()  # also of the line about wandb
+    (file,) = wandb_files.files(folder)
+    tables = wandb_files.tables(file)
+    assert [name for name, _ in tables] == ["rollouts", "rollouts"]
+    for step, (_, rows) in zip((2, 4), tables):
+        kept = [r for r in rollouts(folder) if r["step"] == step]
+        assert [list(row.values()) for row in rows] == [
+            [step, r["prompt"], r["text"], r["reward"], r["advantage"], r["ended"], ""] for r in kept
+        ]
+        assert list(rows[0]) == ["step", "problem", "answer", "reward", "advantage", "ended", "tool calls"]
+    found = wandb_files.summary(file)
+    assert found["checkpoint"] == str(folder / "4") and found["pass@1/last_step"] == 4
+    assert found["pass@1/last_tokens"] == sum(r["trained_tokens"] for r in records(folder))
+    settings = store.read_meta(folder / "4")["user_config"]
+    shown = wandb_files.config(file)
+    assert {name: shown[name] for name in ("run", "seed", "task", "temperature")} == {
+        name: settings[name] for name in ("run", "seed", "task", "temperature")
+    }
+
+
+def test_a_table_of_answers_tells_the_calls_of_the_calculator(tmp_path):
+    calls = [ToolCall("1+1", "2"), ToolCall("1/0", None)]
+    zeros = [np.zeros(1, np.float32)] * 2
+    sample = Sample(np.array([65]), np.array([1]), *zeros, ended=False, tool_calls=calls)
+    with contextlib.closing(RolloutLog(tmp_path)) as log:
+        (row,) = log.write(3, Group(0, np.array([66]), [sample], np.array([1.0]), np.array([0.5], np.float32)), str)
+    assert (row["step"], row["reward"], row["advantage"], row["ended"]) == (3, 1.0, 0.5, False)
+    assert row["tool calls"] == "1+1 = 2\n1/0"
 
 
 def test_a_line_of_rollouts_is_json_whatever_the_numbers_are(tmp_path):
@@ -299,7 +341,7 @@ def test_all_options_of_the_objective_compose_and_resume(base):
     assert code == 0, printed
     folder = base / "chatrl_checkpoints" / "everything"
     found = records(folder)
-    assert {"kl", "clipped", "capped"} <= found[-1].keys()
+    assert {"kl", "clipped", "capped"} <= found[-1].keys() and columns.unknown(folder) == set()
     assert found[0]["kl"] < 1e-9 < found[-1]["kl"]  # the first step starts from the reference
     assert max(r["groups"] for r in found) > 2  # problems were drawn again
     assert store.read_meta(folder / "4")["problems_consumed"] == sum(r["groups"] for r in found)

@@ -16,7 +16,7 @@ from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli.device import start_device
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.metrics import read_metrics
-from tests.support import tiny
+from tests.support import columns, tiny
 from tests.support.commands import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +122,10 @@ def test_metrics_say_the_same_as_the_console(trained):
     assert losses[1]["smoothed_loss"] == losses[1]["loss"]
     assert [r["step"] for r in records if "val_bpb" in r] == [0, 2, 3]
     assert losses[3]["percent"] == 100 and losses[3]["epoch"] == 1
+
+
+def test_every_column_of_metrics_is_told_in_the_documentation(trained):
+    assert columns.unknown(trained[0]) == set()
 
 
 def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):

@@ -14,10 +14,14 @@ from flax import nnx
 
 from nanochat_jax.checkpoints import integrity
 from nanochat_jax.checkpoints.store import SOURCES, read_arrays, read_meta
+from nanochat_jax.cli.device import compute_dtype
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import path_name
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.inference.chat_model import ChatModel
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.interop.nanochat_model import find_steps, meta_file, read_config, read_meta_file, read_model
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from nanochat_jax.interop.optimizer_state import recorded_groups
@@ -217,11 +221,26 @@ def load_model(source: str, model_tag: str | None = None, step: int | None = Non
     """
     found = find_model(source, model_tag, step)
     config, params, meta = load_params(found)
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    graphdef, _ = abstract_gpt(config, dtype)
+    graphdef, _ = abstract_gpt(config, compute_dtype("auto") if dtype is None else dtype)
     model: GPT = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
     return model, Tokenizer.load(base_dir() / "tokenizer"), meta
+
+
+def load_chat_model(source: str, model_tag: str | None = None, step: int | None = None, *, dtype=None) -> ChatModel:
+    """A model to talk with, on one device: `load_chat_model("sft").answer("What is 2+2?")`.
+
+    Arguments as of `load_model`. ValueError: the base directory's tokenizer is not the model's."""
+    return chat_model_of(find_model(source, model_tag, step), dtype)
+
+
+def chat_model_of(found: Found, dtype=None) -> ChatModel:
+    """The same of a model that `find_model` has found. Its context is the length that it was trained with."""
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    check_tokenizer(tokenizer, peek_meta(found))
+    config, params, _ = load_params(found)
+    mesh, dtype = make_mesh("data=1"), compute_dtype("auto") if dtype is None else dtype
+    engine = Engine(config, tokenizer, mesh, dtype=dtype, context=config.sequence_len)
+    return ChatModel(engine, engine.cast_params(params))
 
 
 def check_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:

@@ -45,6 +45,7 @@ def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] 
 
 
 def orbax() -> ocp.Context:
+    """Orbax's settings while it is entered: one that writes and reads `meta` as JSON."""
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")  # else a JSON dict goes to the array handler
     context = ocp.Context()

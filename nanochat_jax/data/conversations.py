@@ -14,6 +14,8 @@ RENDER_LIMIT = 2048  # tokens of a conversation, as in nanochat; rows longer tha
 
 
 class Counts(NamedTuple):
+    """How much one source of the mixture has."""
+
     conversations: int
     tokens: int
     trained_tokens: int

@@ -36,6 +36,8 @@ def render_documents(tokenizer, texts: Sequence[str]) -> list[Rendering]:
 
 
 class Pieces(NamedTuple):
+    """The pieces that a shard's documents are cut into."""
+
     document: np.ndarray  # int64 [pieces], which document
     start: np.ndarray  # int64 [pieces], its first token in the piece: 0 with its own bos, else behind a new one
     lengths: np.ndarray  # int64 [pieces], tokens of the piece with its bos

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.distributed.mesh import row_axes, row_shards
-from nanochat_jax.distributed.sharding import P, fit_param_spec, param_spec, without_data
+from nanochat_jax.distributed.sharding import fit_param_spec, param_spec, without_data
 
 _replicated = contextvars.ContextVar("replicated_parameters", default=False)
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.distributed.mesh import own_devices, row_axes
-
-P = PartitionSpec
 
 # Parameter path -> mesh axes of a matrix (out, in). To try another strategy, edit this table and nothing else.
 PARAM_SPECS = [
@@ -36,7 +35,7 @@ def map_by_path(tree: Any, table: list[tuple[str, Any]]) -> Any:
     return jax.tree.map_with_path(lambda path, leaf: _find(path_name(path), table, np.shape(leaf)), tree)
 
 
-def param_spec(path: str) -> PartitionSpec:
+def param_spec(path: str) -> P:
     """The entry of PARAM_SPECS for the parameter with this path; ValueError where there is none."""
     return _find(path, PARAM_SPECS, ())
 
@@ -48,18 +47,18 @@ def _find(name: str, table: list[tuple[str, Any]], shape: tuple[int, ...]) -> An
     raise ValueError(f"no rule matches parameter {name!r} of shape {shape}; add one to the table")
 
 
-def without_data(spec: PartitionSpec) -> PartitionSpec:
+def without_data(spec: P) -> P:
     """The spec without the data axis: whole copies of what it split."""
     return P(*(axis if axis != "data" else None for axis in spec))
 
 
-def fit_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def fit_spec(spec: P, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """The spec on this mesh, without the axes that do not divide their dimension (factored moments, small matrices)."""
     padded = (*spec, *[None] * len(shape))[: len(shape)]
     return NamedSharding(mesh, P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(padded, shape))))
 
 
-def fit_param_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def fit_param_spec(spec: P, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """As `fit_spec`, but an axis that does not divide its dimension moves to another one that it divides and that is
     not split, if there is one."""
     axes = [*fit_spec(spec, shape, mesh).spec, *[None] * len(shape)][: len(shape)]

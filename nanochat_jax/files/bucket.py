@@ -25,6 +25,7 @@ PATTERN = frozenset("*?[]#")  # characters that the libraries take for patterns 
 
 
 def in_bucket(path: Any) -> bool:
+    """Whether a path is one of gs://."""
     return str(path).startswith(SCHEME)
 
 
@@ -150,6 +151,8 @@ def upload(file: Path, path: Any) -> None:
 
 # -------------------------------------------------------------------------------------------------------- the bucket
 class ObjectInfo(NamedTuple):
+    """What the service tells of a stored object."""
+
     size: int  # bytes
     md5: str | None  # in base64, as the service has it; of what was composed of several uploads it has none
     changed_ns: int  # since 1970

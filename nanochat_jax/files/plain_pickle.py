@@ -70,6 +70,7 @@ def refusing_failures(path: Path | str) -> Iterator[None]:
 
 
 def open_file(path: Path | str) -> BinaryIO:
+    """Open it to read bytes. Refused: it is no file; OSError: it cannot be opened."""
     if Path(path).exists() and not Path(path).is_file():  # a pipe would block, a device never end
         raise Refused("a file is needed, this is a directory or a device")
     return open(path, "rb")

@@ -16,7 +16,7 @@ MAX_CHARS = 10_000  # of the expression
 MAX_TOKENS = 1_000
 MAX_PARENTHESES = 200  # nested in arithmetic, as in Python
 MAX_NESTING = 32  # of parentheses, arguments and else branches in a count
-MAX_INTEGER = 10**4300  # Python refuses to print integers of more digits
+_TOO_LARGE = 10**4300  # Python refuses to print integers of more digits
 MAX_WORK = 1 << 16  # sum over method calls of (receiver's length + 1) x (argument's length or value + 1)
 
 ARITHMETIC = frozenset("0123456789+-*/.() ")
@@ -91,7 +91,7 @@ def _tokens(text: str) -> list[tuple[str, object]]:
 
 
 def _bounded(value):
-    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
         raise OverflowError
     return value
 

@@ -105,10 +105,12 @@ def find_steps(folder: Path) -> list[int]:
 
 
 def model_file(folder: Path, step: int) -> Path:
+    """Where nanochat keeps a step's parameters."""
     return folder / f"model_{step:06d}.pt"
 
 
 def meta_file(folder: Path, step: int) -> Path:
+    """Where nanochat keeps a step's sizes and settings."""
     return folder / f"meta_{step:06d}.json"
 
 

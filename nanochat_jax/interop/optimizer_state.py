@@ -74,10 +74,12 @@ def nanochat_groups(recorded: Mapping[str, Mapping]) -> NanochatGroups:
 
 
 def groups_to_json(groups: NanochatGroups) -> list[dict]:
+    """The groups as a list that JSON can hold; `groups_from_json` makes them again."""
     return [{"name": name, **group._asdict()} for name, group in groups.items()]
 
 
 def groups_from_json(stored: list[dict]) -> NanochatGroups:
+    """The inverse of `groups_to_json`."""
     groups = {}
     for fields in map(dict, stored):
         name = fields.pop("name")

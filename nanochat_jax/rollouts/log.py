@@ -40,11 +40,13 @@ class RolloutLog:
                 file.write(b"\n")  # what is written next is a line of its own
         return file
 
-    def write(self, step: int, group: Group, decode: Callable[[Sequence[int]], str]) -> None:
-        """The samples of one prompt, with their rewards and advantages; floats as short as float32 can be told."""
+    def write(self, step: int, group: Group, decode: Callable[[Sequence[int]], str]) -> list[dict]:
+        """The samples of one prompt, with their rewards and advantages; floats as short as float32 can be told.
+
+        -> a row of a table for each, for whoever reads them by eye; none on other processes than 0."""
         if processes.index():
-            return
-        lines = b""
+            return []
+        lines, rows = b"", []
         for number, (sample, reward, advantage) in enumerate(
             zip(group.samples, group.rewards, group.advantages, strict=True)
         ):
@@ -65,7 +67,11 @@ class RolloutLog:
             }
             line = json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False)
             lines += line.encode("utf-8", "replace") + b"\n"
+            calls = "\n".join(" = ".join(filter(None, (c.expression, c.result))) for c in sample.tool_calls)
+            row = {"step": step, "problem": record["prompt"], "answer": record["text"], "reward": record["reward"]}
+            rows.append(row | {"advantage": record["advantage"], "ended": record["ended"], "tool calls": calls})
         self._file.write(lines)
+        return rows
 
     def saved(self) -> int:
         """Bytes so far, all of them on disk, or in the bucket. OSError: the disk is full."""

@@ -11,15 +11,26 @@ from nanochat_jax.evals.intervals import pass_at_k
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.samples import answer_text
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.train.measurement import Measurement
 
 EVAL_STEP = -1  # in place of the step in the sampling's seeds: every evaluation draws alike, and as no step does
 
 
-def make_pass_at_k(
-    eval_set: EvalSet, engine: Engine, mesh: Mesh, sampling: SamplingParams, tokenizer, *, samples: int, seed: int
-) -> Callable[..., dict[str, float]]:
-    """-> measure(params on `mesh`, progress): pass@k for k = 1..samples, with 95 % intervals as pass@k_low and
-    pass@k_high. progress(answers done, answers in all): what it raises ends the measurement on all processes."""
+def pass_at_k_measurement(
+    eval_set: EvalSet | None,
+    engine: Engine,
+    mesh: Mesh,
+    sampling: SamplingParams,
+    tokenizer,
+    *,
+    samples: int,
+    seed: int,
+    every: int,
+) -> Measurement:
+    """pass@k for k = 1..samples of parameters on `mesh`, with 95 % intervals as pass@k_low and pass@k_high; also before
+    the first step. What its progress raises ends the measurement on all processes. eval_set: None measures nothing."""
+    if eval_set is None:
+        return Measurement("held-out answers", -1, lambda params, progress: {})
 
     def passed_by_own(params, numbers, progress) -> list[list[bool]]:
         """Of the problems with these numbers, which answers are right."""
@@ -45,7 +56,7 @@ def make_pass_at_k(
             numbers |= {f"pass@{k}": share.value, f"pass@{k}_low": share.low, f"pass@{k}_high": share.high}
         return numbers
 
-    return measure
+    return Measurement("held-out answers", every, measure, at_start=True, shown=shown(samples), flag="--eval-every")
 
 
 def shown(samples: int) -> Callable[[Mapping[str, float]], str]:

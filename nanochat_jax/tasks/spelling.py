@@ -142,6 +142,7 @@ def ask(templates: list[str], rng: random.Random, **slots: str) -> str:
 
 
 def quoted(text: str, rng: random.Random) -> str:
+    """The text between quotation marks of a kind that is drawn."""
     mark = rng.choice(QUOTES)
     return mark + text + mark
 

@@ -190,6 +190,7 @@ def question_and_answer(question: str, answer: str | list[dict]) -> dict:
 
 
 def require_text(answer: str) -> None:
+    """ValueError: an answer to be judged is no text."""
     if not isinstance(answer, str):
         raise ValueError(f"the answer must be text, got {type(answer).__name__}")
 

@@ -52,6 +52,7 @@ class Train:
 
 
 def train(cfg: Train) -> int:
+    """Train and save a tokenizer -> the exit code, 0."""
     check_vocab_size(cfg.vocab_size)
     require_at_least(1, cfg, "max_chars", "doc_cap")
     require_at_least(0, cfg, "download")
@@ -113,6 +114,7 @@ class Show:
 
 
 def show(cfg: Show) -> int:
+    """Print conversations as tokens -> the exit code, 0."""
     require((cfg.file is None) != (cfg.task is None), "name one file of conversations, or one --task module:Class")
     require_at_least(0, cfg, "max_conversations", "max_tokens")
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
@@ -153,6 +155,7 @@ class Eval:
 
 
 def evaluate(cfg: Eval) -> int:
+    """Print how well a tokenizer compresses, beside others -> the exit code, 0."""
     require_at_least(1, cfg, "max_chars", "doc_cap")
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
     files = find_files(cfg.input)
@@ -182,6 +185,7 @@ Command = (
 
 
 def main(argv: list[str]) -> None:
+    """The command that the first argument names."""
     name = argv[0] if argv else "--help"
     if name not in COMMANDS:
         parse(Command, [name], PROG)  # prints the commands, or what is wrong, and exits

@@ -50,6 +50,7 @@ SAMPLES = {
 
 
 def count_bytes_and_tokens(encode: Callable[[str], list[int]], texts: Iterable[str]) -> tuple[int, int]:
+    """(bytes in UTF-8, tokens) of all texts together."""
     sizes = [(len(text.encode("utf-8", "replace")), len(encode(text))) for text in texts]
     return sum(size for size, _ in sizes), sum(tokens for _, tokens in sizes)
 

@@ -14,6 +14,8 @@ class BadConversation(ValueError):
 
 
 class Segment(NamedTuple):
+    """A text of a conversation, or a special token in it."""
+
     text: str  # or the name of a special token
     mask: int  # 1 where its tokens are trained, else 0
     special: bool = False  # it is one special token

@@ -167,6 +167,7 @@ class Run:
                 time.sleep(0.1)
             self._save()
             failed = self.saver.failure(wait=True)
+        self._tell_saved()
 
     def rescue(self) -> None:
         """After an error that is none of the steps before: log them, and save them where that can be done alone."""
@@ -263,6 +264,7 @@ class Run:
 
     def _save(self) -> None:
         self._tell(self.saver.failure(wait=True))
+        self._tell_saved()
 
         def meta() -> dict:
             self.log.sync()
@@ -273,6 +275,10 @@ class Run:
         self.saved = self.step
         self.reporter.say(f"step {self.step:05d} | saving {self.saver.folder / str(self.step)}")
         self.clock = time.perf_counter()
+
+    def _tell_saved(self) -> None:
+        if self.saver.sealed:
+            self.log.saved(self.saver.folder / str(self.saver.sealed))
 
     def _stopping(self) -> str:
         return f"Stopping after step {self.step}, and saving what is not saved yet; Ctrl-C again {self._loss()}"

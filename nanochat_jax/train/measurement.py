@@ -12,6 +12,7 @@ Progress = Callable[[int, int], None]  # (done, all): shows it, and raises Inter
 
 
 def all_numbers(numbers: Mapping[str, float]) -> str:
+    """Every number by its name, as the console shows it."""
     return " | ".join(f"{name} {value:.4f}" for name, value in numbers.items())
 
 

@@ -2,10 +2,9 @@
 
 import json
 import math
-import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.append import AppendedFile
 from nanochat_jax.files.json_numbers import finite_or_null
+from nanochat_jax.train.wandb_log import WandbLog
 
 INTERVAL = 20.0  # seconds between two lines about work that goes on, where there is no terminal
 
@@ -56,6 +56,7 @@ class MetricsLog:
     def __init__(self, folder: Path, run: str, config: dict, *, project: str, resumed_at: int | None):
         self.file = self.wandb = None
         self._before: list[dict] = []
+        self._table: tuple[int, str, Sequence[Mapping[str, Any]]] | None = None
         if processes.index():  # process 0 writes for all
             return
         bucket.local_path(folder).mkdir(parents=True, exist_ok=True)
@@ -70,24 +71,28 @@ class MetricsLog:
         if self.file.ends_in_the_middle_of_a_line():
             self.file.write(b"\n")
         if run != "dummy":
-            import wandb  # a second to import: only when asked for
-
-            run_id = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{folder.parent.name}-{folder.name}-{run}")
-            names = {"project": project, "name": run, "id": run_id, "dir": str(path.parent)}
             try:
-                self.wandb = wandb.init(**names, resume="allow", config=config)
-            except wandb.Error as e:
+                names = {"project": project, "directory": path.parent}
+                self.wandb = WandbLog(folder, run, config, **names, before=self._before, resumed_at=resumed_at)
+            except ValueError:
                 self.close()
-                raise ValueError(f"wandb cannot start: {e}; set WANDB_MODE=offline, or leave out --run") from e
-            self.wandb.define_metric("*", step_metric="step")
+                raise
         self._write({"event": "start"} if resumed_at is None else {"event": "resume", "step": resumed_at})
+        if self.wandb:
+            self._write({"step": resumed_at or 0, "event": "wandb", "id": self.wandb.id, "sent": self.wandb.sent})
 
     def log(self, step: int, **values: Any) -> None:
-        """One record; values are numbers or short strings. A number that is not finite becomes null in the file."""
+        """One record; values are numbers, short strings or lists of them. A number that is not finite becomes null in
+        the file."""
         if self.file:
             self._write({"step": step, **values})
         if self.wandb:
-            self.wandb.log({"step": step, **{k: v for k, v in values.items() if isinstance(v, int | float)}})
+            self.wandb.log(step, values)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """For wandb alone, which gets the newest one with each checkpoint: a table costs it a file, and texts change
+        little from step to step. rows: of the same columns, which are numbers or texts."""
+        self._table = step, name, rows
 
     def measured_at(self, step: int) -> frozenset[str]:
         """Names of the measurements that this run, before it was resumed, has recorded of a step."""
@@ -106,6 +111,14 @@ class MetricsLog:
         if self.file:
             self.file.sync()
             bucket.upload(self.file.path, self.kept)
+        if self.wandb and self._table:
+            self.wandb.table(*self._table)
+            self._table = None
+
+    def saved(self, checkpoint: Path) -> None:
+        """The newest checkpoint that is whole on disk, for wandb's summary."""
+        if self.wandb:
+            self.wandb.summarise(checkpoint=str(checkpoint))
 
     def close(self, *, folder_lost: bool = False) -> None:
         """folder_lost: another run's records are in the bucket now."""

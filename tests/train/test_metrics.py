@@ -4,13 +4,13 @@ import json
 import math
 import os
 import pty
-import struct
 import subprocess
 import sys
 
 import pytest
 
 from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, read_metrics
+from tests.support import wandb_files
 
 
 def opened(folder, resumed_at=None, run="dummy"):
@@ -111,27 +111,11 @@ def test_wandb_offline_gets_the_same_numbers(tmp_path, monkeypatch):
         log.log(step, loss=1 / step, skipped=0, event="text stays here")
     log.close()
     wandb.teardown()  # as at a program's exit: the process that writes wandb's file is done with it only then
-    recorded = read_metrics(tmp_path / "tag" / "metrics.jsonl")
-    (file,) = (tmp_path / "tag" / "wandb").glob("offline-run-*/*.wandb")
-    assert wandb_history(file) == [{"step": r["step"], "loss": r["loss"], "skipped": r["skipped"]} for r in recorded]
-
-
-def wandb_history(file):
-    """The history records of wandb's own file: a LevelDB log of protocol buffers behind a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, rows = file.read_bytes(), 7, []
-    while at + 7 < len(data):
-        length, kind = struct.unpack("<4xHB", data[at : at + 7])
-        if kind == 0:
-            break
-        assert kind == 1, "a record that is split over blocks: this test logs too much"
-        record = Record.FromString(data[at + 7 : at + 7 + length])
-        if record.WhichOneof("record_type") == "history":
-            items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            rows.append({k: v for k, v in items.items() if not k.startswith("_")})
-        at += 7 + length
-    return rows
+    recorded = [r for r in read_metrics(tmp_path / "tag" / "metrics.jsonl") if "loss" in r]
+    (file,) = wandb_files.files(tmp_path / "tag")
+    assert wandb_files.history(file) == [
+        {"step": r["step"], "loss": r["loss"], "skipped": r["skipped"]} for r in recorded
+    ]
 
 
 def test_wandb_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):

@@ -58,12 +58,14 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E, 126), "aarch64": (1, 0xC00000B7, 91)}
 
 
 def check(result: int, what: str) -> int:
+    """The result of a C function; OSError where it says that it has failed."""
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
 def system_call(number: int, what: str, *arguments) -> int:
+    """A system call by its number, checked."""
     return check(LIBC.syscall(ctypes.c_long(number), *arguments), what)
 
 
@@ -109,6 +111,7 @@ def new_namespaces(folder: str) -> str:
 
 
 def drop_capabilities() -> None:
+    """Give up root's rights, and the right to get new ones."""
     capset = ARCHITECTURES[os.uname().machine][2]
     system_call(capset, "capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
     check(LIBC.prctl(38, 1, 0, 0, 0), "no_new_privs")
@@ -164,6 +167,7 @@ def filter_program(machine: str) -> bytes:
 
 
 def seccomp() -> None:
+    """From here on the kernel takes the calls in CALLS alone."""
     program = filter_program(os.uname().machine)
     code = ctypes.create_string_buffer(program, len(program))
     rules = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(code))
@@ -196,6 +200,7 @@ def lock_in(folder: str, cpu_seconds: int, memory_bytes: int, unsafe: bool) -> s
 
 
 def main() -> None:
+    """Shut this process in, then run the program that standard input names."""
     settings = json.load(sys.stdin)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

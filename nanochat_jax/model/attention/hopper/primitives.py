@@ -126,6 +126,7 @@ def mask(s, query, key, start):
 
 
 def full(shape, value, layout):
+    """An array of one value, float32, in a layout of the kernel's."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
