@@ -133,12 +133,13 @@ class SFTConfig(StageConfig):
     simple_spelling_rows: int = setting(200_000, "words to spell (0 = left out)", ROWS)
     spelling_bee_rows: int = setting(80_000, "words to count a letter of", ROWS)
     arithmetic_rows: int = setting(0, "generated word problems", ROWS)
-    custom_json: tuple[Path, ...] = setting((), "file with a conversation a line")
+    custom_json: tuple[Path, ...] = setting((), "file of conversations: JSON lines, a JSON array or parquet")
     custom_epochs: int = setting(1, "times the custom files are in the mixture", TIMES)
     val_json: tuple[Path, ...] = setting(
         (), "such a file to validate on, beside the tasks' own test splits", resume="free"
     )
-    longest_line: int = setting(LONGEST_LINE, "bytes of a line in these files, at most", at_least(1), resume="free")
+    longest_line: int = setting(LONGEST_LINE, "bytes of a conversation in their JSON", at_least(1), resume="free")
+    allow_empty: bool = setting(False, "take conversations with empty answers from these files", resume="free")
     task: tuple[str, ...] = setting((), "another task, by its name in eval or as module:Class")
 
 
@@ -261,7 +262,7 @@ def validation_tasks(cfg: SFTConfig) -> list:
 
 def own_file(cfg: SFTConfig, name: str, path: Path) -> CustomJSON:
     """The task of a file that the flag `name` gives; ValueError where it holds nothing."""
-    task = CustomJSON(path, longest_line=cfg.longest_line)
+    task = CustomJSON(path, longest_line=cfg.longest_line, allow_empty=cfg.allow_empty)
     require(len(task) > 0, f"{flag(name)} {path} must hold at least one conversation, it has none")
     return task
 
