@@ -186,7 +186,7 @@ def test_a_page_begins_with_one_sentence_on_what_it_is_for(page):
 
 def test_every_page_is_named_in_readme():
     assert {page for page in PAGES if page != "README.md"} <= set(
-        re.findall(r"\]\((docs/[\w.]+)\)", PAGES["README.md"])
+        re.findall(r"\]\((docs/[\w.-]+)\)", PAGES["README.md"])
     )
 
 
