@@ -133,7 +133,7 @@ class SFTConfig(StageConfig):
     simple_spelling_rows: int = setting(200_000, "words to spell (0 = left out)", ROWS)
     spelling_bee_rows: int = setting(80_000, "words to count a letter of", ROWS)
     arithmetic_rows: int = setting(0, "generated word problems", ROWS)
-    custom_json: tuple[Path, ...] = setting((), "file of conversations: JSON lines, a JSON array or parquet")
+    custom_json: tuple[Path, ...] = setting((), "file of conversations, or hub:owner/dataset:split")
     custom_epochs: int = setting(1, "times the custom files are in the mixture", TIMES)
     val_json: tuple[Path, ...] = setting(
         (), "such a file to validate on, beside the tasks' own test splits", resume="free"
@@ -262,7 +262,7 @@ def validation_tasks(cfg: SFTConfig) -> list:
 
 def own_file(cfg: SFTConfig, name: str, path: Path) -> CustomJSON:
     """The task of a file that the flag `name` gives; ValueError where it holds nothing."""
-    task = CustomJSON(path, longest_line=cfg.longest_line, allow_empty=cfg.allow_empty)
+    task = CustomJSON(path, data_dir=cfg.data_dir, longest_line=cfg.longest_line, allow_empty=cfg.allow_empty)
     require(len(task) > 0, f"{flag(name)} {path} must hold at least one conversation, it has none")
     return task
 

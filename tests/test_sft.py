@@ -9,10 +9,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import start_device
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.metrics import read_metrics
@@ -297,6 +300,24 @@ def test_bad_lines_of_a_custom_file_are_listed(base, tmp_path):
     bad.write_text('[{"role": "user", "content": "hi"}]\n{"role"\n')
     message = run(arguments(base, "refused", "--custom-json", str(bad)))
     assert "2 lines are no conversation" in message and f"{bad}:1:" in message and f"{bad}:2:" in message
+
+
+def test_own_files_of_every_kind_are_trained_and_validated_on(tmp_path):
+    def turns(value):
+        return {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": value}]}
+
+    (tmp_path / "array.json").write_text(json.dumps([turns("a"), turns("")]))
+    folder = tmp_path / "mirror" / "o--n" / "default" / "test"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"prompt": ["u"], "completion": ["b"]}), folder / "x.parquet")
+    (folder / "manifest.json").write_text('["x.parquet"]')
+    files = ["--custom-json", f"{tmp_path}/array.json", "--val-json", "hub:o/n:test"]
+    files += ["--data-dir", f"{tmp_path}/mirror"]
+    cfg = settings.parse(sft.SFTConfig, [*tiny.FLAGS, *files, "--allow-empty"])
+    trained, held_out = sft.training_tasks(cfg), sft.validation_tasks(cfg)
+    assert [[c["messages"][1]["content"] for c in task] for task in (*trained, *held_out)] == [["a", ""], ["b"]]
+    with pytest.raises(ValueError, match=r"row 2 .line 1.: message 1, the assistant's, is empty"):
+        sft.training_tasks(settings.parse(sft.SFTConfig, [*tiny.FLAGS, *files]))
 
 
 def test_an_empty_file_and_held_out_data_that_nothing_can_be_measured_on_are_refused(base, tmp_path):

@@ -9,6 +9,8 @@ A row is a value of JSON, or a dictionary of a parquet file's columns. What is w
 follow the place of the row.
 """
 
+import itertools
+import json
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -40,7 +42,7 @@ def _from_sharegpt(row: dict) -> object:
         raise ValueError(f"conversations must be a list, got {type(turns).__name__}")
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            got = f"an object with {_quoted(turn)}" if isinstance(turn, dict) else type(turn).__name__
+            got = f"an object with {quoted(turn)}" if isinstance(turn, dict) else type(turn).__name__
             raise ValueError(f'message {i} must be an object with "from" and "value", got {got}')
     roles = [turn["from"] for turn in turns]
     roles = [SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
@@ -73,9 +75,9 @@ def form_of(row: object) -> Form:
         raise ValueError(f'must be a list of messages or an object with "messages", got {type(row).__name__}')
     if found := next((form for form in FORMS if all(key in row for key in form.keys)), None):
         return found
-    first, *others = (" and ".join(f'"{key}"' for key in form.keys) for form in FORMS)
+    first, *others = (" and ".join(map(json.dumps, form.keys)) for form in FORMS)
     hint = "; pairs of a better and a worse answer are no conversations" if "chosen" in row else ""
-    raise ValueError(f"an object must have {first}, or {', or '.join(others)}, it has {_quoted(row)}{hint}")
+    raise ValueError(f"an object must have {first}, or {', or '.join(others)}, it has {quoted(row)}{hint}")
 
 
 def conversation_of(row: object, form: Form, allow_empty: bool = False) -> dict:
@@ -87,8 +89,8 @@ def conversation_of(row: object, form: Form, allow_empty: bool = False) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"must be {'a list of messages or ' * (form is MESSAGES)}an object, got {type(row).__name__}")
     if any(key not in row for key in form.keys):
-        wanted = " and ".join(f'"{key}"' for key in form.keys)
-        raise ValueError(f"an object must have {wanted}, as the first row has, it has {_quoted(row)}")
+        wanted = " and ".join(map(json.dumps, form.keys))
+        raise ValueError(f"an object must have {wanted}, as the first row has, it has {quoted(row)}")
     conversation = row if form is MESSAGES else {"messages": form.messages(row)}
     if fault := message_fault(conversation["messages"], allow_empty):
         raise ValueError(fault)
@@ -133,10 +135,10 @@ def message_fault(messages: object, allow_empty: bool = False) -> str | None:
 def _advice(parts: list) -> str:
     kinds = {part.get("type") for part in parts if isinstance(part, dict) and isinstance(part.get("type"), str)}
     if other := sorted(kinds - {"text"}):
-        return f"{', '.join(other):.60} cannot be trained on, leave such conversations out"
+        return f"{quoted(other)} cannot be trained on, leave such conversations out"
     return "join their texts into one"
 
 
-def _quoted(keys: Iterable) -> str:
-    """A few keys for a sentence."""
-    return ", ".join(f'"{key!s:.30}"' for key in list(keys)[:8]) or "none"
+def quoted(names: Iterable[str]) -> str:
+    """A few names for a sentence, with nothing in them that a terminal would act on."""
+    return ", ".join(json.dumps(name[:30]) for name in itertools.islice(names, 8)) or "none"

@@ -1,6 +1,8 @@
-"""Your own conversations: a file of JSON lines, of one JSON array, or of parquet, in any form of chat_forms.py."""
+"""Your own conversations: a file of JSON lines, of one JSON array, or of parquet, or the parquet files of a dataset of
+the hub, in any form of chat_forms.py."""
 
 import hashlib
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,18 +14,20 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.digest import file_digest
 from nanochat_jax.files.parquet import ParquetRows, read_footer
 from nanochat_jax.tasks import chat_forms
-from nanochat_jax.tasks.chat_forms import Form, conversation_of, form_of, unread_keys
+from nanochat_jax.tasks.chat_forms import Form, conversation_of, form_of, quoted, unread_keys
+from nanochat_jax.tasks.hub import split_files
 from nanochat_jax.tasks.json_rows import JSONRows
 from nanochat_jax.tasks.sources import source_hint
 from nanochat_jax.tasks.task import Slice, Task
 
 SHOWN = 20  # bad rows that an error spells out
 COUNTED = 100_000  # bad rows after which a file is not read further
+HUB = re.compile(r"hub:([^/:]+/[^/:]+)(?::(?:([^/:]+)/)?([^/:]+))?")  # hub:owner/dataset:subset/split
 LONGEST_LINE = 16 << 20  # bytes: Python's objects of a line take up to 30 times its size
 
 
 class CustomJSON(Task):
-    """CustomJSON(path): the conversations of a file, each row one, in the form that the first row has.
+    """CustomJSON(source): the conversations of a file or of hub:owner/dataset, each row one, as the first row has them.
 
     A conversation has at least two messages of text that alternate from user, after a message of the role system if
     there is one; other keys beside "messages" are kept; lines of white space are skipped. One ValueError reports all
@@ -33,28 +37,29 @@ class CustomJSON(Task):
 
     def __init__(
         self,
-        path: Path | str,
+        source: Path | str,
         *,
+        data_dir: Path | str | None = None,
         log: Callable = print0,
         longest_line: int = LONGEST_LINE,
         allow_empty: bool = False,
         **slice_: Unpack[Slice],
     ):
-        """longest_line: bytes of a row of JSON, above which it is a bad one. allow_empty: an answer may be empty."""
+        """source: a path, or "hub:owner/dataset", with ":split" or ":subset/split" behind it if not default/train.
+
+        data_dir: where datasets are looked for first, see hub.py. longest_line: bytes of a row of JSON, above which it
+        is a bad one. allow_empty: an answer may be empty."""
         super().__init__(**slice_)
-        self.path, self.allow_empty = Path(path), allow_empty
-        if not self.path.exists():
-            missing = f"{self.path} does not exist{source_hint(self.path)}"
-            log(f"Warning: File {missing}")
-            raise FileNotFoundError(missing)
-        if not self.path.is_file():
-            raise ValueError(f"{self.path} is not a file")
-        self._rows = open_rows(self.path, longest_line)
+        self.source, self.allow_empty = str(source), allow_empty
+        if self.source.startswith("hub:"):
+            self._rows = ParquetTable(hub_files(self.source, data_dir), self.source)
+        else:
+            self._rows = open_file(Path(source), longest_line, log)
         self.form, self._spans = self._check()
         if self.form:
-            keys = ", ".join(f"{key:.30}" for key in unread_keys(self._rows.keys(), self.form)[:8])
+            unread = unread_keys(self._rows.keys(), self.form)
             n = f"{len(self._spans):,} conversation" + "s" * (len(self._spans) != 1)
-            log(f"{path}: {n} {self.form.title}" + f" (not used: {keys})" * bool(keys))
+            log(f"{self.source}: {n} {self.form.title}" + f" (not used: {quoted(unread)})" * bool(unread))
 
     def num_examples(self) -> int:
         return len(self._spans)
@@ -66,7 +71,7 @@ class CustomJSON(Task):
     def place(self, index: int) -> str:
         """Where conversation `index` of this slice is in the file."""
         source = self.source_index(index)
-        return f"{self.path}{self._rows.place(tuple(self._spans[source].tolist()), source)}"
+        return f"{self.source}{self._rows.place(tuple(self._spans[source].tolist()), source)}"
 
     def fingerprint(self) -> str:
         forms = hashlib.sha256(Path(chat_forms.__file__).read_bytes()).hexdigest()
@@ -84,7 +89,7 @@ class CustomJSON(Task):
             except ValueError as e:
                 bad += 1
                 if bad <= SHOWN:
-                    shown.append(f"{self.path}{self._rows.place(span, number)}: {e}")
+                    shown.append(f"{self.source}{self._rows.place(span, number)}: {e}")
                 if bad == COUNTED:
                     break
         if bad:
@@ -96,20 +101,20 @@ class CustomJSON(Task):
         return form, np.frombuffer(spans, np.int64).reshape(-1, self._rows.span_size)
 
 
-class ParquetFile:
-    """The rows of a parquet file, with the methods of JSONRows; a span is the number of a row."""
+class ParquetTable:
+    """The rows of parquet files, one after the other, with the methods of JSONRows; a span is the number of a row."""
 
     noun, span_size = "row", 1
 
-    def __init__(self, path: Path):
-        """ValueError: it is damaged, or has not the columns of any form."""
-        self._path, self._names = path, read_footer(path).schema.to_arrow_schema().names
+    def __init__(self, files: list[Path], source: str):
+        """source: what an error calls them. ValueError: they are damaged, or have not the columns of any form."""
+        self._names = read_footer(files[0]).schema.to_arrow_schema().names
         try:
             form = form_of(dict.fromkeys(self._names))
         except ValueError as e:
-            raise ValueError(f"{path} cannot be read as conversations: {e}") from e
+            raise ValueError(f"{source} cannot be read as conversations: {e}") from e
         columns = (*form.keys, *(name for name in form.optional if name in self._names))
-        self._rows = ParquetRows([path], columns)
+        self._rows = ParquetRows(files, columns)
 
     def spans(self) -> Iterator[tuple[int]]:
         return ((row,) for row in range(len(self._rows)))
@@ -123,15 +128,29 @@ class ParquetFile:
     def keys(self) -> list[str]:
         return self._names
 
-    def digest(self) -> str:
-        return file_digest(self._path)
+    def digest(self) -> list[str]:
+        return [file_digest(path) for path in self._rows.files]
 
 
-def open_rows(path: Path, longest_line: int) -> JSONRows | ParquetFile:
-    """The rows of a file, told apart by how it begins."""
+def hub_files(source: str, data_dir: Path | str | None) -> list[Path]:
+    """The parquet files of hub:owner/dataset:subset/split. ValueError: it is written otherwise; see split_files."""
+    if not (found := HUB.fullmatch(source)):
+        raise ValueError(f"a dataset of the hub is named as hub:owner/dataset:split, got {source!r:.100}")
+    repo, subset, split = found.groups()
+    return split_files(repo, subset or "default", split or "train", data_dir)
+
+
+def open_file(path: Path, longest_line: int, log: Callable) -> JSONRows | ParquetTable:
+    """The rows of a file; how it begins says what it is. ValueError, FileNotFoundError: it cannot be read."""
+    if not path.exists():
+        missing = f"{path} does not exist{source_hint(path)}"
+        log(f"Warning: File {missing}")
+        raise FileNotFoundError(missing)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
     with open(path, "rb") as f:
         if f.read(4) == b"PAR1":
-            return ParquetFile(path)
+            return ParquetTable([path], str(path))
         f.seek(0)
         data = f.read()
     try:

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/tasks/test_custom_json.py
 """
 
+import io
 import json
 import resource
 import time
@@ -13,16 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_jax.tasks import CustomJSON
+from nanochat_jax.tasks import CustomJSON, hub
 from nanochat_jax.tasks.json_rows import JSONRows
 from nanochat_jax.tasks.sources import SOURCES
+from tests.support.loopback import isolate, serve_dataset, servers, use_hub
 
 
 @pytest.fixture(autouse=True)
 def own_base_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.delenv("NANOCHAT_DATA_DIR", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    isolate(monkeypatch, tmp_path)
 
 
 def chat(user="u", assistant="a"):
@@ -93,7 +93,7 @@ def test_keys_that_a_form_does_not_use_are_said(tmp_path):
     for how in ("lines", "parquet"):
         path = write(tmp_path / how, [row], how)
         CustomJSON(path, log=said.append)
-        assert said.pop() == f"{path}: 1 conversation in Alpaca's form (not used: history, system)"
+        assert said.pop() == f'{path}: 1 conversation in Alpaca\'s form (not used: "history", "system")'
 
 
 @each_form
@@ -107,7 +107,7 @@ def test_a_row_in_another_form_than_the_first_is_a_fault(tmp_path, title):
     assert all("as the first row has, it has" in line for line in lines), lines
 
 
-TOOLS, IMAGE = "calls a tool or is its answer", "image_url cannot be trained on"
+TOOLS, IMAGE = "calls a tool or is its answer", '"image_url" cannot be trained on'
 PARTS = [{"type": "text", "text": "t"}]
 REFUSED = [
     ([*chat()[:1], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, *THREE], f"message 1 {TOOLS}"),
@@ -256,6 +256,51 @@ def test_the_fingerprint_of_a_parquet_file_follows_its_content(tmp_path):
     one, other = (CustomJSON(write(tmp_path / user, [{"messages": chat(user)}], "parquet")) for user in "xy")
     again = CustomJSON(write(tmp_path / "again", [{"messages": chat("x")}], "parquet"))
     assert one.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+# ---- datasets of the hub
+
+
+def parquet_bytes(*users):
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"messages": chat(user), "id": 1} for user in users]), file)
+    return file.getvalue()
+
+
+def test_a_dataset_is_read_from_a_mirror_in_the_order_of_its_rows(tmp_path):
+    for place, users in {"default/train": "ab", "default/test": "c", "all/train": "d"}.items():
+        folder = tmp_path / "mirror/hub/o--n" / place
+        folder.mkdir(parents=True)
+        for user in users:
+            (folder / f"{user}.parquet").write_bytes(parquet_bytes(user))
+        (folder / "manifest.json").write_text(json.dumps([f"{user}.parquet" for user in users]))
+    said = []
+    read = {source: CustomJSON(source, data_dir=tmp_path / "mirror", log=said.append) for source in SPLITS}
+    assert {s: "".join(c["messages"][0]["content"] for c in task) for s, task in read.items()} == SPLITS
+    assert said[0] == 'hub:o/n: 2 conversations as messages with role and content (not used: "id")'
+    assert read["hub:o/n"].place(1) == "hub:o/n, row 2"
+    assert read["hub:o/n"].fingerprint() == read["hub:o/n:train"].fingerprint() != read["hub:o/n:test"].fingerprint()
+
+
+SPLITS = {"hub:o/n": "ab", "hub:o/n:train": "ab", "hub:o/n:test": "c", "hub:o/n:all/train": "d"}
+
+
+def test_a_dataset_that_is_on_no_disk_is_downloaded_unless_that_is_forbidden(tmp_path, monkeypatch):
+    with servers(1) as (server,):
+        use_hub(monkeypatch, server.url)
+        serve_dataset(server, "o/n", hub.EXPORT, {"default/train/0000.parquet": parquet_bytes("a")}, "c" * 40)
+        assert len(CustomJSON("hub:o/n")) == 1
+        assert (tmp_path / "base/task_data/o--n/default/train/00000.parquet").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert len(CustomJSON("hub:o/n")) == 1
+    with pytest.raises(FileNotFoundError, match=r"dataset o/n \(subset default, split test\) is not on this machine"):
+        CustomJSON("hub:o/n:test")
+
+
+@pytest.mark.parametrize("source", ["hub:", "hub:n", "hub:o/n:", "hub:o/n/m", "hub:o/n:a/b/c", "hub:o/n:a:b"])
+def test_a_dataset_that_is_named_otherwise_is_a_sentence(source):
+    with pytest.raises(ValueError, match="a dataset of the hub is named as hub:owner/dataset:split"):
+        CustomJSON(source)
 
 
 # ---- JSON lines
