@@ -61,14 +61,15 @@ class ParquetRows:
         return self._size
 
     def __getitem__(self, row: int) -> dict:
-        """ValueError: the files are damaged, or a text is not UTF-8, which Arrow does not check."""
-        batches, starts = self._batches
+        """ValueError: as `batches`, or a text is not UTF-8, which Arrow does not check."""
+        batches, starts = self.batches
         i = bisect.bisect_right(starts, row) - 1
         return {name: column[row - starts[i]].as_py() for name, column in batches[i]}
 
     @functools.cached_property
-    def _batches(self) -> tuple[list[list[tuple]], list[int]]:
-        """(column name, Arrow array) pairs of every record batch, and the number of each batch's first row."""
+    def batches(self) -> tuple[list[list[tuple]], list[int]]:
+        """(column name, Arrow array) pairs of every record batch, and the number of each batch's first row; read when
+        they are first asked for. ValueError: the files are damaged."""
         batches = [b for b in read_files(self.files, self.columns).to_batches() if b.num_rows]
         starts = [0, *itertools.accumulate(b.num_rows for b in batches)]
         return [[(name, b.column(name)) for name in self.columns] for b in batches], starts

@@ -36,7 +36,7 @@ class JSONRows:
         self.noun = "row" if self.is_array else "line"
 
     def spans(self) -> Iterator[Span]:
-        """Of each row, whatever is in it. What follows a row that has no end is not told apart from it."""
+        """Of each row, whatever is in it; the last one where it cannot be told what follows."""
         return self._elements() if self.is_array else self._lines()
 
     def _lines(self) -> Iterator[Span]:
@@ -55,6 +55,9 @@ class JSONRows:
             start = _skip(data, at)
             counted, line = start, line + data.count(b"\n", counted, start)
             end = _value_end(data, start, start + self._longest)
+            if end - start > self._longest:
+                yield start, end, line  # which need not be where it ends, so what follows is not looked at
+                return
             at = _skip(data, end)
             mark = data[at : at + 1]
             if end == start or mark not in (b",", b"]", b""):
@@ -132,10 +135,9 @@ def parse(text: bytes) -> object:
         decoded = text.decode()
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8: byte 0x{text[e.start]:02x} at column {e.start + 1}") from e
+    decoded = decoded.removeprefix("\ufeff").strip()
     try:
-        return json.loads(
-            decoded.removeprefix("\ufeff").strip(), parse_constant=_no_constant, object_pairs_hook=_unique_keys
-        )
+        return json.loads(decoded, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as e:
         line = f"line {e.lineno} of the row, " if e.lineno > 1 else ""
         raise ValueError(f"not JSON: {e.msg} at {line}column {e.colno}") from e

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_jax.tasks import CustomJSON, hub
+from nanochat_jax.tasks import CustomJSON, custom_json, hub
 from nanochat_jax.tasks.json_rows import JSONRows
 from nanochat_jax.tasks.sources import SOURCES
 from tests.support.loopback import isolate, serve_dataset, servers, use_hub
@@ -207,8 +207,8 @@ def test_the_rows_of_an_array_are_its_elements(rows, indent, ascii_only):
 
 def test_a_row_of_an_array_that_is_too_long_is_a_bad_row(tmp_path):
     path = tmp_path / "long.json"
-    path.write_text(f"[{GOOD},{json.dumps(chat('x' * 500))}]")
-    assert len(CustomJSON(path, longest_line=1000)) == 2
+    path.write_text(f"[{GOOD},{json.dumps(chat('x' * 500))},{GOOD}]")
+    assert len(CustomJSON(path, longest_line=1000)) == 3
     with pytest.raises(ValueError, match=r"row 2 .line 1.: \d+ bytes, more than --longest-line=200"):
         CustomJSON(path, longest_line=200)
 
@@ -249,6 +249,14 @@ def test_parquet_files_that_cannot_be_read_as_conversations_are_a_sentence(tmp_p
         CustomJSON(path)
     write(path, [{"messages": chat()}, {"messages": [chat()[0]] * 2}, {"messages": None}], "parquet")
     with pytest.raises(ValueError, match=r"2 rows are no conversation.*\n.*\.parquet, row 2: message 1.*\n.*row 3: "):
+        CustomJSON(path)
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_one_fault(tmp_path):
+    path = write(tmp_path / "mine.parquet", [{"prompt": "u", "completion": "a"}] * 50, "parquet")
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 400 + data[404:])
+    with pytest.raises(ValueError, match=r"^\S*mine\.parquet is not a readable parquet file"):
         CustomJSON(path)
 
 
@@ -359,6 +367,13 @@ def test_of_many_bad_lines_twenty_are_shown_and_the_rest_counted(tmp_path):
         custom(tmp_path, "x\n" * 1500)
     shown = str(bad.value).split("\n")
     assert shown[0].startswith("1,500 lines are") and len(shown) == 22 and shown[-1] == "... and 1,480 more"
+
+
+def test_a_file_of_nothing_but_bad_lines_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(custom_json, "COUNTED", 1000)
+    with pytest.raises(ValueError, match=r"1,000 lines are no conversation") as bad:
+        custom(tmp_path, "x\n" * 1500)
+    assert str(bad.value).endswith("... and 980 more, the rest was not read")
 
 
 @settings(max_examples=150, deadline=None)
