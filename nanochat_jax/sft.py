@@ -12,7 +12,7 @@ from nanochat_jax.cli.settings import (
     flag,
     require,
 )
-from nanochat_jax.data.conversations import ConversationRows, ConversationStore, describe_conversations
+from nanochat_jax.data.conversations import ConversationRows, ConversationStore, describe_conversations, first_rows
 from nanochat_jax.data.token_cache import open_caches
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh
@@ -40,8 +40,10 @@ from nanochat_jax.train import preflight
 from nanochat_jax.train.loop import exit_code
 from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
-from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
-from nanochat_jax.train.start import find_start, fine_tuning_groups, initial_state
+from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, rows_validated, validation
+from nanochat_jax.train.start import Start, find_start, fine_tuning_groups, initial_state
+
+STEPS_AHEAD = 4  # that batches may be prepared before they are needed, after a run's last step too
 
 
 def main(cfg: SFTConfig) -> int:
@@ -66,13 +68,12 @@ def main(cfg: SFTConfig) -> int:
     # Data: conversations once through the tokenizer, packed into rows by plan
     with processes.process_zero_first("the data"):
         tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
-        rows = packed_rows(TaskMixture(tasks, seed=cfg.seed), cfg, tokenizer)
+        rows = training_rows(TaskMixture(tasks, seed=cfg.seed), start, plan, tokenizer)
     start.check_data(rows.fingerprint())
     print0("\n".join(describe_conversations(rows)))
     with processes.process_zero_first("the validation data"):
-        held_out_rows = validation_rows(held_out, cfg, tokenizer)
-    epoch_steps = -(-rows.plan(0).n_rows // plan.batch.rows_per_step)
-    total = cfg.num_iterations if cfg.num_iterations > 0 else epoch_steps
+        held_out_rows = validation_rows(held_out, cfg, plan, tokenizer)
+    total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.plan(0).n_rows // plan.batch.rows_per_step)
 
     # Train
     initial = initial_state(start, plan, print0)
@@ -163,25 +164,45 @@ def validation_tasks(cfg: SFTConfig) -> list:
 
 def own_file(cfg: SFTConfig, name: str, path: Path) -> CustomJSON:
     """The task of a file that the flag `name` gives; ValueError where it holds nothing."""
-    task = CustomJSON(path, longest_line=cfg.longest_line)
+    task = CustomJSON(path, data_dir=cfg.data_dir, longest_line=cfg.longest_line, allow_empty=cfg.allow_empty)
     require(len(task) > 0, f"{flag(name)} {path} must hold at least one conversation, it has none")
     return task
 
 
-def packed_rows(mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer) -> ConversationRows:
-    """The rows that a mixture is packed into; its conversations are tokenized now, if no run did before."""
-    caches = open_caches(mixture.tasks, tokenizer, base_dir() / "token_cache", print0)
+def training_rows(mixture: TaskMixture, start: Start, plan: Plan, tokenizer: Tokenizer) -> ConversationRows:
+    """The rows of a run, tokenized as far as it reads them."""
+    cfg = start.cfg
+    if cfg.num_iterations > 0:
+        wanted = rows_before(start, plan, cfg.num_iterations + STEPS_AHEAD)
+        rows = packed_rows(mixture, cfg, tokenizer, wanted)
+        if start.record.get("data") in (None, rows.fingerprint()):
+            return rows  # else the run began when everything was tokenized
+    return packed_rows(mixture, cfg, tokenizer)
+
+
+def packed_rows(
+    mixture: TaskMixture, cfg: SFTConfig, tokenizer: Tokenizer, wanted: int | None = None
+) -> ConversationRows:
+    """The rows that a mixture is packed into; its conversations are tokenized now, if no run did before.
+
+    wanted: how many rows are read, of which the others may be missing; None: any number."""
+    folder = base_dir() / "token_cache"
+    if wanted is not None:
+        first = first_rows(mixture, tokenizer, folder, cfg.max_seq_len, seed=cfg.seed, wanted=wanted)
+        if first is not None:
+            return first
+    caches = open_caches(mixture.tasks, tokenizer, folder, print0)
     return ConversationRows(ConversationStore(caches, mixture.pairs), cfg.max_seq_len, seed=cfg.seed)
 
 
-def validation_rows(tasks: list, cfg: SFTConfig, tokenizer: Tokenizer) -> ConversationRows | None:
+def validation_rows(tasks: list, cfg: SFTConfig, plan: Plan, tokenizer: Tokenizer) -> ConversationRows | None:
     """The rows of the validation mixture; None where there is nothing to measure."""
     if not tasks:
         if cfg.eval_every > 0:
             print0("NOTE: no validation data, bits per byte are not measured (give --val-json FILE)")
         return None
     try:
-        return packed_rows(TaskMixture(tasks), cfg, tokenizer)
+        return packed_rows(TaskMixture(tasks), cfg, tokenizer, rows_validated(plan, cfg.eval_tokens))
     except ValueError as e:
         raise ValueError(f"validation data: {e}") from e
 

@@ -7,15 +7,20 @@ import ast
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from nanochat_jax import base, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, sft
 from nanochat_jax.cli.command_line import parse
+from nanochat_jax.tasks import CustomJSON
+from nanochat_jax.tasks.chat_forms import message_fault
 from nanochat_jax.tasks.registry import TASKS
 from nanochat_jax.tasks.task import load_task
 from nanochat_jax.tokenizer.__main__ import Eval, Show, Train
+from tests.support import tiny
+from tests.support.commands import run_command
 from tools.check import readme_walk as walk
 from tools.tpu_vm import launcher
 
@@ -186,7 +191,7 @@ def test_a_page_begins_with_one_sentence_on_what_it_is_for(page):
 
 def test_every_page_is_named_in_readme():
     assert {page for page in PAGES if page != "README.md"} <= set(
-        re.findall(r"\]\((docs/[\w.]+)\)", PAGES["README.md"])
+        re.findall(r"\]\((docs/[\w.-]+)\)", PAGES["README.md"])
     )
 
 
@@ -203,13 +208,46 @@ def test_every_variable_of_the_package_is_in_the_table_of_variables():
     assert [name for name in read if f"| `{name}" not in PAGES["docs/data.md"]] == []
 
 
-def test_the_task_of_your_own_can_be_trained_on_and_judged(tmp_path, monkeypatch):
-    (file,) = [command for command in walk.commands(PAGES["docs/data.md"]) if command.startswith("cat > ")]
+def test_every_form_of_a_row_that_is_shown_is_taken_and_means_what_it_says(tmp_path):
+    table = PAGES["docs/own-data.md"].partition("| form | a row |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = {name.strip(): row.strip(" `") for _, name, row, _ in (line.split("|") for line in table)}
+    assert len(rows) == 6
+    for name, row in rows.items():
+        (tmp_path / "row.jsonl").write_text(row)
+        (found,) = CustomJSON(tmp_path / "row.jsonl")
+        asked = "Translate.\n\nBonjour!" if name == "Alpaca" else "Hi!"
+        assert [message["content"] for message in found["messages"]] == [asked, "Hello!"], name
+
+
+@pytest.fixture
+def own_task(tmp_path, monkeypatch):
+    """A folder with the file of the page's task, as the current directory."""
+    (file,) = [command for command in walk.commands(PAGES["docs/own-data.md"]) if command.startswith("cat > ")]
     (tmp_path / "my_module.py").write_text(file.partition("\n")[2].removesuffix("END"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    task = load_task("my_module:MyTask")
+    yield
+    sys.modules.pop("my_module", None)
+
+
+def test_the_task_of_your_own_can_be_trained_on_and_judged(own_task):
+    task, held_out = load_task("my_module:MyTask"), load_task("my_module:HeldOut")
+    talks = [[message["content"] for message in conversation["messages"]] for conversation in (*task, *held_out)]
+    assert len(talks) == 1500 == len({question for question, _ in talks})
+    assert not any(message_fault(conversation["messages"]) for conversation in (*task, *held_out))
     conversation = task[3]
     answer = conversation["messages"][-1]["content"]
     assert task.evaluate(conversation, answer) and not task.evaluate(conversation, "none")
-    assert task.reward(conversation, answer) == 1.0 and task.reward(conversation, "none") == 0.0
+    assert [task.reward(conversation, said) for said in (answer, "999", "none")] == [1.0, 0.1, 0.0]
+
+
+@pytest.mark.usefixtures("in_base")
+def test_the_task_of_your_own_is_fine_tuned_on_improved_and_measured(own_task, base):
+    short = ["--device-batch-size", "2", "--mesh", "data=1", "--eval-every", "-1", "--output-tag", "own"]
+    sft_argv = [*tiny.FLAGS, *short, "--task", "my_module:MyTask", "--num-iterations", "1"]
+    assert run_command(sft.main, sft.SFTConfig, *sft_argv) == 0
+    size = ["--examples-per-step", "2", "--num-samples", "2", "--max-new-tokens", "4", "--num-steps", "1"]
+    rl_argv = ["--source", "sft", "--model-tag", "own", *short, *size, "--task", "my_module:MyTask"]
+    assert run_command(rl.main, rl.RLConfig, *rl_argv) == 0
+    eval_argv = ["--source", "rl", "-a", "my_module:HeldOut", "--max-problems", "2", "--max-new-tokens", "4"]
+    assert run_command(eval.main, eval.EvalConfig, *eval_argv) == 0

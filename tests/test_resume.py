@@ -137,6 +137,15 @@ def test_paths_are_recorded_so_that_they_hold_in_another_folder_and_come_back_as
     )
 
 
+def test_a_dataset_of_the_hub_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = Settings(files=(Path("hub:owner/dataset:test"),))
+    saved = recorded_settings(cfg)
+    assert saved["files"] == ["hub:owner/dataset:test"]
+    monkeypatch.chdir("/")
+    assert go_on(Settings(), saved).files == cfg.files == go_on(cfg, saved).files
+
+
 def test_the_same_files_by_another_name_are_the_same_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = []

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
+from nanochat_jax.cli import settings
 from nanochat_jax.cli.device import start_device
+from nanochat_jax.data import conversations
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.metrics import read_metrics
 from tests.support import columns, tiny
@@ -304,6 +308,44 @@ def test_bad_lines_of_a_custom_file_are_listed(base, tmp_path):
     bad.write_text('[{"role": "user", "content": "hi"}]\n{"role"\n')
     message = run(arguments(base, "refused", "--custom-json", str(bad)))
     assert "2 lines are no conversation" in message and f"{bad}:1:" in message and f"{bad}:2:" in message
+
+
+def test_a_short_run_tokenizes_what_it_reads_and_ends_as_if_it_had_tokenized_all(base, monkeypatch, capsys):
+    many = ["--arithmetic-rows", "20000", *RATES, "--save-every", "2"]
+    assert run(arguments(base, "short", *many)) == 0
+    assert "Training data, the first 2,000 of 20,060 conversations:" in capsys.readouterr().out
+    caches = (base / "token_cache").glob("Arithmetic-*/meta.json")
+    assert sum(json.loads(path.read_bytes())["conversations"] for path in caches) < 2500  # with those to validate on
+    shutil.rmtree(base / "chatsft_checkpoints/short/3")
+    assert run(arguments(base, "short", *many, "--resume")) == 0  # which finds the same data
+    monkeypatch.setattr(conversations, "FEWEST", 1 << 30)
+    assert run(arguments(base, "long", *many)) == 0
+    assert "20,060" not in capsys.readouterr().out.split("Training data")[-1].splitlines()[0]
+    finished = {tag: final(base / "chatsft_checkpoints" / tag) for tag in ("short", "long")}
+    assert same(finished["short"], finished["long"])
+
+    monkeypatch.setattr(conversations, "FEWEST", 2000)  # a run that began with all data goes on with all
+    shutil.rmtree(base / "chatsft_checkpoints/long/3")
+    assert run(arguments(base, "long", *many, "--resume")) == 0
+    assert same(finished["short"], final(base / "chatsft_checkpoints/long"))
+
+
+def test_own_files_of_every_kind_are_trained_and_validated_on(tmp_path):
+    def turns(value):
+        return {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": value}]}
+
+    (tmp_path / "array.json").write_text(json.dumps([turns("a"), turns("")]))
+    folder = tmp_path / "mirror" / "o--n" / "default" / "test"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"prompt": ["u"], "completion": ["b"]}), folder / "x.parquet")
+    (folder / "manifest.json").write_text('["x.parquet"]')
+    files = ["--custom-json", f"{tmp_path}/array.json", "--val-json", "hub:o/n:test"]
+    files += ["--data-dir", f"{tmp_path}/mirror"]
+    cfg = settings.parse(sft.SFTConfig, [*tiny.FLAGS, *files, "--allow-empty"])
+    trained, held_out = sft.training_tasks(cfg), sft.validation_tasks(cfg)
+    assert [[c["messages"][1]["content"] for c in task] for task in (*trained, *held_out)] == [["a", ""], ["b"]]
+    with pytest.raises(ValueError, match=r"row 2 .line 1.: message 1, the assistant's, is empty"):
+        sft.training_tasks(settings.parse(sft.SFTConfig, [*tiny.FLAGS, *files]))
 
 
 def test_an_empty_file_and_held_out_data_that_nothing_can_be_measured_on_are_refused(base, tmp_path):

@@ -207,7 +207,11 @@ def _to_json(value: Any, whole: Callable[[Path], Path] = Path.absolute) -> Any:
     """whole: how a path becomes one that holds in any working directory."""
     if isinstance(value, tuple):
         return [_to_json(v, whole) for v in value]
-    return str(whole(Path(os.path.expanduser(value)))) if isinstance(value, Path) else value
+    if not isinstance(value, Path):
+        return value
+    if str(value).startswith("hub:"):  # hub:owner/dataset is one in any working directory
+        return str(value)
+    return str(whole(Path(os.path.expanduser(value))))
 
 
 def _from_json(value: Any, kind: Any) -> Any:

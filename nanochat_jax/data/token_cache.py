@@ -208,7 +208,8 @@ def _render(task, render_many: RenderMany) -> Iterator[list[Rendering]]:
                     render_many([task[i]])
                 except Exception as error:
                     reason = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"{task.name}, row {i} cannot be rendered: {reason}") from error
+                    number = getattr(task, "numbers", range(len(task)))[i]  # of conversations.Chosen
+                    raise ValueError(f"{task.name}, row {number} cannot be rendered: {reason}") from error
             raise
 
 

@@ -1,6 +1,9 @@
 """Parquet files through pyarrow: rows counted from the footers, columns read, and faults that name the file."""
 
+import bisect
 import contextlib
+import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +45,34 @@ def read_files(files: list[Path], columns: tuple[str, ...]):
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"the parquet files of {files[0].parent} do not fit together: {first_line(e)}") from e
+
+
+class ParquetRows:
+    """The rows of parquet files, one after the other, as dictionaries of these columns.
+
+    They stay in Arrow until they are asked for; making this reads the footers only."""
+
+    def __init__(self, files: list[Path], columns: tuple[str, ...]):
+        """ValueError as count_rows."""
+        self.files, self.columns = files, columns
+        self._size = count_rows(files, columns)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, row: int) -> dict:
+        """ValueError: as `batches`, or a text is not UTF-8, which Arrow does not check."""
+        batches, starts = self.batches
+        i = bisect.bisect_right(starts, row) - 1
+        return {name: column[row - starts[i]].as_py() for name, column in batches[i]}
+
+    @functools.cached_property
+    def batches(self) -> tuple[list[list[tuple]], list[int]]:
+        """(column name, Arrow array) pairs of every record batch, and the number of each batch's first row; read when
+        they are first asked for. ValueError: the files are damaged."""
+        batches = [b for b in read_files(self.files, self.columns).to_batches() if b.num_rows]
+        starts = [0, *itertools.accumulate(b.num_rows for b in batches)]
+        return [[(name, b.column(name)) for name in self.columns] for b in batches], starts
 
 
 @contextlib.contextmanager

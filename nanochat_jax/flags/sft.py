@@ -114,12 +114,15 @@ class SFTConfig(StageConfig):
     simple_spelling_rows: int = setting(200_000, "words to spell (0 = left out)", ROWS, group=DATA)
     spelling_bee_rows: int = setting(80_000, "words to count a letter of", ROWS, group=DATA)
     arithmetic_rows: int = setting(0, "generated word problems", ROWS, group=DATA)
-    custom_json: tuple[Path, ...] = setting((), "file with a conversation a line", group=DATA)
+    custom_json: tuple[Path, ...] = setting((), "file of conversations, or hub:owner/dataset:split", group=DATA)
     custom_epochs: int = setting(1, "times the custom files are in the mixture", TIMES, group=DATA)
     val_json: tuple[Path, ...] = setting(
         (), "such a file to validate on, beside the tasks' own test splits", resume="free", group=DATA
     )
     longest_line: int = setting(
-        16 << 20, "bytes of a line in these files, at most", at_least(1), resume="free", group=DATA
+        16 << 20, "bytes of a conversation in their JSON", at_least(1), resume="free", group=DATA
+    )
+    allow_empty: bool = setting(
+        False, "take conversations with empty answers from these files", resume="free", group=DATA
     )
     task: tuple[str, ...] = setting((), "another task, by its name in eval or as module:Class", group=DATA)

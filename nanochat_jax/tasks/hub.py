@@ -6,7 +6,6 @@ task_data/ of the base directory; each may have its datasets in hub/ instead. A 
 downloaded into task_data/.
 """
 
-import bisect
 import functools
 import json
 import os
@@ -21,9 +20,9 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import file_digest
 from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_dataset, locked, writing
-from nanochat_jax.files.parquet import count_rows, read_files
+from nanochat_jax.files.parquet import ParquetRows
 from nanochat_jax.files.paths import base_dir, kept_dir, write_atomically
-from nanochat_jax.tasks.custom_json import SOURCES, source_hint
+from nanochat_jax.tasks.sources import SOURCES, source_hint
 from nanochat_jax.tasks.task import Slice, Task
 
 SHUFFLE_SEED = 42  # nanochat permutes every dataset with this seed before it slices
@@ -157,7 +156,7 @@ class HubTask(Task):
             raise ValueError(f"{self.name} has the splits {', '.join(self.splits)}, got {split!r:.40}")
         self.subset, self.split = subset or self.subset, self.split_on_hub(split)
         self.files = split_files(self.repo, self.subset, self.split, data_dir)
-        self._size = count_rows(self.files, self.columns)
+        self._rows = ParquetRows(self.files, self.columns)
 
     def split_on_hub(self, split: str) -> str:
         return split
@@ -168,27 +167,18 @@ class HubTask(Task):
                 raise ValueError(f"{column} must be text, got {row[column]!r:.40}")
 
     def num_examples(self) -> int:
-        return self._size
+        return len(self._rows)
 
     def get_example(self, index: int) -> dict:
         at = int(self._order[index])
-        batches, starts = self._batches
-        i = bisect.bisect_right(starts, at) - 1
         try:
-            return self.conversation({name: column[at - starts[i]].as_py() for name, column in batches[i]})
-        except ValueError as e:  # UnicodeDecodeError is one: Arrow does not check that text is UTF-8
+            return self.conversation(self._rows[at])
+        except ValueError as e:
             raise ValueError(f"row {at} of {self.repo} ({self.subset}/{self.split}): {e}") from e
 
     @functools.cached_property
     def _order(self) -> np.ndarray:
-        return np.random.default_rng(SHUFFLE_SEED).permutation(self._size)
-
-    @functools.cached_property
-    def _batches(self) -> tuple[list[list[tuple]], list[int]]:
-        """(column name, Arrow array) pairs of every record batch, and the number of each batch's first row."""
-        batches = [b for b in read_files(self.files, self.columns).to_batches() if b.num_rows]
-        starts = np.cumsum([0, *(b.num_rows for b in batches)]).tolist()
-        return [[(name, b.column(name)) for name in self.columns] for b in batches], starts
+        return np.random.default_rng(SHUFFLE_SEED).permutation(len(self._rows))
 
     def fingerprint(self) -> str:
         return self.fingerprint_of([file_digest(file) for file in self.files])

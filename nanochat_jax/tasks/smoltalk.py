@@ -2,8 +2,8 @@
 
 from typing import Unpack
 
+from nanochat_jax.tasks.chat_forms import message_fault
 from nanochat_jax.tasks.hub import HubOptions, HubTask
-from nanochat_jax.tasks.task import message_fault
 
 
 class SmolTalk(HubTask):
@@ -23,11 +23,6 @@ class SmolTalk(HubTask):
         super().__init__(split, **options)
 
     def conversation(self, row: dict) -> dict:
-        messages = row["messages"]
-        first = messages[0] if isinstance(messages, list) and messages else None
-        system = isinstance(first, dict) and first.get("role") == "system"
-        if system and not isinstance(first.get("content"), str):
-            raise ValueError("the content of the system message must be a string")
-        if fault := message_fault(messages[1:] if system else messages):
-            raise ValueError(fault + (" (counted after the system message)" if system else ""))
-        return {"messages": messages}
+        if fault := message_fault(row["messages"], allow_empty=True):
+            raise ValueError(fault)
+        return {"messages": row["messages"]}

@@ -195,24 +195,6 @@ def require_text(answer: str) -> None:
         raise ValueError(f"the answer must be text, got {type(answer).__name__}")
 
 
-def message_fault(messages) -> str | None:
-    """Why this is no list of at least two messages of text that alternate from user; None where it is."""
-    if not isinstance(messages, list):
-        return f"messages must be a list, got {type(messages).__name__}"
-    if len(messages) < 2:
-        return f"a conversation needs at least 2 messages, got {len(messages)}"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            return f"message {i} must be an object with role and content, got {type(message).__name__}"
-        expected = "user" if i % 2 == 0 else "assistant"
-        role, content = message.get("role"), message.get("content")
-        if role != expected:
-            return f"message {i} must have role {expected!r}, as roles alternate from user, got {role!r:.40}"
-        if not isinstance(content, str):
-            return f"the content of message {i} must be a string, got {type(content).__name__}"
-    return None
-
-
 def load_task(spec: str, flag: str = "--task") -> Task:
     """The task that `--task module:Class` names, made without arguments; modules of the current directory count.
 

@@ -7,10 +7,9 @@ python -m nanochat_jax.tokenizer eval                       # how well it compre
 """
 
 import dataclasses
-import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +24,16 @@ from nanochat_jax.cli.settings import Maybe, flag, require
 from nanochat_jax.data.shards import FOLDERS, fetch_shards, find_shards
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
-from nanochat_jax.tasks import load_task
+from nanochat_jax.tasks import CustomJSON, Task
+from nanochat_jax.tasks.custom_json import LONGEST_LINE
+from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer.bpe import MAX_TOKENS, Tokenizer
 from nanochat_jax.tokenizer.compression import compression_table
 from nanochat_jax.tokenizer.conversation import BadConversation
-from nanochat_jax.tokenizer.corpus import conversation_of, find_files, json_lines, read_texts
+from nanochat_jax.tokenizer.corpus import find_files, read_texts
 from nanochat_jax.tokenizer.install import FILES, install, refuse_to_replace, staging_folder
 from nanochat_jax.tokenizer.show import format_tokens, visible
+from nanochat_jax.tokenizer.summary import summarize
 from nanochat_jax.tokenizer.training import check_vocab_size, train_tokenizer
 
 PROG = "python -m nanochat_jax.tokenizer"
@@ -106,42 +108,55 @@ def train_with_progress(cfg: Train, files: list[Path], console: Console) -> tupl
 class Show:
     """Print conversations as tokens: those that are trained green and in [ ], the others grey, | between tokens."""
 
-    file: tyro.conf.Positional[Maybe[Path]] = None  # JSON lines, a conversation each
-    task: Maybe[str] = None  # module:Class of a task to show instead of a file
-    max_conversations: int = 10  # 0 = all
+    file: tyro.conf.Positional[Maybe[Path]] = None  # JSON lines, a JSON array or parquet; or hub:owner/dataset:split
+    task: Maybe[str] = None  # a task to show instead, by its name in eval or as module:Class
+    max_conversations: int = 10  # to print; 0 = all
     max_tokens: int = MAX_TOKENS  # tokens of each; SFT cuts at 2048, or at its longer rows; 0 = all
     tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
+    data_dir: Maybe[Path] = None  # where datasets are looked for first, as of sft
+    longest_line: int = LONGEST_LINE  # bytes of a conversation in its JSON, as of sft
+    allow_empty: bool = False  # take conversations with empty answers, as of sft
 
 
 def show(cfg: Show) -> int:
     """Print conversations as tokens -> the exit code, 0."""
     require((cfg.file is None) != (cfg.task is None), "name one file of conversations, or one --task module:Class")
     require_at_least(0, cfg, "max_conversations", "max_tokens")
+    require_at_least(1, cfg, "longest_line")
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
-    console, shown = Console(), 0
-    for place, conversation in itertools.islice(conversations(cfg), cfg.max_conversations or None):
+    console = Console()
+    task, place = conversations(cfg, console)
+    require(len(task) > 0, f"{cfg.file or cfg.task} holds no conversation")
+    shown = min(len(task), cfg.max_conversations or len(task))
+    say(console, f"{shown:,} of {len(task):,} follow")
+    console.print()
+    for i in range(shown):
         try:
-            ids, mask = tokenizer.render_conversation(conversation, max_tokens=None)
+            ids, mask = tokenizer.render_conversation(task[i], max_tokens=None)
         except BadConversation as e:
-            raise ValueError(f"{place}: {e}") from e
-        shown += 1
+            raise ValueError(f"{place(i)}: {e}") from e
         cut = cfg.max_tokens or len(ids)
         rest = f"; the first {cut:,} follow, with {sum(mask[:cut]):,} trained" if cut < len(ids) else ""
-        say(console, f"{place}: {len(ids):,} tokens, {sum(mask):,} trained{rest}", "bold")
+        say(console, f"{place(i)}: {len(ids):,} tokens, {sum(mask):,} trained{rest}", "bold")
         console.print(format_tokens(tokenizer, ids[:cut], mask[:cut]), soft_wrap=True, end="\n\n")
-    require(shown > 0, f"{cfg.file or cfg.task} holds no conversation")
+    for sentence in summarize(task, tokenizer, cfg.max_tokens or None, place):
+        say(console, sentence)
     return 0
 
 
-def conversations(cfg: Show) -> Iterator[tuple[str, object]]:
-    """(place, conversation) of each in the file or the task."""
+def conversations(cfg: Show, console: Console) -> tuple[Task, Callable[[int], str]]:
+    """What is to be shown, and how the place of a conversation is called."""
     if cfg.file is not None:
-        for place, value in json_lines(cfg.file):
-            yield place, conversation_of(value)
-    else:
-        task = load_task(cfg.task)
-        for i in range(len(task)):
-            yield f"{task.name} {i}", task[i]
+        own = CustomJSON(
+            cfg.file,
+            data_dir=cfg.data_dir,
+            log=lambda sentence: say(console, sentence),
+            longest_line=cfg.longest_line,
+            allow_empty=cfg.allow_empty,
+        )
+        return own, own.place
+    task = make_task(cfg.task, "train", data_dir=cfg.data_dir, flag="--task")
+    return task, lambda i: f"{task.name} {i}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanochat_jax.data.shards import Documents
-from nanochat_jax.tokenizer.conversation import BadConversation, split_conversation
+from nanochat_jax.tasks.chat_forms import form_of
+from nanochat_jax.tokenizer.conversation import split_conversation
 
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # files that are read in a folder; one that is named may have any
 MAX_LINE = 64 << 20  # bytes of a JSON line, so that a file without line ends does not fill the memory
@@ -65,7 +66,7 @@ def naming_read_errors(path: Path) -> Iterator[None]:
         raise type(e)(f"{path} cannot be read ({e.strerror or e})") from e
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
     """(place, value) of each line that is not white space; the place is path:line. ValueError: a line is not JSON."""
     with naming_read_errors(path), open(path, "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), start=1):
@@ -75,7 +76,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
             if not line.strip():
                 continue
             try:
-                yield place, json.loads(line.decode())
+                yield place, json.loads(line.decode().removeprefix("\ufeff"))
             except UnicodeDecodeError as e:
                 raise ValueError(f"{place}: not UTF-8: byte 0x{line[e.start]:02x} at column {e.start + 1}") from e
             except json.JSONDecodeError as e:
@@ -84,21 +85,17 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
                 raise ValueError(f"{place}: not JSON that can be read: {e}") from e
 
 
-def conversation_of(value: object) -> object:
-    """The conversation of a JSON line, which is an object with "messages" or their bare list. Nothing is checked."""
-    return {"messages": value} if isinstance(value, list) else value
-
-
 def _jsonl_texts(path: Path) -> Iterator[str]:
-    for place, value in json_lines(path):
+    for place, value in _json_lines(path):
         if isinstance(value, dict) and "text" in value:
             if not isinstance(value["text"], str):
                 raise ValueError(f'{place}: "text" must be a string, got {type(value["text"]).__name__}')
             yield value["text"]
         else:
             try:
-                segments = split_conversation(conversation_of(value))
-            except BadConversation as e:
+                row = {"messages": value} if isinstance(value, list) else value
+                segments = split_conversation({"messages": form_of(row).messages(row)})
+            except ValueError as e:
                 raise ValueError(f'{place}: neither an object with "text" nor a conversation: {e}') from e
             yield from (segment.text for segment in segments if not segment.special)
 

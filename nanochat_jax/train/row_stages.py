@@ -93,6 +93,11 @@ def open_row_run(
         yield run, (to_global(b if separate else without_documents(b), plan.mesh) for b in batches)
 
 
+def rows_validated(plan: Plan, tokens: int) -> int:
+    """Rows of the passes that hold so many tokens, and of one at least."""
+    return max(1, tokens // (plan.batch.rows * plan.batch.T)) * plan.batch.rows
+
+
 def validation(
     rows: PackedRows | None, plan: Plan, token_bytes: np.ndarray, *, every: int, tokens: int, document_mask: bool
 ) -> Measurement:
@@ -100,22 +105,21 @@ def validation(
     measures nothing. token_bytes int32 [V]: bytes of each token, 0 for specials."""
     if rows is None:
         return Measurement("validation", -1, lambda params, progress: {})
-    B = plan.batch.rows
-    n_batches = max(1, tokens // (B * rows.T))
+    B, n_rows = plan.batch.rows, rows_validated(plan, tokens)
     bits_per_byte = make_bits_per_byte(plan.model, token_bytes, dtype=plan.dtype, attention=plan.attention)
     process_index, process_count = row_part(plan.mesh)
 
     def measure(params, progress: Callable[[int, int], None]) -> dict[str, float]:
         batches = validation_batches(
             rows,
-            n_rows=n_batches * B,
+            n_rows=n_rows,
             rows_per_batch=B,
             process_index=process_index,
             process_count=process_count,
         )
         on_devices = (to_global(b if document_mask else without_documents(b), plan.mesh) for b in batches)
         done = itertools.count(1)
-        return {"val_bpb": bits_per_byte(params, on_devices, lambda: progress(next(done), n_batches))}
+        return {"val_bpb": bits_per_byte(params, on_devices, lambda: progress(next(done), n_rows // B))}
 
     return Measurement("validation", every, measure, at_start=True, in_step=True, flag="--eval-every")
 

@@ -6,10 +6,13 @@ import sys
 import numpy as np
 import pytest
 
+from nanochat_jax.data import conversations
 from nanochat_jax.data.batches import train_batches, validation_batches
-from nanochat_jax.data.conversations import ConversationRows, ConversationStore
+from nanochat_jax.data.conversations import ConversationRows, ConversationStore, first_rows
 from nanochat_jax.data.rows import assemble, shuffled
 from nanochat_jax.data.token_cache import TokenCache, open_caches
+from nanochat_jax.tasks.mixture import TaskMixture
+from nanochat_jax.tasks.task import AdaptedTask
 from tests.support.stub_tasks import BOS, END, SilentTokenizer, StubTask, StubTokenizer, make_task
 
 
@@ -56,6 +59,69 @@ def test_impossible_mixtures_are_refused(tmp_path):
         ConversationStore([cache, silent], [(0, 0)])
     with pytest.raises(ValueError, match="no conversation of stub/task has a token to train on"):
         ConversationRows(ConversationStore([silent], [(0, 0)]), 64)
+
+
+class Counting(StubTask):
+    """Says which of its conversations were asked for."""
+
+    def __init__(self, conversations):
+        super().__init__(conversations)
+        self.asked = set()
+
+    def __getitem__(self, i):
+        self.asked.add(i)
+        return super().__getitem__(i)
+
+    def fingerprint(self):
+        return str(len(self))
+
+
+def first_and_all(folder, tasks, wanted, T=64, seed=0):
+    mixture = TaskMixture([AdaptedTask(task) for task in tasks for _ in range(2)], seed=seed)
+    first = first_rows(mixture, StubTokenizer(), folder, T, seed=seed, wanted=wanted, log=str)
+    whole = ConversationStore(open_caches(mixture.tasks, StubTokenizer(), folder, log=str), mixture.pairs)
+    return first, ConversationRows(whole, T, seed=seed)
+
+
+@pytest.mark.parametrize("longest", [10, 30, 90])  # the last makes conversations that are longer than a row
+@pytest.mark.parametrize("wanted", [1, 40, 120])
+def test_the_first_rows_of_a_mixture_do_not_need_its_other_conversations(tmp_path, monkeypatch, longest, wanted):
+    monkeypatch.setattr(conversations, "FEWEST", 110)
+    tasks = [make_task(n, seed=n, longest=longest) for n in (1500, 1000, 5)]
+    first, every = first_and_all(tmp_path, tasks, wanted)
+    assert first.rows_in_epoch(0) >= wanted and len(first.store) < len(every.store) == first.mixture_size
+    for row in range(first.rows_in_epoch(0)):
+        for one, other in zip(first.contents(row), every.contents(row), strict=True):
+            assert_equal(dict(enumerate(one)), dict(enumerate(other)))
+    again, _ = first_and_all(tmp_path, tasks, wanted)
+    assert again.fingerprint() == first.fingerprint() != every.fingerprint()
+
+
+def test_a_run_that_reads_few_rows_tokenizes_few_conversations_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversations, "FEWEST", 120)
+    task = Counting(make_task(4000))
+    mixture = TaskMixture([AdaptedTask(task)])
+    rows = first_rows(mixture, StubTokenizer(), tmp_path, 64, seed=0, wanted=5, log=str)
+    assert len(task.asked) == 120 == len(rows.store)
+    said = conversations.describe_conversations(rows)
+    assert said[0] == "Training data, the first 120 of 4,000 conversations:" and "120 rows" in said[1]
+    assert f"  packed into {rows.rows_in_epoch(0)} rows of 64 tokens" in said[2]
+
+
+def test_a_run_that_reads_most_of_a_mixture_tokenizes_all_of_it(tmp_path, monkeypatch):
+    mixture = TaskMixture([AdaptedTask(make_task(500))])
+    assert first_rows(mixture, StubTokenizer(), tmp_path, 64, seed=0, wanted=1, log=str) is None
+    monkeypatch.setattr(conversations, "FEWEST", 110)
+    assert first_rows(mixture, StubTokenizer(), tmp_path, 64, seed=0, wanted=200, log=str) is None
+
+
+def test_a_conversation_that_cannot_be_rendered_is_called_by_its_number_in_the_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversations, "FEWEST", 110)
+    mixture = TaskMixture([AdaptedTask(StubTask([["q", "a"]] * 999))])
+    bad = int(mixture.pairs[7, 1])
+    mixture.tasks[0].inner[bad] = ["", "a"]
+    with pytest.raises(ValueError, match=f"stub/task, row {bad} cannot be rendered: .*no user message"):
+        first_rows(mixture, StubTokenizer(), tmp_path, 64, seed=0, wanted=1, log=str)
 
 
 def test_what_lies_beyond_the_cut_is_not_training_data(tmp_path):

@@ -193,21 +193,25 @@ def test_smoltalk_accepts_and_refuses_the_same_message_lists():
 
 
 def test_custom_json_accepts_and_refuses_the_same_files(tmp_path):
+    """Files that nanochat refuses and that are deliberately taken here are in tests/tasks/test_custom_json.py."""
     path = tmp_path / "conversations.jsonl"
+    taken = []
     for where, row in lines("customjson.jsonl"):
         if row.get("missing_file"):  # nanochat goes on without the file: we stop, deliberately
             with pytest.raises(FileNotFoundError):
                 CustomJSON(tmp_path / "missing.jsonl", log=lambda text: None)
             continue
         path.write_bytes(row["file_text"].encode())
-        message = refusal(CustomJSON, path)
-        if any(line.lstrip().startswith("{") for line in row["file_text"].split("\n")):
-            continue  # the object form, which nanochat refuses, is deliberately taken: tests/tasks/test_tasks.py
-        assert (message is None) == row["accepted"], (where, message)
+        message = refusal(functools.partial(CustomJSON, allow_empty=True), path)
         if row["accepted"]:
-            task = CustomJSON(path)
+            task = CustomJSON(path, allow_empty=True)
             assert len(task) == row["num_conversations"], where
             assert [task[i] for i in range(len(task))] == row["conversations"], where
+        elif message is None:
+            taken.append(row["file_text"])
+    system, of_object, array, mark = taken
+    assert system.startswith('[{"role": "system"') and of_object.startswith('{"messages"')
+    assert array.startswith("[[") and mark.startswith("\ufeff")
 
 
 class Numbered(Task):

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from nanochat_jax.files.digest import file_digest
 from nanochat_jax.files.parquet import read_files
-from nanochat_jax.tasks import GSM8K, MMLU, CustomJSON, SmolTalk, Task, TaskMixture, TaskSequence, load_task
-from nanochat_jax.tasks import custom_json as custom_json_module
+from nanochat_jax.tasks import GSM8K, MMLU, SmolTalk, Task, TaskMixture, TaskSequence, load_task
 from nanochat_jax.tasks.gsm8k import answer_parts, final_answer
 from nanochat_jax.tasks.hub import split_files
 from nanochat_jax.tasks.multiple_choice import choice_conversation
@@ -388,93 +387,6 @@ def test_the_final_answer_is_the_first_after_the_marker():
     ]
 
 
-# --------------------------------------------------------------------------------------------------- custom JSON
-def custom(tmp_path, content):
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return CustomJSON(path, log=lambda text: None)
-
-
-def test_lists_and_objects_are_taken_and_other_keys_kept(tmp_path):
-    whole = {"messages": [{"role": "user", "content": "b", "id": 1}, chat()[1]], "source": "x"}
-    content = json.dumps(chat("a")) + "\r\n\n \t\n" + json.dumps(whole) + "\n"
-    task = custom(tmp_path, content)
-    assert list(task) == [{"messages": chat("a")}, whole]
-
-
-def test_only_a_line_feed_ends_a_line(tmp_path):
-    text = "a\u2028b\u2029c\x85d"
-    assert list(custom(tmp_path, json.dumps(chat(text), ensure_ascii=False))) == [{"messages": chat(text)}]
-
-
-BAD_LINES = {
-    b"\xff[]": "not UTF-8: byte 0xff at column 1",
-    b'{"messages": 5}': "messages must be a list",
-    b'{"text": "hi"}': 'an object must have "messages"',
-    b'[{"role": "user", "content": NaN}, {}]': "NaN is not JSON",
-    b'{"x": -Infinity, "messages": []}': "-Infinity is not JSON",
-    b'[{"role": "user", "role": "user", "content": "u"}, {}]': "key 'role' is there twice",
-    b"[" * 100_000: "nested too deeply",
-    b"[" + b"1" * 5000 + b"]": "",
-    b"5": "got int",
-    b"\xef\xbb\xbf[]": "byte order mark",
-    b'[{"role": "user", "content": "u"}]': "at least 2 messages",
-    b'[{"role": "user", "content": "u"}, {"role": ["assistant"], "content": "a"}]': "must have role 'assistant'",
-    b'[{"role": "user", "content": "u"}, {"role": "assistant", "content": null}]': "must be a string, got NoneType",
-    b"\x00": "not JSON",
-    b"[] []": "not JSON",
-}
-
-
-def test_every_bad_line_is_reported_with_its_number_and_reason(tmp_path):
-    good = json.dumps(chat()).encode()
-    with pytest.raises(ValueError) as bad:
-        custom(tmp_path, b"\n".join(line for bad_line in BAD_LINES for line in (good, bad_line)))
-    first, *rest = str(bad.value).split("\n")
-    assert first.startswith(f"{len(BAD_LINES)} lines are no conversation")
-    assert len(rest) == len(BAD_LINES)
-    for number, (line, reason) in enumerate(zip(rest, BAD_LINES.values())):
-        assert line.startswith(f"{tmp_path / 'mine.jsonl'}:{2 * number + 2}: ") and reason in line, line
-
-
-def test_of_many_bad_lines_twenty_are_shown_and_the_rest_counted(tmp_path):
-    with pytest.raises(ValueError) as bad:
-        custom(tmp_path, "x\n" * 1500)
-    shown = str(bad.value).split("\n")
-    assert shown[0].startswith("1,500 lines are") and len(shown) == 22 and shown[-1] == "... and 1,480 more"
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=60))
-def test_any_bytes_are_a_file_of_conversations_or_an_ordinary_error(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("any") / "any.jsonl"
-    path.write_bytes(content)
-    try:
-        task = CustomJSON(path)
-    except ValueError:
-        return
-    assert all(len(conversation["messages"]) >= 2 for conversation in task)
-
-
-def test_a_missing_file_warns_and_stops_with_a_hint_for_known_files(tmp_path):
-    said = []
-    for name in ("mine.jsonl", *custom_json_module.SOURCES):
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            CustomJSON(tmp_path / name, log=said.append)
-    assert said[0] == f"Warning: File {tmp_path / 'mine.jsonl'} does not exist"
-    for line, url in zip(said[1:], custom_json_module.SOURCES.values()):
-        assert line.startswith("Warning: File ") and url in line
-    with pytest.raises(ValueError, match="is not a file"):
-        CustomJSON(tmp_path)
-
-
-def test_an_empty_file_is_an_empty_task_and_the_fingerprint_follows_the_content(tmp_path):
-    empty = custom(tmp_path, "")
-    assert len(empty) == 0
-    one, again, other = (custom(tmp_path, json.dumps(chat(user))) for user in ("x", "x", "y"))
-    assert one.fingerprint() == again.fingerprint() != other.fingerprint()
-
-
 # -------------------------------------------------------------------------------------------------------- --task
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -545,14 +457,3 @@ def test_a_task_that_cannot_be_loaded_says_why(here, spec, message):
 def test_a_task_without_evaluate_says_so():
     with pytest.raises(NotImplementedError, match="Bare cannot judge answers"):
         type("Bare", (Task,), {})().evaluate({}, "")
-
-
-def test_a_line_that_is_too_long_is_a_bad_line(tmp_path):
-    line = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
-    path = tmp_path / "long.jsonl"
-    path.write_text(f"{line}\n{line} \n")
-    assert len(CustomJSON(path, longest_line=len(line) + 1)) == 2
-    with pytest.raises(
-        ValueError, match=rf"long\.jsonl:2: {len(line) + 1} bytes, more than --longest-line={len(line)}"
-    ):
-        CustomJSON(path, longest_line=len(line))

@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from nanochat_jax.tasks.task import AdaptedTask
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from nanochat_jax.tokenizer.__main__ import main
 from nanochat_jax.tokenizer.compression import SAMPLES, compression_table, offline_encoding
 from nanochat_jax.tokenizer.corpus import MAX_LINE, read_texts
 from nanochat_jax.tokenizer.show import format_tokens, visible
+from nanochat_jax.tokenizer.summary import summarize
 
 CORPUS = Path(__file__).parents[3] / "shared" / "data" / "corpus"
 BYTES = Tokenizer(
@@ -261,10 +263,13 @@ def test_json_lines_give_texts_and_the_contents_of_conversations(tmp_path):
     lines = [
         {"text": "one\0", "messages": 3},
         chat("two", "three"),
+        {"instruction": "add", "input": "1", "output": "2"},
         chat("four", [{"type": "python", "text": "5"}, {"type": "python_output", "text": "6"}])["messages"],
     ]
     path.write_text("\n\n".join(map(json.dumps, lines)))
-    assert list(read_texts([path], 4, 1000)) == ["one\0", "two", "thre", "four", "5", "6"]
+    assert list(read_texts([path], 4, 1000)) == ["one\0", "two", "thre", "add\n", "2", "four", "5", "6"]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(lines[0]).encode())  # a byte order mark
+    assert list(read_texts([path], 4, 1000)) == ["one\0"]
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path):
@@ -348,12 +353,53 @@ def test_show_prints_a_count_and_the_tokens_of_each_conversation(tmp_path, base,
     BYTES.save(base / "tokenizer")
     path = write_conversations(tmp_path / "c.jsonl", chat("u", "a"), chat("u", "bb")["messages"], chat("u", "c"))
     code, out = call(capsys, "show", path, "--max-conversations", 2)
-    lines = out.splitlines()
+    form, shown, _, *lines = out.splitlines()
+    assert form == f"{path}: 3 conversations as messages with role and content" and shown == "2 of 3 follow"
     assert code == 0 and lines[0] == f"{path}:1: 7 tokens, 2 trained" and lines[3] == f"{path}:2: 8 tokens, 3 trained"
     assert lines[1] == "<|bos|>|<|user_start|>|u|<|user_end|>|<|assistant_start|>|[a|<|assistant_end|>]"
-    assert len(lines) == 6
+    assert len(lines) == 6 + 3
     assert "c.jsonl:3" in call(capsys, "show", path, "--max-conversations", 0)[1]
     assert "the first 6 follow, with 1 trained" in call(capsys, "show", path, "--max-tokens", 6)[1]
+
+
+def test_show_ends_with_a_summary_of_all_conversations(tmp_path, base, capsys):
+    BYTES.save(base / "tokenizer")
+    lengths = [1] * 5 + [2] * 4 + [20]  # of the answers, without the tokens around them: 5 for the question, 1 after it
+    path = write_conversations(
+        tmp_path / "c.jsonl", *(chat("u", "x" * n) for n in lengths), chat("<|bos|> <|bos|>", "y")
+    )
+    _, out = call(capsys, "show", path, "--max-conversations", 1, "--max-tokens", 10)
+    kept = 5 * 7 + 4 * 8 + 10 + 10  # the last two are cut
+    assert out.splitlines()[-4:] == [
+        "all 11 conversations: 8 tokens in the median, 90 % have at most 21, the longest 26",
+        "2 of them are longer than 10 tokens and are cut",
+        f"{5 * 2 + 4 * 3 + 5} of {kept} tokens are trained ({100 * (5 * 2 + 4 * 3 + 5) / kept:.1f} %)",
+        "1 text holds the name of a special token, such as <|bos|>, which is plain text",
+    ]
+    assert "are cut" not in call(capsys, "show", path, "--max-tokens", 0)[1]
+
+
+def test_a_summary_of_very_many_conversations_is_of_the_first(tmp_path):
+    task = AdaptedTask([chat("u", "a")] * 3 + [chat("u", "b" * 100)] * 7)
+    first, *_ = summarize(task, BYTES, None, str, most=3)
+    assert first == "the first 3 of 10 conversations: 7 tokens in the median, 90 % have at most 7, the longest 7"
+
+
+def test_show_takes_what_sft_takes_and_lists_the_same_faults(tmp_path, base, capsys):
+    BYTES.save(base / "tokenizer")
+    rows = [{"instruction": "u", "output": "a"}, {"instruction": "u", "output": ""}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    code, _ = call(capsys, "show", tmp_path / "a.json")
+    assert re.fullmatch(r"error: 1 row is no conversation.*\n.*a\.json, row 2 \(line 6\): message 1.*is empty.*", code)
+    code, out = call(capsys, "show", tmp_path / "a.json", "--allow-empty")
+    assert code == 0 and "a.json: 2 conversations in Alpaca's form" in out and "a.json, row 2 (line 6): 6 tokens" in out
+    assert "more than --longest-line=30" in call(capsys, "show", tmp_path / "a.json", "--longest-line", 30)[0]
+    folder = tmp_path / "mirror/o--n/default/train"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"prompt": ["u"], "completion": ["a"]}), folder / "x.parquet")
+    (folder / "manifest.json").write_text('["x.parquet"]')
+    code, out = call(capsys, "show", "hub:o/n", "--data-dir", tmp_path / "mirror")
+    assert code == 0 and "hub:o/n, row 1: 7 tokens, 2 trained" in out
 
 
 @pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}], ids=str)
@@ -379,17 +425,17 @@ def test_a_line_that_is_no_conversation_ends_show_with_its_number(tmp_path, base
     BYTES.save(base / "tokenizer")
     path = write_conversations(tmp_path / "c.jsonl", chat("u", "a"), {"messages": [{"role": "assistant"}]})
     code, out = call(capsys, "show", path)
-    assert "c.jsonl:2: message 0 must be from 'user'" in code and "7 tokens" in out
+    assert "c.jsonl:2: message 0 must have role 'user'" in code and out == ""
     assert "holds no conversation" in call(capsys, "show", write_conversations(tmp_path / "e.jsonl"))[0]
 
 
 def test_what_cannot_be_read_is_a_sentence_with_its_name(tmp_path, base, capsys):
     BYTES.save(base / "tokenizer")
-    for argv in (["show", tmp_path / "nope.jsonl"], ["show", tmp_path], ["eval", "--input", "/proc/self/mem"]):
-        if argv[-1] == "/proc/self/mem" and not os.path.exists(argv[-1]):  # a file that opens and does not read
-            continue
-        code, _ = call(capsys, *argv)
-        assert re.fullmatch(rf"error: {re.escape(str(argv[-1]))} cannot be read \([A-Z][a-z/ ]+\)", code, re.I)
+    assert call(capsys, "show", tmp_path / "nope.jsonl")[0] == f"error: {tmp_path / 'nope.jsonl'} does not exist"
+    assert call(capsys, "show", tmp_path)[0] == f"error: {tmp_path} is not a file"
+    if os.path.exists("/proc/self/mem"):  # a file that opens and does not read
+        code, _ = call(capsys, "eval", "--input", "/proc/self/mem")
+        assert re.fullmatch(r"error: /proc/self/mem cannot be read \([A-Z][a-z/ ]+\)", code)
 
 
 def test_show_takes_a_task(base, capsys, tmp_path, monkeypatch):
@@ -411,7 +457,7 @@ def test_a_closed_pipe_ends_show_quietly(tmp_path, base):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert b"1,005 tokens" in show.stdout.readline()
+    assert any(b"1,005 tokens" in show.stdout.readline() for _ in range(4))
     show.stdout.close()
     assert show.stderr.read() == b""
     show.stderr.close()

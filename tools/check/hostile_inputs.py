@@ -113,9 +113,14 @@ def metrics_lines(rng: random.Random) -> Iterator[bytes]:
 
 
 def conversations_lines(rng: random.Random) -> Iterator[bytes]:
-    """Lines as of a file of conversations, most of them damaged."""
+    """Lines as of a file of conversations in one form, most of them damaged; sometimes they begin like an array."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return _lines({"messages": chat, "source": "x"}, rng)
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    forms = ({"messages": chat, "source": "x"}, {"conversations": turns}, {"prompt": "a", "completion": "b"})
+    sources = [_lines(form, rng) for form in (*forms, {"instruction": "a", "input": "b", "output": "c"})]
+    while True:
+        line = next(rng.choices(sources, (3, 1, 1, 1))[0])
+        yield rng.choice((b"[", b",", b"")) + line if rng.random() < 0.3 else line
 
 
 def toml_texts(rng: random.Random) -> Iterator[bytes]:
