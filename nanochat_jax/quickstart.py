@@ -56,17 +56,17 @@ BASE = (
     *("--depth=2", "--aspect-ratio=48", "--head-dim=32", "--window-pattern=L", "--max-seq-len=128"),
     *("--num-iterations=150", "--total-batch-size=4096", "--warmup-steps=10"),
     *("--matrix-lr=0.2", "--embedding-lr=2", "--unembedding-lr=0.04", "--scalar-lr=5"),
-    *("--eval-every=100", "--save-every=-1", "--sample-every=-1"),
+    *("--eval-every=150", "--save-every=-1", "--sample-every=-1"),
 )
 SFT = (
     *("--smoltalk-epochs=0", "--mmlu-epochs=0", "--gsm8k-epochs=0"),
     *(f"--arithmetic-rows={DEMONSTRATIONS}", "--simple-spelling-rows=0", "--spelling-bee-rows=0"),
-    *(f"--custom-json={TALKS}", "--num-iterations=200"),
+    *(f"--custom-json={TALKS}", "--num-iterations=150"),
     *("--matrix-lr=0.02", "--embedding-lr=0.2", "--init-lr-frac=0.5", "--load-optimizer=0"),
     *("--eval-every=-1", "--save-every=-1", "--chatcore-every=-1"),
 )
 RL = (
-    *("--task=arithmetic", "--num-steps=80", f"--max-new-tokens={ANSWER_TOKENS}", "--device-batch-size=32"),
+    *("--task=arithmetic", "--num-steps=60", f"--max-new-tokens={ANSWER_TOKENS}", "--device-batch-size=32"),
     *("--eval-every=-1", "--save-every=-1"),
 )
 
