@@ -35,20 +35,20 @@ from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
-from nanochat_jax.evals.evaluator import Evaluator
+from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.evals.intervals import Share
 from nanochat_jax.files.paths import write_atomically
 from nanochat_jax.flags.quickstart import QuickstartConfig
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.tasks import Arithmetic, SimpleSpelling
+from nanochat_jax.tasks import Arithmetic, CustomJSON
 from nanochat_jax.tokenizer import train_tokenizer
 
-BUNDLED = Path(__file__).parent / "bundled"  # words, and conversations about the model itself
+TALKS = Path(__file__).parent / "bundled" / "identity_conversations.jsonl"  # about the model itself
 VOCAB_SIZE = 512
-STORIES, SPELLINGS, HELD_OUT = 12_000, 3_000, 500  # documents for the base model, and of these for its validation
-DEMONSTRATIONS = 150  # solved problems that fine-tuning shows
-PROBLEMS = 400  # of the test split, which no stage trains on
-ANSWER_TOKENS = 80
+STORIES, REPEATS, HELD_OUT = 12_000, 20, 500  # texts for the base model, times that TALKS are, and for validation
+DEMONSTRATIONS = 200  # solved problems that fine-tuning shows
+PROBLEMS, SHOWN = 400, 3  # of the test split, which no stage trains on; how many of them with their answers
+ANSWER_TOKENS = 64
 ABOUT_ITSELF = ("Who are you?", "What can you do?")
 STEP = re.compile(r"step (\d+)/(\d+) \| (loss|reward) (\S+)")
 BARS = "▁▂▃▄▅▆▇█"
@@ -56,21 +56,20 @@ BARS = "▁▂▃▄▅▆▇█"
 # Sizes and rates found by trial for 2 cores. The base model's rates are scaled by sqrt(4096 / 524288) to this batch.
 BASE = (
     *("--depth=2", "--aspect-ratio=48", "--head-dim=32", "--window-pattern=L", "--max-seq-len=128"),
-    *("--num-iterations=200", "--total-batch-size=4096", "--warmup-steps=10"),
+    *("--num-iterations=150", "--total-batch-size=4096", "--warmup-steps=10"),
     *("--matrix-lr=0.2", "--embedding-lr=2", "--unembedding-lr=0.04", "--scalar-lr=5"),
-    *("--eval-every=100", "--save-every=-1", "--sample-every=-1"),
+    *("--eval-every=150", "--save-every=-1", "--sample-every=-1"),
 )
 SFT = (
     *("--smoltalk-epochs=0", "--mmlu-epochs=0", "--gsm8k-epochs=0"),
-    *(f"--arithmetic-rows={DEMONSTRATIONS}", "--simple-spelling-rows=150", "--spelling-bee-rows=0"),
-    *(f"--custom-json={BUNDLED / 'identity_conversations.jsonl'}", f"--data-dir={BUNDLED}"),
-    *("--num-iterations=250", "--matrix-lr=0.02", "--embedding-lr=0.2", "--init-lr-frac=0.5", "--load-optimizer=0"),
+    *(f"--arithmetic-rows={DEMONSTRATIONS}", "--simple-spelling-rows=0", "--spelling-bee-rows=0"),
+    *(f"--custom-json={TALKS}", "--num-iterations=150"),
+    *("--matrix-lr=0.02", "--embedding-lr=0.2", "--init-lr-frac=0.5", "--load-optimizer=0"),
     *("--eval-every=-1", "--save-every=-1", "--chatcore-every=-1"),
 )
 RL = (
-    *("--task=arithmetic", "--num-steps=100", "--max-new-tokens=80", "--top-k=0"),
-    *("--init-lr-frac=0.25", "--embedding-lr=0.005", "--scalar-lr=0.005"),
-    *("--device-batch-size=32", "--eval-every=-1", "--save-every=-1"),
+    *("--task=arithmetic", "--num-steps=60", f"--max-new-tokens={ANSWER_TOKENS}", "--device-batch-size=32"),
+    *("--eval-every=-1", "--save-every=-1"),
 )
 
 
@@ -90,13 +89,15 @@ def main(cfg: QuickstartConfig) -> int:
     letters = sum(map(len, texts)) / sum(len(tokenizer.encode(text)) for text in texts)
     tour.done(f"{len(texts):,} texts, {tokenizer.vocab_size} tokens of {letters:.1f} letters on average", began)
 
-    tour.heading("2. Base model", "it learns to continue a text: questions without answers, and spelled words")
+    tour.heading(
+        "2. Base model", "it learns to continue a text: questions without answers, and some lines about itself"
+    )
     if code := tour.train(base, base.BaseConfig, BASE):
         return code
     config, params, _ = find.load_params(find.find_model("base"))
     evaluator = Evaluator(config, tokenizer, make_mesh(""), slots=PROBLEMS)  # of all models: they differ in parameters
     problems = make_eval_set("Arithmetic", Arithmetic("test", PROBLEMS, seed=cfg.seed), tokenizer)
-    shares = {"base model": tour.evaluate(evaluator, params, problems)}
+    results = {"base model": tour.evaluate(evaluator, params, problems)}
 
     tour.heading(
         "3. Supervised fine-tuning (SFT)",
@@ -105,9 +106,8 @@ def main(cfg: QuickstartConfig) -> int:
     if code := tour.train(sft, sft.SFTConfig, SFT):
         return code
     _, params, _ = find.load_params(find.find_model("sft"))
-    shares["after SFT"] = tour.evaluate(evaluator, params, problems)
-    spelling = SimpleSpelling("test", 1, data_dir=BUNDLED)[0]
-    tour.show_answers(evaluator, params, [question_of(spelling), *ABOUT_ITSELF])
+    results["after SFT"] = tour.evaluate(evaluator, params, problems)
+    tour.show_answers(evaluator, params, ABOUT_ITSELF)
 
     tour.heading(
         "4. Reinforcement learning (RL)",
@@ -116,12 +116,18 @@ def main(cfg: QuickstartConfig) -> int:
     if code := tour.train(rl, rl.RLConfig, RL):
         return code
     _, params, _ = find.load_params(find.find_model("rl"))
-    shares["after RL"] = tour.evaluate(evaluator, params, problems)
+    results["after RL"] = tour.evaluate(evaluator, params, problems)
 
-    tour.heading("5. What it can do now", "its most likely answers; in brackets what the calculator was asked and said")
-    tour.show_answers(evaluator, params, [question_of(problem) for problem in problems.conversations[:3]])
-    tour.say("Only word problems were rewarded, so other answers may have suffered:")
+    tour.heading(
+        "5. What it can do now",
+        f"the first {SHOWN} problems that it solves; in brackets what the calculator was asked and said",
+    )
+    solved = results["after RL"][0].passed[:, 0]
+    questions = [question_of(problem) for problem in itertools.compress(problems.conversations, solved)]
+    tour.show_answers(evaluator, params, questions[:SHOWN])
+    tour.say("Only word problems were rewarded. Asked something else:")
     tour.show_answers(evaluator, params, ABOUT_ITSELF[:1])
+    shares = {model: [result.accuracy for result in both] for model, both in results.items()}
     tour.show_shares(shares)
     write_atomically(folder / "shares.json", json.dumps(shares, indent=1).encode())
     write_atomically(folder / "report.html", report.page(report.find_runs(folder)).encode())
@@ -146,11 +152,11 @@ def new_folder(out: Path | None) -> Path:
 
 
 def documents(seed: int) -> list[str]:
-    """Texts for the base model: questions of training problems, and spelled words, shuffled."""
+    """Texts for the base model: questions of training problems, and what is said of the model itself, shuffled."""
     stories = Arithmetic("train", STORIES, seed=seed + 1)
-    spellings = SimpleSpelling("train", SPELLINGS, data_dir=BUNDLED)
+    talks = CustomJSON(TALKS)
     texts = [question_of(stories[i]) for i in range(STORIES)]
-    texts += ["\n".join(m["content"] for m in spellings[i]["messages"]) for i in range(SPELLINGS)]
+    texts += ["\n".join(m["content"] for m in talks[i]["messages"]) for i in range(len(talks))] * REPEATS
     random.Random(seed).shuffle(texts)
     return texts
 
@@ -203,22 +209,24 @@ class Tour:
         self.done(bar.last, began)
         return code
 
-    def evaluate(self, evaluator: Evaluator, params: Any, problems: EvalSet) -> list[Share]:
-        """Shares of right answers: of the most likely ones, and of some drawn at temperature 1."""
+    def evaluate(self, evaluator: Evaluator, params: Any, problems: EvalSet) -> list[EvalResult]:
+        """Which answers are right: of the most likely ones, and of some drawn at temperature 1."""
         began = time.perf_counter()
-        shares = [
-            evaluator.evaluate(params, problems, SamplingParams(temperature, 0, ANSWER_TOKENS), seed=self.seed).accuracy
+        results = [
+            evaluator.evaluate(params, problems, SamplingParams(temperature, 0, ANSWER_TOKENS), seed=self.seed)
             for temperature in (0.0, 1.0)
         ]
-        self.done(f"right on {format_share(shares[0])} of {PROBLEMS} unseen problems", began)
-        return shares
+        self.done(f"right on {format_share(results[0].accuracy)} of {PROBLEMS} unseen problems", began)
+        return results
 
     def show_answers(self, evaluator: Evaluator, params: Any, questions: Sequence[str]) -> None:
-        """The questions, with the model's most likely answers."""
+        """The questions, with the model's most likely answers. They are asked again and again, as often as there are
+        problems to evaluate: another number of rows would be compiled anew, which takes longer."""
         empty, tokenizer = {"role": "assistant", "content": ""}, evaluator.tokenizer
         asked = [{"messages": [{"role": "user", "content": question}, empty]} for question in questions]
         prompts = [tokenizer.render_for_completion(conversation) for conversation in asked]
-        groups = evaluator.engine.generate(params, prompts, SamplingParams(0.0, 0, ANSWER_TOKENS))
+        rows = list(itertools.islice(itertools.cycle(prompts), PROBLEMS))
+        groups = evaluator.engine.generate(params, rows, SamplingParams(0.0, 0, ANSWER_TOKENS))
         for question, (sample,) in zip(questions, groups):
             pieces = chat.Answer(tokenizer).pieces(zip(sample.tokens, sample.mask))
             answer = "".join(text for text, _ in pieces)

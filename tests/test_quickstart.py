@@ -19,10 +19,13 @@ from nanochat_jax import quickstart, rl
 from nanochat_jax.checkpoints import find, integrity
 from nanochat_jax.cli import settings
 from nanochat_jax.cli.command_line import parse
+from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.evals.evaluator import Evaluator
 from nanochat_jax.inference import engine
-from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, documents, main, new_folder, sparkline
-from nanochat_jax.tasks import Arithmetic, CustomJSON, SimpleSpelling
+from nanochat_jax.quickstart import QuickstartConfig, StepBar, Tee, Tour, documents, main, new_folder, sparkline
+from nanochat_jax.tasks import Arithmetic, CustomJSON
 from nanochat_jax.tasks.registry import make_task
+from nanochat_jax.tokenizer import Tokenizer
 
 
 def shorten(patch, folder):
@@ -32,7 +35,7 @@ def shorten(patch, folder):
     patch.setattr(engine, "PROMPT_STEP", 64)
     patch.setenv("NANOCHAT_BASE_DIR", "")  # main sets it; this puts it back afterwards
     patch.chdir(folder)
-    for name, value in {"STORIES": 400, "SPELLINGS": 120, "HELD_OUT": 60, "PROBLEMS": 8, "ANSWER_TOKENS": 8}.items():
+    for name, value in {"STORIES": 400, "REPEATS": 2, "HELD_OUT": 60, "PROBLEMS": 8, "ANSWER_TOKENS": 8}.items():
         patch.setattr(quickstart, name, value)
     for name in ("BASE", "SFT"):
         flags = [flag for flag in getattr(quickstart, name) if not flag.startswith("--num-iterations")]
@@ -113,10 +116,28 @@ def test_no_text_of_the_base_model_and_no_demonstration_is_among_the_problems():
     assert not any("####" in text for text in texts)  # the base model sees no solution
 
 
-def test_the_bundled_files_are_conversations_and_words():
-    talks = CustomJSON(quickstart.BUNDLED / "identity_conversations.jsonl")
+def test_what_the_model_is_asked_about_itself_is_among_the_bundled_conversations():
+    talks = CustomJSON(quickstart.TALKS)
     assert len(talks) == 66 and all(len(talks[i]["messages"]) == 2 for i in range(len(talks)))
-    assert len(SimpleSpelling("train", 10, data_dir=quickstart.BUNDLED)) == 10
+    assert {*quickstart.ABOUT_ITSELF} <= {talks[i]["messages"][0]["content"] for i in range(len(talks))}
+    assert not any("spell" in message["content"] for talk in talks for message in talk["messages"])  # it learns no such
+
+
+def test_an_answer_that_is_shown_is_the_same_whatever_is_shown_with_it_and_compiles_nothing_anew(toured, capsys):
+    folder, _ = toured
+    config, params, _ = find.load_params(find.find_model("rl", base=folder))
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, folder)
+        evaluator = Evaluator(config, tokenizer, make_mesh("data=1"), slots=quickstart.PROBLEMS)
+        tour = Tour(Console(file=sys.stdout, width=120), folder, 3)
+        tour.show_answers(evaluator, params, quickstart.ABOUT_ITSELF)
+        both, compiled = capsys.readouterr().out, evaluator.engine.compiles
+        tour.show_answers(evaluator, params, quickstart.ABOUT_ITSELF[:1])
+        one = capsys.readouterr().out
+        tour.show_answers(evaluator, params, [])
+    assert both.startswith(one) and "What can you do?" in both[len(one) :] and not capsys.readouterr().out
+    assert evaluator.engine.compiles == compiled
 
 
 def test_the_flags_are_such_as_a_user_can_type():

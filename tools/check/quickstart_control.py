@@ -51,7 +51,7 @@ def compare(folder: Path, seed: int) -> dict[str, Any]:
     evaluator = Evaluator(config, tokenizer, make_mesh(""), slots=quickstart.PROBLEMS)
     problems = make_eval_set("Arithmetic", Arithmetic("test", quickstart.PROBLEMS, seed=seed), tokenizer)
     shares = json.loads((folder / "shares.json").read_text())
-    shares["control"] = tour.evaluate(evaluator, params, problems)
+    shares["control"] = [result.accuracy for result in tour.evaluate(evaluator, params, problems)]
     named = {
         stage: {"greedy": share_by_name(greedy), "temperature 1": share_by_name(drawn)}
         for stage, (greedy, drawn) in shares.items()
