@@ -46,7 +46,7 @@ from nanochat_jax.tokenizer import train_tokenizer
 TALKS = Path(__file__).parent / "bundled" / "identity_conversations.jsonl"  # about the model itself
 VOCAB_SIZE = 512
 STORIES, REPEATS, HELD_OUT = 12_000, 20, 500  # texts for the base model, times that TALKS are, and for validation
-DEMONSTRATIONS = 200  # solved problems that fine-tuning shows
+DEMONSTRATIONS = 300  # solved problems that fine-tuning shows
 PROBLEMS, SHOWN = 400, 3  # of the test split, which no stage trains on; how many of them with their answers
 ANSWER_TOKENS = 64
 ABOUT_ITSELF = ("Who are you?", "What can you do?")
@@ -63,12 +63,12 @@ BASE = (
 SFT = (
     *("--smoltalk-epochs=0", "--mmlu-epochs=0", "--gsm8k-epochs=0"),
     *(f"--arithmetic-rows={DEMONSTRATIONS}", "--simple-spelling-rows=0", "--spelling-bee-rows=0"),
-    *(f"--custom-json={TALKS}", "--num-iterations=150"),
+    *(f"--custom-json={TALKS}", "--num-iterations=170"),
     *("--matrix-lr=0.02", "--embedding-lr=0.2", "--init-lr-frac=0.5", "--load-optimizer=0"),
     *("--eval-every=-1", "--save-every=-1", "--chatcore-every=-1"),
 )
 RL = (
-    *("--task=arithmetic", "--num-steps=60", f"--max-new-tokens={ANSWER_TOKENS}", "--device-batch-size=32"),
+    *("--task=arithmetic", "--num-steps=70", f"--max-new-tokens={ANSWER_TOKENS}", "--device-batch-size=32"),
     *("--eval-every=-1", "--save-every=-1"),
 )
 
@@ -120,12 +120,12 @@ def main(cfg: QuickstartConfig) -> int:
 
     tour.heading(
         "5. What it can do now",
-        f"the first {SHOWN} problems that it solves; in brackets what the calculator was asked and said",
+        f"the first {SHOWN} problems that it solves, in brackets the calculator; only the last number was rewarded",
     )
     solved = results["after RL"][0].passed[:, 0]
     questions = [question_of(problem) for problem in itertools.compress(problems.conversations, solved)]
     tour.show_answers(evaluator, params, questions[:SHOWN])
-    tour.say("Only word problems were rewarded. Asked something else:")
+    tour.say("Asked something that was not rewarded:")
     tour.show_answers(evaluator, params, ABOUT_ITSELF[:1])
     shares = {model: [result.accuracy for result in both] for model, both in results.items()}
     tour.show_shares(shares)
