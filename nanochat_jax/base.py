@@ -13,6 +13,7 @@ from nanochat_jax.cli.settings import (
     check_bounds,
     require,
 )
+from nanochat_jax.cli.waiting import saying
 from nanochat_jax.data import shards
 from nanochat_jax.data.documents import DocumentRows, describe_documents
 from nanochat_jax.distributed import processes
@@ -81,7 +82,8 @@ def main(cfg: BaseConfig) -> int:
         print0("\n".join(describe_documents(rows, total * plan.batch.rows_per_step)))
 
     # Train
-    initial = initial_state(start, plan, print0)
+    with saying("placing the model on the devices"):
+        initial = initial_state(start, plan, print0)
     plan = initial.plan
     measurements = [
         validation(

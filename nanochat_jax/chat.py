@@ -23,6 +23,7 @@ from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import compute_dtype, start_device
 from nanochat_jax.cli.settings import check_bounds, require
+from nanochat_jax.cli.waiting import saying
 from nanochat_jax.flags.chat import ChatConfig
 from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.sampling import SamplingParams
@@ -255,7 +256,7 @@ def main(cfg: ChatConfig) -> int:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     require(sys.stdout is not None, "standard output is closed: there is nowhere to print an answer to")
-    with contextlib.redirect_stdout(sys.stderr):  # a warning is no part of an answer
+    with contextlib.redirect_stdout(sys.stderr), saying("reading the model"):  # a warning is no part of an answer
         engine, params, found = load_model(cfg)
     chat = Chat(engine, params, sampling, cfg.seed)
     if cfg.source == "base":

@@ -18,6 +18,7 @@ from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import check_bounds, require
+from nanochat_jax.cli.waiting import saying
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
@@ -99,11 +100,13 @@ def main(cfg: EvalConfig) -> int:
     sizes = ", ".join(f"{eval_set.name}: {len(eval_set.prompts)}" for eval_set in eval_sets)
     processes.agree("the problems", {"model": find.identity(found), "tokenizer": tokenizer.digest(), "problems": sizes})
     print0(f"Model: {found}")
-    model_config, params, _ = find.load_params(found)
+    with saying("reading the model"):
+        model_config, params, _ = find.load_params(found)
     longest = max(len(prompt) for eval_set in eval_sets for prompt in eval_set.prompts)
     attention = choose_attention(
         cfg.attention, model_config, longest, mesh=mesh, dtype=dtype, packed=False, training=False
     )
+    print0(f"{dtype.name}, attention {attention}")
     own = own_devices(mesh)  # each process evaluates its part of the problems by itself
     evaluator = Evaluator(
         model_config,

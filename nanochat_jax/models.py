@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig
 
 MEASURED = ("val_bpb", "chatcore", "pass@1")  # what is shown, where it was measured
+WIDE = 200  # columns of a file or pipe
 COLUMNS = ("stage", "tag", "steps", "parameters", "on disk", "measured", "from", "saved")
 
 
@@ -39,7 +41,7 @@ def main(cfg: ModelsConfig) -> int:
     for model in found:
         table.add_row(*(Text(cell) for cell in cells(model)))
     print(f"models in {kept_dir()}")
-    Console(highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
     return 0
 
 
@@ -56,7 +58,7 @@ def list_models() -> Iterator[dict[str, Any]]:
                 try:
                     model |= describe(find.Found(folder, model["steps"][-1], model["steps"][-1] in ours))
                 except Exception as e:  # a damaged file is a line of the list, not its end
-                    model["error"] = f"cannot be read: {' '.join(str(e).split())[:100]}"
+                    model["error"] = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             yield model
 
 
@@ -97,7 +99,7 @@ def cells(model: dict[str, Any]) -> list[str]:
         *(model["stage"], model["tag"], shown),
         f"{model['parameters'] / 1e6:,.1f} M" if "parameters" in model else "",
         f"{model['bytes'] / 1e6:,.0f} MB" if "bytes" in model else "",
-        *(model.get("error") or measured, origin, when),
+        *("cannot be read" if "error" in model else measured, origin, when),
     ]
 
 

@@ -17,6 +17,7 @@ from nanochat_jax.cli.settings import (
     check_bounds,
     require,
 )
+from nanochat_jax.cli.waiting import saying
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
@@ -72,9 +73,12 @@ def main(cfg: RLConfig) -> int:
     processes.agree("the task", {"task": task_digest})  # also how each rewards
     total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
     require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
-    draws = total * cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
-    prompts = PromptStream(task, tokenizer, cfg.seed, draws)
-    start.check_data(prompts.fingerprint())
+    stretches = start.stretches(total, lambda first, last: first, "num_steps")  # rates fall from the first step on
+    if stretches[:-1]:
+        print0(f"Stretches of the run, each with its own schedule: steps {stretches}")
+    step_draws = cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
+    prompts = PromptStream(task, tokenizer, cfg.seed, total * step_draws)
+    start.check_data(prompts.fingerprint(start.record.get("total_steps", total) * step_draws))
     if start.resumed and start.record.get("task_digest") != task_digest:
         print0(
             f"NOTE: the data or the source of {task.name} has changed since step {start.first_step}; its prompts are "
@@ -96,7 +100,8 @@ def main(cfg: RLConfig) -> int:
     )
 
     # Model, engine, and what is done with its answers
-    initial = initial_state(start, plan, print0)
+    with saying("placing the model on the devices"):
+        initial = initial_state(start, plan, print0)
     plan = initial.plan
     objective = objective_of(cfg)
     reference, score = None, None
@@ -144,6 +149,7 @@ def main(cfg: RLConfig) -> int:
         return {
             "data": prompts.fingerprint(),
             "task_digest": task_digest,
+            "stretches": stretches,
             "reference": reference,
             "problems_consumed": position,
             "steps_without_signal": without_signal,
@@ -173,7 +179,8 @@ def main(cfg: RLConfig) -> int:
             began = time.perf_counter()
             groups = rollouts.to_train_on(cfg.examples_per_step)
             rows = rows_of(groups, plan, objective, cfg.objective, tokenizer)
-            scalars = rl_scalars(step, total)
+            first, last = stretches[-1]
+            scalars = rl_scalars(step - first, last - first)
             state, metrics, statistics = update(state, rows, scalars)
             seconds = time.perf_counter() - began
             position = rollouts.position

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: a base model becomes a chat model. Its settings, with examples: flags/sft.py."""
 
+import math
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from nanochat_jax.cli.settings import (
     flag,
     require,
 )
+from nanochat_jax.cli.waiting import saying
 from nanochat_jax.data.conversations import ConversationRows, ConversationStore, describe_conversations, first_rows
 from nanochat_jax.data.token_cache import open_caches
 from nanochat_jax.distributed import processes
@@ -69,14 +71,17 @@ def main(cfg: SFTConfig) -> int:
     with processes.process_zero_first("the data"):
         tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
         rows = training_rows(TaskMixture(tasks, seed=cfg.seed), start, plan, tokenizer)
-    start.check_data(rows.fingerprint())
     print0("\n".join(describe_conversations(rows)))
     with processes.process_zero_first("the validation data"):
         held_out_rows = validation_rows(held_out, cfg, plan, tokenizer)
     total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.plan(0).n_rows // plan.batch.rows_per_step)
+    stretches = start.stretches(total, lambda first, last: steady_until(cfg, first, last), "num_iterations")
+    if stretches[:-1]:
+        print0(f"Stretches of the run, each with its own schedule: steps {stretches}")
 
     # Train
-    initial = initial_state(start, plan, print0)
+    with saying("placing the model on the devices"):
+        initial = initial_state(start, plan, print0)
     plan = initial.plan
     measurements = [
         validation(
@@ -90,25 +95,38 @@ def main(cfg: SFTConfig) -> int:
         chatcore_measurement(cfg, plan, tokenizer),
     ]
     train_step = plan.make_train_step()
-    opened = open_row_run(start, initial, rows, total=total, measurements=measurements, peak_flops=peak_flops)
+    opened = open_row_run(
+        start,
+        initial,
+        rows,
+        total=total,
+        measurements=measurements,
+        peak_flops=peak_flops,
+        record=lambda step: {"stretches": stretches},
+    )
     with opened as (run, batches):
         for step, state in run.steps():
-            scalars = schedule(cfg, step, total)
+            scalars = schedule(cfg, step, *stretches[-1])
             state, metrics = train_step(state, next(batches), scalars)
             epoch = rows.epoch(rows_before(start, plan, step + 1) - 1)
             run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
     return exit_code(run)
 
 
-def schedule(cfg: SFTConfig, step: int, total: int) -> dict[str, float]:
-    """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
+def schedule(cfg: SFTConfig, step: int, first: int, last: int) -> dict[str, float]:
+    """The scalars that the optimizer takes at a step, counted from 0, of the stretch from step `first` to `last`."""
     return sft_scalars(
-        step,
-        total,
+        step - first,
+        last - first,
         warmup_ratio=cfg.warmup_ratio,
         warmdown_ratio=cfg.warmdown_ratio,
         final_lr_frac=cfg.final_lr_frac,
     )
+
+
+def steady_until(cfg: SFTConfig, first: int, last: int) -> int:
+    """The step of a stretch up to which rates have not begun to fall."""
+    return first + math.floor((1 - cfg.warmdown_ratio) * (last - first))
 
 
 def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None = None) -> Plan:
@@ -121,7 +139,7 @@ def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None 
         mesh,
         batch=row_batch_shape(cfg, mesh),
         loss=TokenLoss(),
-        scalars=tuple(schedule(cfg, 0, 1)),
+        scalars=tuple(schedule(cfg, 0, 0, 1)),
         groups=groups or fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
         packed=cfg.document_mask,
     )
@@ -170,14 +188,22 @@ def own_file(cfg: SFTConfig, name: str, path: Path) -> CustomJSON:
 
 
 def training_rows(mixture: TaskMixture, start: Start, plan: Plan, tokenizer: Tokenizer) -> ConversationRows:
-    """The rows of a run, tokenized as far as it reads them."""
+    """The rows of a run, tokenized as far as it reads them. ValueError where a run that goes on does not see the data
+    that it began with."""
     cfg = start.cfg
-    if cfg.num_iterations > 0:
-        wanted = rows_before(start, plan, cfg.num_iterations + STEPS_AHEAD)
-        rows = packed_rows(mixture, cfg, tokenizer, wanted)
-        if start.record.get("data") in (None, rows.fingerprint()):
-            return rows  # else the run began when everything was tokenized
-    return packed_rows(mixture, cfg, tokenizer)
+
+    def rows_of(steps: int) -> ConversationRows:
+        wanted = rows_before(start, plan, steps + STEPS_AHEAD) if steps > 0 else None
+        return packed_rows(mixture, cfg, tokenizer, wanted)
+
+    rows = rows_of(cfg.num_iterations)
+    compared = rows
+    if start.resumed:  # it may have begun with fewer steps, or when everything was tokenized
+        for steps in (start.record["user_config"].get("num_iterations", -1), -1):
+            if compared.fingerprint() != start.record.get("data"):
+                compared = rows_of(steps)
+    start.check_data(compared.fingerprint())
+    return rows
 
 
 def packed_rows(

@@ -277,9 +277,9 @@ def folder(base, tmp_path):
 
 def test_every_source_goes_where_nanochat_looks_for_it(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    for source in ("sft", "rl"):
+    for source in ("mid", "sft", "rl"):
         shutil.copytree(folder / "base_checkpoints/d2", folder / store.SOURCES[source] / "my-run")
-    for source in ("base", "sft", "rl"):
+    for source in ("base", "mid", "sft", "rl"):
         assert run(monkeypatch, folder, "--output", out, "--source", source) == 0
     assert run(monkeypatch, folder, "--output", out, "--no-optimizer", "--output-tag", "d2_small") == 0
     made = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -350,7 +350,7 @@ def test_bad_flags_end_in_one_sentence_and_write_nothing(folder, tmp_path, monke
     file.write_text("mine")
     for argv, match in (
         (["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
-        (["--source", "mid"], "must be base, mid, sft or rl"),
+        (["--source", "middle"], "must be one of base, mid, sft, rl"),
         (["--source", "sft"], "no sft model"),
         (["--model-step", "8"], "--model-step=8 is not in"),
         (["--output-tag", "../d2"], "--output-tag must be the name of one folder"),

@@ -211,3 +211,26 @@ def test_a_resumed_run_says_which_versions_have_changed(tmp_path, monkeypatch, c
     assert len(found) == notes and all(
         line.startswith("NOTE: since then versions have changed (jaxlib 0.0.1 to ") for line in found
     )
+
+
+@pytest.mark.parametrize(
+    ("done", "recorded", "total", "expected"),
+    [
+        (4, [[0, 10]], 10, [[0, 10]]),
+        (10, [[0, 10]], 15, [[0, 10], [10, 15]]),
+        (5, [[0, 10]], 20, [[0, 5], [5, 20]]),  # rates have not begun to fall
+        (10, [[0, 10], [10, 20]], 30, [[0, 10], [10, 30]]),  # nothing of the second one is done
+        (20, [[0, 10], [10, 20]], 30, [[0, 10], [10, 20], [20, 30]]),
+        (6, [[0, 10]], 20, "before step 5, from which its rates fall, or when it has ended, at step 10"),
+        (16, [[0, 10], [10, 20]], 30, "before step 15, from which its rates fall, or when it has ended, at step 20"),
+        (10, [[0, 10]], 8, "has 10 of 10 steps and cannot be made one of 8"),
+    ],
+)
+def test_a_run_is_made_longer_where_its_rates_have_not_begun_to_fall_or_it_has_ended(done, recorded, total, expected):
+    start = Start(None, Path("mine"), "", record={"step": done, "total_steps": recorded[-1][1], "stretches": recorded})
+    if isinstance(expected, list):
+        found = start.stretches(total, lambda first, last: (first + last) // 2, "num_iterations")
+        assert found == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            start.stretches(total, lambda first, last: (first + last) // 2, "num_iterations")

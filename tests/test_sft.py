@@ -15,7 +15,7 @@ import pytest
 
 from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
-from nanochat_jax.cli import settings
+from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import start_device
 from nanochat_jax.data import conversations
 from nanochat_jax.tokenizer import Tokenizer
@@ -106,9 +106,8 @@ def test_the_console_tells_what_was_inherited_and_how_the_run_goes(base, trained
         assert line in lines
     text = trained[1]
     assert lines[0].startswith("CPU: ") and " | Peak FLOPS (BF16): " in lines[0]
-    chosen = lines.index("Attention: chunked")  # once, and then why it is not a fast one
-    assert lines[chosen + 1].startswith("WARNING: ") and "attention" in lines[chosen + 1]
-    assert trained[1].count("Attention: ") == 1
+    assert sum(line.startswith("float32, attention chunked, rematerialisation none (") for line in lines) == 1
+    assert "WARNING" not in trained[1]  # a CPU has no faster attention
     assert "FLOPs per token: 8.1" in text and "steps: 3" in text
     assert "\x1b" not in text
     steps = [line for line in lines if line.startswith("step 0000") and "loss" in line]
@@ -160,6 +159,21 @@ def test_a_run_that_is_done_can_be_resumed_and_has_nothing_to_do(base, trained, 
     assert f"Resuming {folder} from step 3" in out and "All 3 steps are done already" in out
     assert "Inherited num_iterations=3 from the checkpoint" in out  # what is not given is the run's own
     assert integrity.steps(folder) == [2, 3]
+
+
+def test_a_run_that_has_ended_can_be_made_longer_as_a_new_stretch_with_a_schedule_of_its_own(base, trained, capsys):
+    folder = copy_of(trained, "longer")
+    assert run(["--resume", "--output-tag", "longer", "--mesh", "data=1", "--num-iterations", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "NOTE: --num-iterations=5 overrides the checkpoint's value of 3" in out
+    assert "each with its own schedule: steps [[0, 3], [3, 5]]" in out
+    multipliers = [r["lr_multiplier"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert multipliers[3:] == [1.0, 1.0] and multipliers[2] < 1.0  # it falls in the second half of a stretch
+    meta = store.read_meta(folder / "5")
+    assert meta["stretches"] == [[0, 3], [3, 5]] and (meta["total_steps"], meta["rows_consumed"]) == (5, 40)
+    assert run(["--resume", "--output-tag", "longer", "--mesh", "data=1"]) == 0
+    message = run(["--resume", "--output-tag", "longer", "--mesh", "data=1", "--num-iterations", "4"])
+    assert "has 5 of 5 steps and cannot be made one of 4" in message
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_ends_the_same(base, trained):
@@ -341,11 +355,11 @@ def test_own_files_of_every_kind_are_trained_and_validated_on(tmp_path):
     (folder / "manifest.json").write_text('["x.parquet"]')
     files = ["--custom-json", f"{tmp_path}/array.json", "--val-json", "hub:o/n:test"]
     files += ["--data-dir", f"{tmp_path}/mirror"]
-    cfg = settings.parse(sft.SFTConfig, [*tiny.FLAGS, *files, "--allow-empty"])
+    cfg = parse(sft.SFTConfig, [*tiny.FLAGS, *files, "--allow-empty"])
     trained, held_out = sft.training_tasks(cfg), sft.validation_tasks(cfg)
     assert [[c["messages"][1]["content"] for c in task] for task in (*trained, *held_out)] == [["a", ""], ["b"]]
     with pytest.raises(ValueError, match=r"row 2 .line 1.: message 1, the assistant's, is empty"):
-        sft.training_tasks(settings.parse(sft.SFTConfig, [*tiny.FLAGS, *files]))
+        sft.training_tasks(parse(sft.SFTConfig, [*tiny.FLAGS, *files]))
 
 
 def test_an_empty_file_and_held_out_data_that_nothing_can_be_measured_on_are_refused(base, tmp_path):
@@ -437,7 +451,7 @@ def test_without_a_base_model_the_sentence_says_where_it_was_looked_for(base, tm
     [
         (["--matrix-lr", "0.05"], "--matrix-lr was 0.03 and is 0.05"),
         (["--scalar-lr", "0.5"], "--scalar-lr was 0.25 and is 0.5"),  # also where it is typed as the default
-        (["--num-iterations", "4"], "--num-iterations was 3 and is 4"),
+        (["--warmdown-ratio", "0.3"], "--warmdown-ratio was 0.5 and is 0.3"),
         (["--no-document-mask"], "--document-mask was True and is False"),
     ],
 )

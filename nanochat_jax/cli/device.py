@@ -76,10 +76,12 @@ def choose_attention(
     training: bool = True,
     log: Callable = print0,
 ) -> str:
-    """The backend for --attention in rows of T tokens, printed; see `choose_attention_backend`, also for ValueError."""
+    """The backend for --attention in rows of T tokens; see `choose_attention_backend`, also for ValueError. Where
+    there is a fast one that cannot do it, a warning tells why."""
     shapes = AttentionShapes.of(model, T)
     choice = choose_attention_backend(wanted, mesh, dtype, shapes, packed=packed, training=training)
-    log(f"Attention: {choice.name}" + (f"\nWARNING: {choice.why}" if choice.why else ""))
+    if choice.why:
+        log(f"WARNING: attention is {choice.name}: {choice.why}")
     return choice.name
 
 

@@ -50,8 +50,9 @@ LARGEST = 2**31 - 1  # of an integer setting: JAX counts in int32
 
 # What --resume does with a setting. "same": the checkpoint's value goes on, and another one is refused, since it would
 # change the training. "free": the user may give another value, which changes what is watched and kept, or how the work
-# is split, but not what is computed. "own": each start has its own value, and the checkpoint's does not matter.
-OnResume = Literal["same", "free", "own"]
+# is split, but not what is computed. "longer": free too, as far as the stage can do it. "own": each start has its own
+# value, and the checkpoint's does not matter.
+OnResume = Literal["same", "free", "longer", "own"]
 
 
 class Bounds(NamedTuple):
@@ -189,7 +190,7 @@ def resumed_settings[T](cfg: T, recorded: Mapping[str, Any], another: str, log: 
         if name not in cfg.given and ours == field.default:
             restored[name] = theirs
             log(f"Inherited {name}={recorded[name]} from the checkpoint")
-        elif on_resume == "free":
+        elif on_resume in ("free", "longer"):
             log(f"NOTE: {flag(name)}={_to_json(ours)} overrides the checkpoint's value of {recorded[name]}")
         else:
             changed.append(f"{flag(name)} was {recorded[name]} and is {_to_json(ours)}")

@@ -65,8 +65,9 @@ class RLConfig(StageConfig):
     num_epochs: int = setting(1, "times that every problem is met", COUNT, group=LENGTH)
     num_steps: int = setting(
         -1,
-        "optimizer steps (-1 = as --num-epochs says)",
+        "optimizer steps (-1 = as --num-epochs says); with --resume more than before",
         at_least(1, "at least 1, or -1 for --num-epochs", also=-1),
+        resume="longer",
         group=LENGTH,
     )
     examples_per_step: int = setting(16, "problems in a step, all devices together", COUNT, group=LENGTH)

@@ -48,7 +48,9 @@ class SFTConfig(StageConfig):
         1, "1 = start from that model's optimizer state, 0 = from an empty one", one_of(0, 1), group=RUN
     )
     seed: int = setting(42, "order of the conversations; 42 is nanochat's", at_least(0), group=RUN)
-    num_iterations: int = setting(-1, "optimizer steps (-1 = one epoch)", STEPS, group=LENGTH)
+    num_iterations: int = setting(
+        -1, "optimizer steps (-1 = one epoch); with --resume more than before", STEPS, resume="longer", group=LENGTH
+    )
     max_seq_len: Maybe[int] = setting(None, "tokens in a row; default: inherited", inherited=2048, group=LENGTH)
     device_batch_size: Maybe[int] = setting(
         None,

@@ -33,12 +33,14 @@ class PromptStream:
         example = int(self.order(epoch)[within])
         return example, self.prompts[example]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, count: int | None = None) -> str:
         """sha256 (hex) of what decides which prompts the run meets: the task's name and size, and each prompt's tokens.
+
+        count: positions that a shorter run can reach, of which this is the hash then; default: those of this run.
 
         Not of the task's source: a run that goes on may have another reward, or another comment."""
         digest = hashlib.sha256(digest_of(self.task.name, self.size).encode())
-        for prompt in self.prompts:
+        for prompt in self.prompts[:count]:
             digest.update(np.int64(len(prompt)).tobytes() + prompt.tobytes())
         return digest.hexdigest()
 

@@ -281,7 +281,7 @@ class Run:
             self.log.saved(self.saver.folder / str(self.saver.sealed))
 
     def _stopping(self) -> str:
-        return f"Stopping after step {self.step}, and saving what is not saved yet; Ctrl-C again {self._loss()}"
+        return f"Stopping after this step, and saving what is not saved yet; Ctrl-C again {self._loss()}"
 
     def _ending(self) -> str:
         return f"Interrupted twice: this {self._loss()}"

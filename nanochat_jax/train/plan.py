@@ -150,7 +150,7 @@ def make_plan(
     logprobs: bool = False,
     log: Callable = print0,
 ) -> Plan:
-    """The plan of a stage with these settings: dtype, attention and rematerialisation are chosen here, each printed.
+    """The plan of a stage with these settings: dtype, attention and rematerialisation are chosen and printed here.
 
     mesh: of real or compile-only devices. packed: rows hold documents that do not see each other. ValueError: a backend
     that was asked for cannot do it."""
@@ -171,5 +171,5 @@ def make_plan(
     )
     remat, why = choose_remat(cfg.remat, model, plan.abstract_state, dtype, plan.rows_per_device, batch.T)
     remat, why = processes.exchange("rematerialisation", [remat, why])[0]  # it depends on a machine's memory
-    log(f"Rematerialisation: {remat} ({why})")
+    log(f"{dtype.name}, attention {attention}, rematerialisation {remat} ({why})")
     return dataclasses.replace(plan, remat=remat)

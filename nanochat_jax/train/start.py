@@ -20,6 +20,7 @@ from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.checkpoints.ownership import Lock, Token, own
 from nanochat_jax.cli.settings import (
     AUTO,
+    flag,
     inherit,
     recorded_settings,
     require,
@@ -97,6 +98,27 @@ class Start:
                 what = "is recorded by an earlier version of nanochat_jax, in a way that this one cannot compare; go on"
                 what += " with that version"
             raise ValueError(f"--resume: the data of {self.folder} {what}, or {otherwise}")
+
+    def stretches(self, total: int, steady_until: Callable[[int, int], int], name: str) -> list[list[int]]:
+        """The stretches [first step, last] of the run, each with a schedule of its own; the last one ends at `total`.
+
+        A run that goes on with another total gets a new stretch, which is possible where it has ended, or while its
+        rates have not begun to fall. steady_until: (first, last) of a stretch -> the step from which they fall. name:
+        of the setting that `total` comes from, for the ValueError where it is not possible."""
+        if not self.resumed:
+            return [[0, total]]
+        found = [list(stretch) for stretch in self.record.get("stretches") or [[0, self.record["total_steps"]]]]
+        (first, last), done = found[-1], self.first_step
+        if total == last:
+            return found
+        steady = steady_until(first, last)
+        if total <= done or not (done == last or done <= steady):
+            where = f"before step {steady}, from which its rates fall, or " if steady > first else ""
+            raise ValueError(
+                f"{flag(name)}: the run in {self.folder} has {done} of {last} steps and cannot be made one of {total}: "
+                f"it can be made longer {where}when it has ended, at step {last}"
+            )
+        return [*found[:-1], *([[first, done]] if done > first else []), [done, total]]
 
     def recorded(self, plan: Plan, total_steps: int) -> dict:
         """What every checkpoint of the run records, beside its step and its place in the data."""

@@ -369,13 +369,13 @@ def test_an_error_of_a_step_loses_no_step_before_it(tmp_path):
 
 
 def test_a_step_is_logged_at_once_where_the_next_batch_waits_for_it_anyway(tmp_path):
-    for late, known in ((True, [0, 0, 1]), (False, [0, 1, 2])):
+    for late, known in ((True, [0, 1, 1, 2]), (False, [0, 1, 2, 3])):  # the first step's time is known at once
         logged, file = [], tmp_path / str(late) / "metrics.jsonl"
 
         def count(k, logged=logged, file=file):
             logged.append(len([r for r in read_metrics(file) if "loss" in r]))
 
-        training = Training(file.parent, 3, log_late=late, on_batch=count)
+        training = Training(file.parent, 4, log_late=late, on_batch=count)
         training.train()
         assert logged == known
 
@@ -542,5 +542,7 @@ def test_the_first_signal_is_answered_at_once_and_a_second_says_what_it_loses(tm
     told, training.on_step = [], interrupt
     with pytest.raises(KeyboardInterrupt):
         training.train()
-    assert told == ["\nStopping, and saving what is not saved yet; a second Ctrl-C loses the steps since 4\n"]
+    assert told == [
+        "\nStopping after this step, and saving what is not saved yet; Ctrl-C again loses the steps since 4\n"
+    ]
     assert capfd.readouterr().err == "\nInterrupted twice: this loses the steps since 4\n"

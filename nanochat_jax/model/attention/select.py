@@ -48,7 +48,8 @@ NAMES = tuple(BACKENDS)
 
 
 class AttentionChoice(NamedTuple):
-    """The backend, and why it is not the fast one, as a sentence; None where it is, or where it was asked for."""
+    """The backend, and why it is not a fast one, as a sentence; None where it is, where it was asked for, or where such
+    devices have none."""
 
     name: str
     why: str | None
@@ -116,7 +117,9 @@ def choose_attention_backend(
         if why is None:
             return AttentionChoice(name, f"{'; '.join(reasons)}: {name} is used" if reasons else None)
         reasons.append(why)
-    said = "; ".join(reasons) or f"no flash-attention kernel for {platform}"
+    if not kernels_of(platform):  # as on a CPU
+        return AttentionChoice("chunked", None)
+    said = "; ".join(reasons) or f"no flash-attention kernel of {platform} can do this"
     return AttentionChoice("chunked", f"{said}: attention runs in blocks of plain XLA (exact, but slower)")
 
 

@@ -50,10 +50,8 @@ A100 = machine("gpu", "NVIDIA A100-SXM4-40GB", "8.0")
 # The choice
 
 
-def test_a_cpu_takes_the_blocks_of_xla_and_says_that_there_is_no_kernel():
-    name, why = choose_attention_backend("auto", ONE, "float32", SHAPES)
-    assert name == "chunked"
-    assert why == "no flash-attention kernel for cpu: attention runs in blocks of plain XLA (exact, but slower)"
+def test_a_cpu_takes_the_blocks_of_xla_without_a_warning_as_it_has_no_kernel():
+    assert choose_attention_backend("auto", ONE, "float32", SHAPES) == ("chunked", None)
 
 
 def test_a_gpu_before_hopper_takes_the_blocks_of_xla_and_says_what_would_be_needed():
@@ -117,8 +115,8 @@ def test_a_kernel_that_does_not_compile_falls_back_with_a_warning(monkeypatch):
     how = {"mesh": ONE, "dtype": jnp.float32, "log": lines.append}
     assert choose_attention("auto", tiny.CONFIG, 64, **how) == "chunked"
     (text,) = lines
-    assert text.startswith("Attention: chunked\nWARNING: splash does not compile for this cpu (ValueError: ")
-    assert text.count("\n") == 1 and text.endswith("plain XLA (exact, but slower)")
+    assert text.startswith("WARNING: attention is chunked: splash does not compile for this cpu (ValueError: ")
+    assert text.endswith("plain XLA (exact, but slower)")
     with pytest.raises(ValueError, match="--attention=splash cannot be used: splash does not compile"):
         choose_attention("splash", tiny.CONFIG, 64, **how)
     assert len(lines) == 1
