@@ -20,7 +20,7 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_shards
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.signals import collect
-from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.files.paths import base_dir, cache_dir, output_dir, write_to
 from nanochat_jax.flags.base import BaseConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
@@ -52,6 +52,7 @@ def main(cfg: BaseConfig) -> int:
     check_bounds(cfg)
     if cfg.preflight is not None:
         return preflight_of(cfg)
+    write_to(cfg.output_dir)
     start_device(cfg.device_type, cfg)
     mesh = make_mesh(cfg.mesh or "")
     peak_flops = describe_device(mesh, print0)
@@ -157,7 +158,7 @@ def preflight_of(cfg: BaseConfig) -> int:
 def tag_of(cfg: BaseConfig) -> str:
     """The run's folder. Of --resume without a word on which run, the only one; ValueError: there are several."""
     if cfg.resume and not {"depth", "model_tag", "config"} & cfg.given and cfg.depth == BaseConfig.depth:
-        root = kept_dir() / store.SOURCES["base"]
+        root = output_dir() / store.SOURCES["base"]
         tags = [tag for tag in sorted(find.tags_by_time(root)) if integrity.steps(root / tag)]
         require(len(tags) < 2, f"--resume: which run? Name one of {', '.join(tags)} with --model-tag")
         if tags:
@@ -169,7 +170,7 @@ def shards_of(cfg: BaseConfig) -> list[Path]:
     """The parquet files of the run, the last for validation: those that --download names, else all of the folder."""
     if not cfg.download:
         return shards.find_shards(cfg.data_dir)
-    folder = cfg.data_dir.expanduser() if cfg.data_dir else base_dir() / shards.FOLDERS[0]
+    folder = cfg.data_dir.expanduser() if cfg.data_dir else cache_dir() / shards.FOLDERS[0]
     return shards.fetch_shards(cfg.download, folder, print0)
 
 

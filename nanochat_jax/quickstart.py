@@ -76,7 +76,7 @@ RL = (
 def main(cfg: QuickstartConfig) -> int:
     """Run all stages -> the exit code: 0, or that of the stage that was stopped."""
     require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
-    folder, began = new_folder(cfg.out), time.perf_counter()
+    folder, began = new_folder(cfg.output), time.perf_counter()
     os.environ["NANOCHAT_BASE_DIR"] = str(folder.absolute())
     tour = Tour(Console(file=sys.stdout, highlight=False), folder, cfg.seed)
     tour.say(f"All of it goes to the folder {folder}, the full output of the stages to log.txt in it.")
@@ -147,7 +147,7 @@ def new_folder(out: Path | None) -> Path:
     out = out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise FileExistsError(f"--out {out} must be a new or empty folder, there is something in it")
+        raise FileExistsError(f"--output {out} must be a new or empty folder, there is something in it")
     return out
 
 

@@ -23,7 +23,7 @@ from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
-from nanochat_jax.files.paths import base_dir
+from nanochat_jax.files.paths import base_dir, write_to
 from nanochat_jax.flags.rl import RLConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
@@ -55,6 +55,7 @@ def main(cfg: RLConfig) -> int:
     check(cfg)
     if cfg.preflight is not None:
         return preflight_of(cfg)
+    write_to(cfg.output_dir)
     start_device(cfg.device_type, cfg)
     mesh = make_mesh(cfg.mesh or "")
     describe_device(mesh, print0)

@@ -20,7 +20,7 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.chatcore import make_chatcore
-from nanochat_jax.files.paths import base_dir
+from nanochat_jax.files.paths import base_dir, cache_dir, write_to
 from nanochat_jax.flags.sft import SFTConfig
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
@@ -53,6 +53,7 @@ def main(cfg: SFTConfig) -> int:
     check_bounds(cfg)
     if cfg.preflight is not None:
         return preflight_of(cfg)
+    write_to(cfg.output_dir)
     start_device(cfg.device_type, cfg)
     mesh = make_mesh(cfg.mesh or "")
     peak_flops = describe_device(mesh, print0)
@@ -70,7 +71,8 @@ def main(cfg: SFTConfig) -> int:
     # Data: conversations once through the tokenizer, packed into rows by plan
     with processes.process_zero_first("the data"):
         tasks, held_out = training_tasks(cfg), validation_tasks(cfg) if cfg.eval_every > 0 else []
-        rows = training_rows(TaskMixture(tasks, seed=cfg.seed), start, plan, tokenizer)
+        rows, begun_with = training_rows(TaskMixture(tasks, seed=cfg.seed), start, plan, tokenizer)
+    start.check_data(begun_with)
     print0("\n".join(describe_conversations(rows)))
     with processes.process_zero_first("the validation data"):
         held_out_rows = validation_rows(held_out, cfg, plan, tokenizer)
@@ -187,9 +189,9 @@ def own_file(cfg: SFTConfig, name: str, path: Path) -> CustomJSON:
     return task
 
 
-def training_rows(mixture: TaskMixture, start: Start, plan: Plan, tokenizer: Tokenizer) -> ConversationRows:
-    """The rows of a run, tokenized as far as it reads them. ValueError where a run that goes on does not see the data
-    that it began with."""
+def training_rows(mixture: TaskMixture, start: Start, plan: Plan, tokenizer: Tokenizer) -> tuple[ConversationRows, str]:
+    """(the rows of a run, tokenized as far as it reads them; the fingerprint that the run's checkpoints have where it
+    sees the data that it began with)."""
     cfg = start.cfg
 
     def rows_of(steps: int) -> ConversationRows:
@@ -202,8 +204,7 @@ def training_rows(mixture: TaskMixture, start: Start, plan: Plan, tokenizer: Tok
         for steps in (start.record["user_config"].get("num_iterations", -1), -1):
             if compared.fingerprint() != start.record.get("data"):
                 compared = rows_of(steps)
-    start.check_data(compared.fingerprint())
-    return rows
+    return rows, compared.fingerprint()
 
 
 def packed_rows(
@@ -212,7 +213,7 @@ def packed_rows(
     """The rows that a mixture is packed into; its conversations are tokenized now, if no run did before.
 
     wanted: how many rows are read, of which the others may be missing; None: any number."""
-    folder = base_dir() / "token_cache"
+    folder = cache_dir() / "token_cache"
     if wanted is not None:
         first = first_rows(mixture, tokenizer, folder, cfg.max_seq_len, seed=cfg.seed, wanted=wanted)
         if first is not None:

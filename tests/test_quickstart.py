@@ -83,7 +83,7 @@ def test_every_stage_runs_and_the_table_ends_it(toured):
 
 
 def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts(toured, short, tmp_path, capsys):
-    assert main(QuickstartConfig(seed=3, out=Path("again"))) == 0
+    assert main(QuickstartConfig(seed=3, output=Path("again"))) == 0
     first, again = (find.load_params(find.find_model("rl", base=base))[1] for base in (toured[0], tmp_path / "again"))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert documents(3) == documents(3) != documents(4)
@@ -92,8 +92,8 @@ def test_the_same_seed_is_the_same_model_and_another_one_begins_with_other_texts
 def test_a_folder_with_something_in_it_is_refused_before_anything_runs(short, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("important")
-    with pytest.raises(FileExistsError, match="--out mine must be a new or empty folder"):
-        main(QuickstartConfig(out=Path("mine")))
+    with pytest.raises(FileExistsError, match="--output mine must be a new or empty folder"):
+        main(QuickstartConfig(output=Path("mine")))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(ValueError, match="--seed must be from 0"):
         main(QuickstartConfig(seed=-1))

@@ -161,6 +161,26 @@ def test_a_run_that_is_done_can_be_resumed_and_has_nothing_to_do(base, trained, 
     assert integrity.steps(folder) == [2, 3]
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_whose_output_goes_elsewhere_leaves_the_base_directory_as_it_was(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_OUTPUT_DIR", "")  # is given back afterwards
+    before = contents(base)
+    assert run(arguments(base, "away", "--output-dir", str(tmp_path / "out"), "--eval-every", "-1", *RATES)) == 0
+    assert contents(base) == before
+    out = capsys.readouterr().out
+    folder = tmp_path / "out" / "chatsft_checkpoints" / "away"
+    assert f"The model is in {folder}/3" in out
+    assert f"Next: NANOCHAT_BASE_DIR={tmp_path / 'out'} python -m nanochat_jax.chat --model-tag away" in out
+    assert any((tmp_path / "out" / "token_cache").iterdir())
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "out"))
+    monkeypatch.setenv("NANOCHAT_OUTPUT_DIR", "")
+    model, _, _ = find.load_model("sft")  # with its tokenizer
+    assert model.config == tiny.CONFIG
+
+
 def test_a_run_that_has_ended_can_be_made_longer_as_a_new_stretch_with_a_schedule_of_its_own(base, trained, capsys):
     folder = copy_of(trained, "longer")
     assert run(["--resume", "--output-tag", "longer", "--mesh", "data=1", "--num-iterations", "5"]) == 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a small chat model, in minutes, on the CPU: set up if needed, then train and show it.
-# Arguments go to the quickstart: tools/quickstart.sh --seed 1 --out somewhere
+# Arguments go to the quickstart: tools/quickstart.sh --seed 1 --output somewhere
 set -euo pipefail
 unset CDPATH
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -13,7 +13,7 @@ from jax._src import compilation_cache
 
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import kept_dir
+from nanochat_jax.files.paths import output_dir
 
 FAILED = r"(?s)Error (reading|writing) persistent compilation cache entry for '([^']+)': (.*)"  # a warning of JAX's
 
@@ -22,7 +22,7 @@ def keep_compiled_programs() -> None:
     """Turn the cache on, in JAX_COMPILATION_CACHE_DIR or the base directory. A program that it cannot give back is
     compiled anew, which a line of the console tells, and its damaged entry is deleted: JAX itself would keep it."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # where the user wants it
-        jax.config.update("jax_compilation_cache_dir", str(kept_dir() / "compilation_cache"))
+        jax.config.update("jax_compilation_cache_dir", str(output_dir() / "compilation_cache"))
     # JAX compresses with zstd where Python has it, without a checksum: of 60 entries with a flipped bit it took 23;
     # one of them ended the process, another changed the result. zlib's checksum found all of 30.
     compilation_cache.zstd = compilation_cache.zstandard = None

@@ -70,7 +70,7 @@ def _sentence(e: OSError) -> str:
     if e.errno is None or not e.strerror:  # one of our own sentences
         return str(e)
     said = f"{e.filename}: {e.strerror}" if e.filename is not None else e.strerror
-    advice = ": free some space, or choose another place with NANOCHAT_BASE_DIR or --output"
+    advice = ": free some space, or choose another place with NANOCHAT_BASE_DIR, --output-dir or --output"
     return said + (advice if e.errno in NO_PLACE else "")
 
 

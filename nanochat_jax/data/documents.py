@@ -20,7 +20,7 @@ from nanochat_jax.data.shards import RENDERING, Documents
 from nanochat_jax.data.token_cache import Rendering, TokenCache
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.digest import digest_of, file_digest
-from nanochat_jax.files.paths import base_dir
+from nanochat_jax.files.paths import cache_dir
 
 BUFFER_SIZE = 1000  # documents to choose from, as in nanochat
 
@@ -105,7 +105,7 @@ class DocumentRows(PackedRows):
         epoch, place = divmod(section, len(self.shards))
         documents = Documents(self.shards[shuffled(len(self.shards), self.seed, epoch)[place]])
         render = functools.partial(render_documents, self.tokenizer)
-        return TokenCache.open_or_build(documents, self.tokenizer, base_dir() / "token_cache", self.log, render)
+        return TokenCache.open_or_build(documents, self.tokenizer, cache_dir() / "token_cache", self.log, render)
 
     def make_section(self, number: int) -> Section:
         cache = self.cache(number)

@@ -9,7 +9,7 @@ from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import digest_of, file_digest
 from nanochat_jax.files.download import fetch_parquet, locked
 from nanochat_jax.files.parquet import count_rows, read_files
-from nanochat_jax.files.paths import kept_dir
+from nanochat_jax.files.paths import cache_dir, kept_dir
 
 FOLDERS = ("base_data_climbmix", "base_data")  # of nanochat's base directory, today's and that of before 2026-03
 RENDERING = "documents 1"  # change it when a document becomes other tokens than before
@@ -22,7 +22,9 @@ def find_shards(folder: Path | None = None, advice: str = ADVICE) -> list[Path]:
     FileNotFoundError, NotADirectoryError: there is no such folder; ValueError: fewer than two files in it.
     """
     if folder is None:
-        candidates = [bucket.fetch(kept_dir() / name) for name in FOLDERS]
+        candidates = [
+            bucket.fetch(root / name) for name in FOLDERS for root in dict.fromkeys([kept_dir(), cache_dir()])
+        ]
         folder = next((c for c in candidates if c.is_dir()), candidates[0])
     folder = folder.expanduser()
     if not folder.exists():

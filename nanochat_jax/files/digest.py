@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from nanochat_jax.files.paths import base_dir, write_atomically
+from nanochat_jax.files.paths import cache_dir, write_atomically
 
 RACY_SECONDS = 2  # a file this young may still change without changing size or time: its hash is not remembered
 
@@ -16,7 +16,7 @@ def file_digest(path: Path) -> str:
     """sha256 (hex) of a file's content, remembered by path, size and time so that a warm start reads no gigabytes."""
     path = Path(path).absolute()
     # Damage that leaves size and time as they were is not seen: only reading the file again could find it.
-    memo_file = base_dir() / "token_cache" / "file_digests.json"
+    memo_file = cache_dir() / "token_cache" / "file_digests.json"
     stat = path.stat()
     match _read_memo(memo_file).get(str(path)):
         case [stat.st_size, stat.st_mtime_ns, str(known)] if re.fullmatch("[0-9a-f]{64}", known):

@@ -9,6 +9,8 @@ from typing import Any
 
 from nanochat_jax.files import bucket
 
+OUTPUT = "NANOCHAT_OUTPUT_DIR"  # environment variable
+
 
 def base_dir() -> Path:
     """Where tokenizer, datasets and caches live: NANOCHAT_BASE_DIR, else nanochat's own ~/.cache/nanochat.
@@ -28,6 +30,25 @@ def kept_dir() -> Any:
     if named and named.startswith("gs:/"):
         return bucket.as_path(named)
     return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "nanochat"
+
+
+def output_dir() -> Any:
+    """Where runs and caches are written: what --output-dir names, else `kept_dir`. The base directory can then be one
+    that may only be read."""
+    named = os.environ.get(OUTPUT)
+    return (bucket.as_path(named) if named.startswith("gs:/") else Path(named)) if named else kept_dir()
+
+
+def write_to(folder: Path | None) -> None:
+    """From now on, and in processes that this one starts, `output_dir` is this folder; None changes nothing."""
+    if folder is not None:
+        path = bucket.as_path(folder)
+        os.environ[OUTPUT] = str(path if bucket.in_bucket(path) else folder.expanduser().absolute())
+
+
+def cache_dir() -> Path:
+    """Where caches and downloads are written on this machine."""
+    return base_dir() if bucket.in_bucket(output_dir()) or not os.environ.get(OUTPUT) else output_dir()
 
 
 @functools.cache  # fetched once a process

@@ -73,6 +73,12 @@ class StageConfig:
         resume="own",
         group=RUN,
     )
+    output_dir: Maybe[Path] = setting(
+        None,
+        "base directory that the run, its caches and downloads are written to; default: the one that is read",
+        resume="own",
+        group=RUN,
+    )
     keep_checkpoints: int = setting(
         2, "how many checkpoints of the run stay on disk", at_least(1), resume="free", group=EVALUATION
     )

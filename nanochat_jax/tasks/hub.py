@@ -21,7 +21,7 @@ from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import file_digest
 from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_dataset, locked, writing
 from nanochat_jax.files.parquet import ParquetRows
-from nanochat_jax.files.paths import base_dir, kept_dir, write_atomically
+from nanochat_jax.files.paths import cache_dir, kept_dir, write_atomically
 from nanochat_jax.tasks.sources import SOURCES, source_hint
 from nanochat_jax.tasks.task import Slice, Task
 
@@ -36,7 +36,7 @@ def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None 
     FileNotFoundError: it cannot be had; it says where it was looked for and what helps. ValueError: a damaged manifest.
     """
     looked = []
-    for root in (*_roots(data_dir), kept_dir() / "task_data"):
+    for root in dict.fromkeys([*_roots(data_dir), kept_dir() / "task_data", cache_dir() / "task_data"]):
         for parent in (root, root / "hub"):
             folder = bucket.fetch(parent / repo.replace("/", "--") / subset / split)
             if (folder / "manifest.json").exists():
@@ -45,7 +45,7 @@ def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None 
     for part in (subset, split):
         if part != os.path.basename(part) or part in ("", ".", ".."):
             raise ValueError(f"the subset or split {part!r:.80} of {repo} must be the name of a folder")
-    final = base_dir() / "task_data" / repo.replace("/", "--") / subset / split
+    final = cache_dir() / "task_data" / repo.replace("/", "--") / subset / split
     try:
         with locked(final):
             if not (final / "manifest.json").exists():  # another process may have made it meanwhile
@@ -92,19 +92,21 @@ def find_file(name: str, data_dir: Path | str | None = None) -> Path:
 
     The word list is downloaded to the base directory where no place has it. FileNotFoundError: it cannot be had.
     """
-    folders = (*(folder for root in _roots(data_dir) for folder in (root, root.parent)), kept_dir())
-    places = [bucket.fetch(place) for folder in folders for place in (folder / name, folder / "words" / name)]
+    folders = *(folder for root in _roots(data_dir) for folder in (root, root.parent)), kept_dir(), cache_dir()
+    places = [
+        bucket.fetch(place) for folder in dict.fromkeys(folders) for place in (folder / name, folder / "words" / name)
+    ]
     if found := next((place for place in places if place.is_file()), None):
         return found
     why = ""
     if name == WORD_LIST:
         try:
-            return download(SOURCES[name], base_dir() / name)
+            return download(SOURCES[name], cache_dir() / name)
         except DownloadError as e:
             why = f", and cannot be downloaded: {e}"
     raise FileNotFoundError(
         f"{name} is not on this machine, looked for {', '.join(map(str, places))}{why}; put it into one of these, or "
-        f"set NANOCHAT_DATA_DIR or --data-dir to a folder that holds it{source_hint(base_dir() / name)}"
+        f"set NANOCHAT_DATA_DIR or --data-dir to a folder that holds it{source_hint(cache_dir() / name)}"
     )
 
 

@@ -31,7 +31,7 @@ from nanochat_jax.data.packing import PACKING
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import kept_dir
+from nanochat_jax.files.paths import base_dir, kept_dir, output_dir
 from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import (
@@ -42,6 +42,7 @@ from nanochat_jax.optim.groups import (
     scale_rates,
     with_state_arrays,
 )
+from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.step import TrainState, place, random_state, restore_state
 
@@ -165,7 +166,7 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
 
 def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -> Start:
     """The run that goes on in the folder <tag> of the stage, or a new one for it; errors as for `find_start`."""
-    root = kept_dir() / store.SOURCES[stage]
+    root = output_dir() / store.SOURCES[stage]
     folder = root / tag
     otherwise = "" if stage == "base" else " (where it is not given, --run)"
     require(
@@ -265,6 +266,8 @@ def hold_folder(start: Start) -> Iterator[Lock | Token | None]:
         if not start.resumed:
             for step in claim(start.folder, None, start.cfg.overwrite):
                 integrity.discard(start.folder / str(step))
+        if output_dir() != kept_dir() and not (output_dir() / "tokenizer").exists():  # so that it is a base directory
+            Tokenizer.load(base_dir() / "tokenizer").save(output_dir() / "tokenizer")
         _check_shared(start.folder)
         yield owner
     finally:

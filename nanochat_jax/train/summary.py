@@ -7,6 +7,7 @@ from typing import Any
 from nanochat_jax.cli.device import pages_note
 from nanochat_jax.distributed.describe import heads_note, parameter_table, replicas_note
 from nanochat_jax.distributed.processes import print0
+from nanochat_jax.files.paths import kept_dir, output_dir
 from nanochat_jax.model.cost import flops_per_token, parameter_counts
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.start import Start
@@ -55,7 +56,8 @@ def end_lines(records: Sequence[Mapping[str, Any]], folder: Path, step: int, sec
         lines.append(line)
     lines.append(f"The model is in {folder / str(step)}")
     if folder.parent.name in NEXT:
-        lines.append(f"Next: {NEXT[folder.parent.name].format(tag=folder.name)}")
+        base = "" if output_dir() == kept_dir() else f"NANOCHAT_BASE_DIR={output_dir()} "
+        lines.append(f"Next: {base}{NEXT[folder.parent.name].format(tag=folder.name)}")
     return lines
 
 

@@ -37,7 +37,7 @@ def share_by_name(share: Sequence[float]) -> dict[str, float]:
 
 def compare(folder: Path, seed: int) -> dict[str, Any]:
     """Run the quickstart and its control in the folder -> seconds, steps, and shares of right answers."""
-    if code := quickstart.main(QuickstartConfig(seed=seed, out=folder)):
+    if code := quickstart.main(QuickstartConfig(seed=seed, output=folder)):
         raise SystemExit(code)
     spent = {name: seconds_of(folder / f"chat{name}_checkpoints/d2") for name in ("sft", "rl")}
     steps = parse(sft.SFTConfig, [*quickstart.SFT]).num_iterations

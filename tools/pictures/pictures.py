@@ -147,7 +147,7 @@ def recorded(command: Sequence[str], env: dict[str, str]) -> str:
 
 def run_quickstart() -> Path:
     """Run it -> its folder, with what it printed in screen.txt."""
-    said = recorded([str(ROOT / QUICKSTART[0]), "--out", str(NEW_RUN)], {})
+    said = recorded([str(ROOT / QUICKSTART[0]), "--output", str(NEW_RUN)], {})
     write_atomically(NEW_RUN / "screen.txt", said.encode())
     return NEW_RUN
 
