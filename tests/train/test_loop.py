@@ -4,6 +4,7 @@ stops."""
 import contextlib
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -546,3 +547,11 @@ def test_the_first_signal_is_answered_at_once_and_a_second_says_what_it_loses(tm
         "\nStopping after this step, and saving what is not saved yet; Ctrl-C again loses the steps since 4\n"
     ]
     assert capfd.readouterr().err == "\nInterrupted twice: this loses the steps since 4\n"
+
+
+def test_no_step_is_logged_as_faster_than_it_was_where_two_are_logged_at_once(tmp_path):
+    """A save, a measurement or a signal looks at two steps when both are done."""
+    training = Training(tmp_path, 8, save_every=4, on_step=lambda k: time.sleep(0.05))
+    training.train()
+    seconds = {r["step"]: r["seconds"] for r in training.records() if "loss" in r}
+    assert min(seconds.values()) > 0.025 and seconds[3] == seconds[4] and seconds[7] == seconds[8]
