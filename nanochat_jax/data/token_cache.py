@@ -24,6 +24,7 @@ RenderMany = Callable[[list], list[Rendering]]  # entries of a task -> the token
 
 VERSION = 2  # part of every cache's key: raise it when the files below come to mean something else
 KEPT_BYTES = 50_000_000_000  # of all caches together, above which old ones are deleted
+SILENCE = 5.0  # seconds of tokenizing between two lines about it
 KEPT_DAYS = 30  # after a cache was last opened, during which it stays
 RENDER_BATCH = 1000  # entries handed to the tokenizer at a time
 FILES = ("ids.npy", "mask.npy", "offsets.npy", "trained.npy")
@@ -166,7 +167,7 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMa
     blocks: dict[str, list[str]] = {file: [] for file in FILES}
     entries = tokens = trained = 0
     odd_bits = np.empty(0, np.uint8)  # mask bits that do not fill a byte yet
-    said = time.perf_counter()
+    said = began = time.perf_counter()
     with (
         write_array(folder / "ids.npy", _ids_dtype(tokenizer), blocks["ids.npy"]) as append_ids,
         write_array(folder / "mask.npy", np.uint8, blocks["mask.npy"]) as append_mask,
@@ -186,9 +187,12 @@ def _write_arrays(task, tokenizer, folder: Path, log: Callable, render: RenderMa
             append_trained(sums)
             odd_bits = bits[whole:]
             entries, tokens, trained = entries + len(ends), tokens + int(ends[-1]), trained + int(sums.sum())
-            if time.perf_counter() - said > 10:
-                said = time.perf_counter()
-                log(f"tokenizing {task.name}: {entries:,} of {len(task):,} entries")
+            if (now := time.perf_counter()) - said > SILENCE:
+                said, rate = now, entries / (now - began)
+                log(
+                    f"tokenizing {task.name}: {entries:,} of {len(task):,} entries, {rate:,.0f} a second, "
+                    f"{(len(task) - entries) / rate:,.0f} s to go"
+                )
         append_mask(np.packbits(odd_bits))
     return {"conversations": entries, "tokens": tokens, "trained_tokens": trained}, blocks
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +40,13 @@ def test_a_cache_gives_back_what_was_rendered(tmp_path):
         assert cache.trained.tolist() == [sum(mask) for _, mask in rendered]
         assert cache.n_tokens == sum(len(ids) for ids, _ in rendered)
         assert (len(cache), cache.bos, cache.name) == (len(task), BOS, "stub/task")
+
+
+def test_long_tokenizing_says_how_fast_it_is_and_how_long_it_will_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "SILENCE", 0.0)
+    said = []
+    TokenCache.open_or_build(make_task(RENDER_BATCH + 77), StubTokenizer(), tmp_path, log=said.append)
+    assert re.fullmatch(r"tokenizing \S+: [\d,]+ of [\d,]+ entries, [\d,]+ a second, [\d,]+ s to go", said[0])
 
 
 def test_renderings_are_stored_whole_and_wide_vocabularies_take_four_bytes(tmp_path):
