@@ -41,6 +41,7 @@ def main(cfg: ReportConfig) -> int:
 
 
 def print_left_out(what: str) -> None:
+    """A line about a file, or lines of one, that the page leaves out."""
     print(f"WARNING: left out: {what}", flush=True)
 
 

@@ -169,7 +169,7 @@ def test_the_console_tells_what_is_trained_on_and_how_it_goes(base, trained):
     assert "the longest prompt has 15 tokens" in told  # of the 8 problems of 4 steps
     steps = [line for line in lines if " | reward " in line]
     assert [line[:16] for line in steps] == [f"step 0000{k}/00004" for k in (1, 2, 3, 4)]
-    for part in ("| pass ", "% | signal ", " | length ", " | dlogp ", " | lrm 1.000 | ", " tok/s ", "| 25.0%"):
+    for part in ("| rewarded ", "% | signal ", " | length ", " | dlogp ", " | lrm 1.000 | ", " tok/s ", "| 25.0%"):
         assert part in steps[0]
     assert [line[:20] for line in lines if "pass@1 " in line] == [f"step 0000{k} | pass@1 " for k in (0, 2, 4)]
     assert f"step 00004 | saving {trained[0]}/4" in lines and "\x1b" not in trained[1]

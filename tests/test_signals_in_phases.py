@@ -9,9 +9,9 @@ import pytest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["sft", "report", "tokenizer"])
+@pytest.mark.parametrize("command", ["sft", "eval", "tokenizer"])
 def test_a_signal_during_imports_ends_a_command_with_one_line(command, number):
-    words = [sys.executable, "-v", "-m", f"nanochat_jax.{command}", "--help"]
+    words = [sys.executable, "-v", "-m", f"nanochat_jax.{command}"]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("import 'numpy"):  # the first of the heavy imports

@@ -29,6 +29,7 @@ SOURCES = {
 }
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file, and prints what it raises too
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and of arrays that nobody asked for, with a traceback
 
 
 def write(target: Path, params: Mapping[str, Any], optimizer: Mapping[str, Any] | None, meta: dict) -> None:

@@ -41,7 +41,8 @@ def parse[T](cls: type[T], argv: list[str] | None = None, prog: str | None = Non
 
     Where the class has a field `given` it holds the names that the user set, on the command line or in the file."""
     argv = sys.argv[1:] if argv is None else argv
-    if not {"-h", "--help"}.isdisjoint(argv) and any(field.metadata.get("group") for field in dataclasses.fields(cls)):
+    grouped = dataclasses.is_dataclass(cls) and any(f.metadata.get("group") for f in dataclasses.fields(cls))
+    if grouped and not {"-h", "--help"}.isdisjoint(argv):
         with contextlib.suppress(BrokenPipeError):  # --help | head
             print(help_text(cls, prog), flush=True)
             sys.exit(0)

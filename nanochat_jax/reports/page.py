@@ -109,6 +109,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------- overview
 def overview_row(shown: Shown, stage: str) -> str:
+    """A run's row of the table at the top."""
     if shown.run.error:
         text = f"cannot be read: {shown.run.error}"
     else:
@@ -118,6 +119,7 @@ def overview_row(shown: Shown, stage: str) -> str:
 
 
 def anchor(stage: str) -> str:
+    """What links to a stage's part of the page name."""
     return stage or "other"
 
 

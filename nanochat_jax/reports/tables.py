@@ -34,6 +34,7 @@ def label(shown: Shown) -> str:
 
 
 def words(name: str) -> str:
+    """A name of a setting or metric as it is read."""
     return name.replace("_", " ")
 
 

@@ -20,6 +20,8 @@ TOOL_KEYS = ("tool_calls", "function_call")
 
 
 class Form(NamedTuple):
+    """A form that rows of a file may have, and how they become messages."""
+
     title: str  # ends a sentence that begins with a number of conversations
     keys: tuple[str, ...]  # that each row has
     messages: Callable[[dict], object]  # of such a row; nothing is promised about what they are

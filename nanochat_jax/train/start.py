@@ -108,7 +108,9 @@ class Start:
         of the setting that `total` comes from, for the ValueError where it is not possible."""
         if not self.resumed:
             return [[0, total]]
-        found = [list(stretch) for stretch in self.record.get("stretches") or [[0, self.record["total_steps"]]]]
+        found = [
+            list(stretch) for stretch in self.record.get("stretches") or [[0, self.record.get("total_steps", total)]]
+        ]
         (first, last), done = found[-1], self.first_step
         if total == last:
             return found

@@ -211,7 +211,7 @@ def test_an_empty_path_in_a_file_is_refused_and_a_dot_is_one(tmp_path, capsys):
 
 def test_fields_of_paths_are_told_from_others():
     kinds = {field.name: settings.holds_paths(field.type) for field in dataclasses.fields(Settings)}
-    assert [name for name, holds in kinds.items() if holds] == ["config", "files"]
+    assert [name for name, holds in kinds.items() if holds] == ["output_dir", "config", "files"]
 
 
 def test_parsing_needs_no_jax():

@@ -204,7 +204,7 @@ def test_processes_that_see_other_checkpoints_are_refused(base, flags, tmp_path)
     with started(base, "sft", [*flags["sft"], "--output-tag", "disks"], bases={1: tmp_path}) as runs:
         assert runs.wait() == [1, 1]
         for i in range(2):
-            said = r"process 1 on .* is refused.*: model to start from is d2, step 8, \w+ instead of d2, step 7"
+            said = r"process 1 on .* is refused.*, model to start from is d2, step 8, \w+ instead of d2, step 7"
             assert re.search(said, runs.output(i)), runs.all_output()
 
 
