@@ -18,7 +18,7 @@ from nanochat_jax.files import bucket
 from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.files.paths import kept_dir
 from nanochat_jax.flags.models import ModelsConfig
-from nanochat_jax.interop.nanochat_model import find_steps, model_file
+from nanochat_jax.interop.nanochat_model import model_file
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig
 
@@ -51,7 +51,7 @@ def list_models() -> Iterator[dict[str, Any]]:
         root = kept_dir() / name
         for tag in find.tags_by_time(root):
             folder = root / tag
-            ours, theirs = integrity.steps(folder), _nanochat_steps(folder)
+            ours, theirs = integrity.steps(folder), find.nanochat_steps(folder)
             model = {"stage": stage, "tag": tag, "steps": sorted({*ours, *theirs})}
             model |= {"saved": find.last_saved(folder) / 1e9, "format": "ours" if ours else "nanochat"}
             if model["steps"]:
@@ -101,13 +101,6 @@ def cells(model: dict[str, Any]) -> list[str]:
         f"{model['bytes'] / 1e6:,.0f} MB" if "bytes" in model else "",
         *("cannot be read" if "error" in model else measured, origin, when),
     ]
-
-
-def _nanochat_steps(folder) -> list[int]:
-    try:
-        return find_steps(folder)
-    except FileNotFoundError:
-        return []
 
 
 if __name__ == "__main__":

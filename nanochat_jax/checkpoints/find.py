@@ -124,7 +124,7 @@ def _find_step(folder: Path, step: int | None, optimizer: bool) -> Found:
     if not folder.is_dir():
         tags = ", ".join(sorted(p.name for p in folder.parent.iterdir() if p.is_dir())) or "none"
         raise FileNotFoundError(f"--model-tag={folder.name}: {folder} does not exist; tags in {folder.parent}: {tags}")
-    ours, theirs = integrity.steps(folder), _nanochat_steps(folder)
+    ours, theirs = integrity.steps(folder), nanochat_steps(folder)
     if step is not None:
         if step not in (*ours, *theirs):
             raise FileNotFoundError(f"--model-step={step} is not in {folder}; its steps: {sorted({*ours, *theirs})}")
@@ -143,7 +143,8 @@ def _find_step(folder: Path, step: int | None, optimizer: bool) -> Found:
     )
 
 
-def _nanochat_steps(folder: Path) -> list[int]:
+def nanochat_steps(folder: Path) -> list[int]:
+    """Steps of nanochat's complete checkpoints in a folder <tag>, ascending; [] where there is none."""
     try:
         return find_steps(folder)
     except FileNotFoundError:
