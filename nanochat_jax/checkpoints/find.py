@@ -234,13 +234,23 @@ def load_chat_model(source: str, model_tag: str | None = None, step: int | None 
     return chat_model_of(find_model(source, model_tag, step), dtype)
 
 
-def chat_model_of(found: Found, dtype=None) -> ChatModel:
-    """The same of a model that `find_model` has found. Its context is the length that it was trained with."""
+def chat_model_of(found: Found, dtype=None, *, slots: int = 256, chunk: int = 16, alternatives: int = 0) -> ChatModel:
+    """The same of a model that `find_model` has found. Its context is the length that it was trained with. slots,
+    chunk, alternatives: of the `Engine`."""
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     check_tokenizer(tokenizer, peek_meta(found))
     config, params, _ = load_params(found)
     mesh, dtype = make_mesh("data=1"), compute_dtype("auto") if dtype is None else dtype
-    engine = Engine(config, tokenizer, mesh, dtype=dtype, context=config.sequence_len)
+    engine = Engine(
+        config,
+        tokenizer,
+        mesh,
+        dtype=dtype,
+        slots=slots,
+        chunk=chunk,
+        context=config.sequence_len,
+        alternatives=alternatives,
+    )
     return ChatModel(engine, engine.cast_params(params))
 
 

@@ -40,12 +40,14 @@ RUN = "model and run"
 DATA = "data"
 MODEL = "model"
 LENGTH = "length and batch"
+SERVER = "server"
+REQUESTS = "what requests may ask for"
 ANSWERS = "answers"
 OBJECTIVE = "objective"
 OPTIMIZATION = "optimization"
 EVALUATION = "evaluation and checkpoints"
 DEVICES = "devices and processes"
-GROUPS = (RUN, DATA, MODEL, LENGTH, ANSWERS, OBJECTIVE, OPTIMIZATION, EVALUATION, DEVICES)
+GROUPS = (RUN, DATA, MODEL, LENGTH, SERVER, REQUESTS, ANSWERS, OBJECTIVE, OPTIMIZATION, EVALUATION, DEVICES)
 LARGEST = 2**31 - 1  # of an integer setting: JAX counts in int32
 
 # What --resume does with a setting. "same": the checkpoint's value goes on, and another one is refused, since it would

@@ -27,6 +27,7 @@ COMMANDS = {  # in the order of use
     "rl": Command("chat model, problems that can be judged -> better chat model", "RLConfig"),
     "eval": Command("right answers on tasks, with intervals, and ChatCORE", "EvalConfig"),
     "chat": Command("talk to a model in the terminal", "ChatConfig"),
+    "serve": Command("a model behind OpenAI's interface, and a page to talk to it", "ServeConfig"),
     "models": Command("list the models of the base directory", "ModelsConfig"),
     "report": Command(
         "curves, settings and results of all runs on one HTML page, also while they train", "ReportConfig"

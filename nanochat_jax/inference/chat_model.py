@@ -3,15 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from flax import nnx
-
 from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.samples import answer_text
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.inference.shapes import padded_size
-from nanochat_jax.model.loss import token_logprobs
+from nanochat_jax.inference.scoring import Scorer
 from nanochat_jax.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -33,15 +28,7 @@ class ChatModel:
 
     def __init__(self, engine: Engine, params: Any):
         """params: the engine's `cast_params`."""
-        self.engine, self.params = engine, params
-
-        @jax.jit
-        def logprobs(params, ids):  # int32 [1,T+1] -> float32 [1,T]
-            config = engine.config
-            x, _ = nnx.merge(engine.programs.graphdef, params).hidden(ids[:, :-1])
-            return token_logprobs(x, params["lm_head"], ids[:, 1:], cap=config.logit_cap, vocab_size=config.vocab_size)
-
-        self._logprobs = logprobs
+        self.engine, self.params, self._score = engine, params, Scorer(engine)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -75,10 +62,7 @@ class ChatModel:
         start, context = len(self.prompt(question)), self.engine.context
         if len(ids) > context:
             raise ValueError(f"question and answer must have at most {context:,} tokens together, got {len(ids):,}")
-        padded = np.full((1, padded_size(len(ids), 64) + 1), self.tokenizer.bos, np.int32)
-        padded[0, : len(ids)] = ids
-        with jax.set_mesh(self.engine.mesh):
-            logprobs = np.asarray(self._logprobs(self.params, padded))[0]  # of ids[1:]
+        logprobs = self._score(self.params, ids).logprobs  # of ids[1:]
         own = [i for i in range(start, len(ids)) if mask[i]]
         return [TokenLogprob(self.tokenizer.decode([ids[i]]), float(logprobs[i - 1])) for i in own]
 

@@ -40,16 +40,18 @@ class SlotTable(NamedTuple):
     block: np.ndarray  # int32 [R]: tokens since python_start; -1: not in a calculator block
     forced: np.ndarray  # int32 [R,C]: these come first, whatever is sampled
     forced_count: np.ndarray  # int32 [R]
-    example: np.ndarray  # uint32 [R]: the prompt's number, for the key
-    sample: np.ndarray  # uint32 [R]: the sample's number, for the key
+    seed: np.ndarray  # uint32 [R]: the key's first number; after it come the call's step, and these two
+    example: np.ndarray  # uint32 [R]: the prompt's number
+    sample: np.ndarray  # uint32 [R]: the sample's number
+    temperature: np.ndarray  # float32 [R]
+    top_k: np.ndarray  # int32 [R]; 0: all tokens
+    top_p: np.ndarray  # float32 [R]; 1: all tokens
+    alternatives: np.ndarray  # bool [R]: whether the likeliest tokens are wanted beside those that are drawn
 
 
 class DecodeSettings(NamedTuple):
     """What holds for all rows of a call: scalars."""
 
-    temperature: np.float32
-    top_k: np.int32
-    seed: np.uint32
     step: np.uint32  # the second number of the key, after the seed
     refill: np.bool  # whether samples wait for a row: then a call returns early for rows that are done too
 
@@ -60,6 +62,8 @@ class DecodeOutput(NamedTuple):
     tokens: jax.Array  # int32 [R,C]
     logprobs: jax.Array  # float32 [R,C]: under the distribution that was sampled from; 0 where forced
     policy_logprobs: jax.Array  # float32 [R,C]: under the model's own distribution; 0 where forced
+    likeliest: jax.Array  # int32 [R,C,N]: the N tokens with the largest logits, in this order, in rows that want them
+    likeliest_logprobs: jax.Array  # float32 [R,C,N]: theirs, under the model's own distribution
     count: jax.Array  # int32 [R]
 
 
@@ -81,7 +85,8 @@ class GenerationPrograms:
     """What runs on the devices: prefill, decode and append, each compiled once for each set of shapes.
 
     ends: ids that end a row when they are sampled. block: the ids around a calculator's expression, None without tools:
-    a row that closes a block which is not empty waits for the host. attention: the prefill's backend.
+    a row that closes a block which is not empty waits for the host. attention: the prefill's backend. alternatives: how
+    many of the likeliest tokens a row may want to know of.
     """
 
     def __init__(
@@ -94,9 +99,10 @@ class GenerationPrograms:
         ends,
         block: tuple[int, int] | None,
         attention: str = "chunked",
+        alternatives: int = 0,
     ):
         self.config, self.mesh, self.dtype, self.chunk = config, mesh, jnp.dtype(dtype), chunk
-        self.ends, self.block = tuple(ends), block
+        self.ends, self.block, self.alternatives = tuple(ends), block, alternatives
         on_cpu = mesh.devices.flat[0].platform == "cpu"  # where bfloat16 keys and values are read at half the speed
         self.layout = CacheLayout(config, chunk, jnp.dtype(jnp.float32) if on_cpu else self.dtype)
         self.graphdef, _ = abstract_gpt(config, dtype, attention)
@@ -142,18 +148,21 @@ class GenerationPrograms:
         return self._program(self._decode, self.decode_specs, *args)(*args)
 
     def append(self, continuation: Cache, fresh: Cache, length, size: int) -> Cache:
-        """The continuation with the fresh cache behind its `length` int32 [R] tokens, and room for `size` tokens or for
-        as many as before; the old one is gone. A row needs length + C <= size, or what it holds is lost."""
-        empty = self.layout.continuation(len(length), size)
-        had = tuple(k.shape[2] for k, _ in continuation)
-        columns = tuple(max(n, k.shape[2]) for n, (k, _) in zip(had, empty))
-        if not any(had):
-            continuation = self.empty(empty)
-        elif columns != had:  # by itself: fused with the writing, XLA's loop on CPU is ten times slower
-            grow = partial(_grow, columns)
-            continuation = self._program(grow, (self.rows,), continuation, name=f"grow {columns}")(continuation)
-        args = continuation, fresh, length
+        """The continuation with room for `size` tokens, and with the fresh cache behind its `length` int32 [R] tokens;
+        the old one is gone. A row needs length + C <= size, or what it holds is lost."""
+        args = self.resize(continuation, self.layout.continuation(len(length), size)), fresh, length
         return self._program(self.layout.append, (self.rows,) * 3, *args, donate=(0,))(*args)
+
+    def resize(self, cache: Cache, wanted: Cache) -> Cache:
+        """The cache with the columns of another of its kind, of the layout's; tokens beyond them are lost."""
+        columns = tuple(k.shape[2] for k, _ in wanted)
+        had = tuple(k.shape[2] for k, _ in cache)
+        if not (any(had) and any(columns)):
+            return self.empty(wanted)
+        if columns == had:
+            return cache
+        fit = partial(_fit, columns)  # by itself: fused with the writing, XLA's loop on CPU is ten times slower
+        return self._program(fit, (self.rows,), cache, name=f"resize {columns}")(cache)
 
     def compile_decode(self, params, groups: int, rows_of_group: int, prompt_size: int, continuation_size: int):
         """The program of `decode` with caches of up to these sizes, compiled without an array; params: abstract, in any
@@ -165,7 +174,7 @@ class GenerationPrograms:
 
         caches = self._caches(groups, rows_of_group, prompt_size, continuation_size)
         slots = empty_slots(groups * rows_of_group, self.chunk)
-        settings = DecodeSettings(np.float32(1), np.int32(0), np.uint32(0), np.uint32(0), np.bool(False))
+        settings = DecodeSettings(np.uint32(0), np.bool(False))
         args = jax.eval_shape(self._cast, params), *caches, slots, settings
         return self._program(self._decode, self.decode_specs, *map(abstract, args, self.decode_specs))
 
@@ -208,7 +217,7 @@ class GenerationPrograms:
     def _decode(self, params, prompt: Cache, continuation: Cache, slots: SlotTable, settings: DecodeSettings):
         model, C = nnx.merge(self.graphdef, params), self.chunk
         R, scale = len(slots.token), self.config.head_dim**-0.5
-        keys = sampling.sample_keys(settings.seed, settings.step, slots.example, slots.sample)
+        keys = sampling.sample_keys(slots.seed, settings.step, slots.example, slots.sample)
         start = slots.prompt_length + slots.length  # position of the first token to be fed
         distances = self.layout.distances(prompt, continuation, slots.prompt_length, slots.length)
         patience = jnp.sum(slots.remaining > 0) // 2  # idle steps of rows that cost as much as another call
@@ -238,8 +247,10 @@ class GenerationPrograms:
             )
             draws = sampling.uniform_draws(keys, position + 1)
             logits = model.logits(x[:, 0])
-            sampled, logprob = sampling.choose_tokens(logits, draws, settings.temperature, settings.top_k)
-            policy_logprob, _ = pick_logprob(logits, sampled)
+            allowed = sampling.within_top_p(logits, slots.temperature, slots.top_k, slots.top_p)
+            sampled, logprob = sampling.choose_tokens(allowed, draws, slots.temperature, slots.top_k)
+            policy_logprob, normalizer = pick_logprob(logits, sampled)
+            likeliest, their_logprobs = self._likeliest(logits, normalizer, slots.alternatives)
             forced = i < slots.forced_count
             token = jnp.where(forced, jax.lax.dynamic_index_in_dim(slots.forced, i, 1, False), sampled)
             count = output.count + state.running
@@ -259,6 +270,8 @@ class GenerationPrograms:
                     tokens=output.tokens.at[:, i].set(token),
                     logprobs=output.logprobs.at[:, i].set(jnp.where(forced, 0.0, logprob)),
                     policy_logprobs=output.policy_logprobs.at[:, i].set(jnp.where(forced, 0.0, policy_logprob)),
+                    likeliest=output.likeliest.at[:, i].set(likeliest),
+                    likeliest_logprobs=output.likeliest_logprobs.at[:, i].set(their_logprobs),
                     count=count,
                 ),
             )
@@ -268,7 +281,8 @@ class GenerationPrograms:
 
         c = self.config
         empty = jnp.zeros((R, c.n_kv_head, C, c.head_dim), self.layout.dtype)
-        numbers = jnp.zeros((R, C), jnp.float32)
+        numbers, ids = jnp.zeros((R, C), jnp.float32), jnp.zeros((R, C), jnp.int32)
+        wide = (*ids.shape, self.alternatives)
         state = DecodeState(
             index=jnp.int32(0),
             token=slots.token,
@@ -278,10 +292,31 @@ class GenerationPrograms:
             idle=jnp.zeros(R, bool),
             idle_steps=jnp.int32(0),
             fresh=((empty, empty),) * c.n_layer,
-            output=DecodeOutput(jnp.zeros((R, C), jnp.int32), numbers, numbers, jnp.zeros(R, jnp.int32)),
+            output=DecodeOutput(
+                tokens=ids,
+                logprobs=numbers,
+                policy_logprobs=numbers,
+                likeliest=jnp.zeros(wide, jnp.int32),
+                likeliest_logprobs=jnp.zeros(wide, jnp.float32),
+                count=jnp.zeros(R, jnp.int32),
+            ),
         )
         state = jax.lax.while_loop(unfinished, step, state)
         return state.output, state.fresh
+
+    def _likeliest(self, logits, normalizer, wanted):
+        """logits [R,V], normalizer [R], wanted bool [R] -> (ids, log-probabilities) [R,N]; zeros where nobody wants
+        them."""
+        shape = len(logits), self.alternatives
+
+        def largest():
+            values, ids = jax.lax.top_k(logits, self.alternatives)
+            return ids.astype(jnp.int32), values - normalizer[:, None]
+
+        def none():
+            return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+        return jax.lax.cond(jnp.any(wanted), largest, none) if self.alternatives else none()
 
     def _watch_block(self, block, token):
         """Block lengths and new tokens [R] -> (block lengths, which rows have just closed one that is not empty)."""
@@ -295,13 +330,15 @@ class GenerationPrograms:
 def empty_slots(rows: int, chunk: int) -> SlotTable:
     """Idle rows."""
     shapes = {"forced": (rows, chunk)}
-    types = {"example": np.uint32, "sample": np.uint32}
+    types = dict.fromkeys(("seed", "example", "sample"), np.uint32)
+    types |= {"temperature": np.float32, "top_p": np.float32, "alternatives": np.bool}
     return SlotTable(*(np.zeros(shapes.get(name, rows), types.get(name, np.int32)) for name in SlotTable._fields))
 
 
-def _grow(columns: tuple[int, ...], continuation: Cache) -> Cache:
+def _fit(columns: tuple[int, ...], cache: Cache) -> Cache:
     """With so many columns for each layer."""
-    return tuple(
-        tuple(jnp.pad(x, [(0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)]) for x in layer)
-        for size, layer in zip(columns, continuation)
-    )
+
+    def fit(x, size):
+        return jnp.pad(x[:, :, :size], [(0, 0), (0, 0), (0, max(size - x.shape[2], 0)), (0, 0)])
+
+    return tuple(tuple(fit(x, size) for x in layer) for size, layer in zip(columns, cache))

@@ -46,7 +46,7 @@ class Engine:
     attention: the prefill's backend. slots: rows that are decoded together. chunk: tokens between two visits of the
     host. context: most tokens of a prompt with its continuation; default ten times the sequence length, which is how
     far nanochat's positions go. prompt_tokens: length of the longest prompt to expect, so that longer ones do not
-    compile everything anew.
+    compile everything anew. alternatives: how many of the likeliest tokens may be asked for beside those drawn.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Engine:
         tools: bool = True,
         context: int | None = None,
         prompt_tokens: int = 1,
+        alternatives: int = 0,
     ):
         for name, value in {"slots": slots, "chunk": chunk, "context": context, "prompt_tokens": prompt_tokens}.items():
             if value is not None and value < 1:
@@ -71,7 +72,8 @@ class Engine:
         self.control_tokens = ControlTokens(tokenizer, tools)
         ends, block = sorted(self.control_tokens.ends), self.control_tokens.block
         make = partial(GenerationPrograms, model_config, mesh, dtype=dtype, ends=ends, block=block, attention=attention)
-        self.programs, self.stream_programs = make(chunk=chunk), make(chunk=min(chunk, STREAM_CHUNK))
+        self.programs = make(chunk=chunk, alternatives=alternatives)
+        self.stream_programs = make(chunk=min(chunk, STREAM_CHUNK))
         # (programs, groups, rows of a group) -> size of the prompt cache that they were compiled for last
         self._prompt_sizes = collections.defaultdict(lambda: padded_size(prompt_tokens - 1, PROMPT_STEP))
 
@@ -148,16 +150,40 @@ class Engine:
                 yield from zip(sample.tokens[shown:], sample.mask[shown:])
                 shown = len(sample.tokens)
 
+    def open_schedule(self, params) -> SlotScheduler:
+        """A scheduler for prompts that come at any time, each in a row of its own; `check_prompt` them first.
+
+        ValueError: the device has no room for as many slots with a full context."""
+        rows = self.mesh.size * -(-self.slots // self.mesh.size)
+        most = padded_size(self.context + self.programs.chunk)
+        cache = self.programs.cache_bytes(rows, 1, most, most)
+        what = f"the keys and values of {rows:,} answers with a full context"
+        check_room(what, cache // self.mesh.size, self.mesh.local_devices[0], f"--max-concurrent={self.slots}")
+        return SlotScheduler(
+            self.programs,
+            self.cast_params(params),
+            self.control_tokens,
+            step=0,
+            context=self.context,
+            groups=rows,
+            group_rows=1,
+            prompt_size=None,
+        )
+
+    def check_prompt(self, prompt: np.ndarray, name: str = "the prompt") -> None:
+        """ValueError where a prompt, int32 [length], cannot be continued."""
+        if not 0 < len(prompt) < self.context:
+            raise ValueError(
+                f"a prompt must have between 1 and {self.context - 1} tokens, so that one more fits into the "
+                f"context of {self.context}; {name} has {len(prompt)}"
+            )
+        if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
+            raise ValueError(f"{name} has ids outside of 0..{self.config.vocab_size - 1}")
+
     def _schedule(self, programs, params, prompts, examples, samples, sampling, seed, step) -> SlotScheduler:
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         for number, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.context:
-                raise ValueError(
-                    f"a prompt must have between 1 and {self.context - 1} tokens, so that one more fits into the "
-                    f"context of {self.context}; prompt {number} has {len(prompt)}"
-                )
-            if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
-                raise ValueError(f"prompt {number} has ids outside of 0..{self.config.vocab_size - 1}")
+            self.check_prompt(prompt, f"prompt {number}")
         devices = self.mesh.size
         group_rows, groups = arrange_slots(len(prompts), samples, self.slots)
         groups = devices * padded_size(-(-groups // devices))
@@ -167,21 +193,19 @@ class Engine:
         cache = programs.cache_bytes(groups, group_rows, self._prompt_sizes[shape], programs.chunk)
         what = f"the keys and values of {groups * group_rows:,} answers, at their first tokens already,"
         check_room(what, cache // devices, self.mesh.local_devices[0], f"--slots={self.slots}")
-        return SlotScheduler(
+        scheduler = SlotScheduler(
             programs,
             self.cast_params(params),
             self.control_tokens,
-            prompts,
-            examples,
-            samples,
-            sampling,
-            seed,
             step,
             context=self.context,
             groups=groups,
             group_rows=group_rows,
             prompt_size=self._prompt_sizes[shape],
         )
+        for prompt, example in zip(prompts, examples):
+            scheduler.add(prompt, sampling, seed=seed, example=example, samples=samples)
+        return scheduler
 
 
 def text_pieces(tokenizer, tokens: Iterator[int]) -> Iterator[str]:

@@ -52,13 +52,14 @@ class SampleInProgress:
     """A sample that has a row: what it has so far, and the tokens that will be forced next."""
 
     control_tokens: ControlTokens
-    prompt: int  # number of its prompt
+    prompt: int  # its prompt, as `SlotScheduler.add` has numbered it
     number: int  # among the prompt's samples
     remaining: int  # tokens that may still come
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     policy_logprobs: list[float] = field(default_factory=list)
+    alternatives: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # of each token, if wanted
     forced: list[int] = field(default_factory=list)  # the next tokens, whatever is sampled
     tool_calls: list[ToolCall] = field(default_factory=list)
     block: list[int] | None = None  # tokens since python_start; None: not in a calculator block
@@ -68,13 +69,15 @@ class SampleInProgress:
     def finished(self) -> bool:
         return self.ended or self.remaining == 0
 
-    def extend(self, tokens: list[int], logprobs: list[float], policy_logprobs: list[float]) -> None:
-        """Take the tokens of a device call, which begin with those that were to be forced."""
+    def extend(self, tokens: list[int], logprobs: list[float], policy_logprobs: list[float], alternatives=()) -> None:
+        """Take the tokens of a device call, which begin with those that were to be forced. alternatives: for each the
+        likeliest ids and their log-probabilities, where they were wanted."""
         forced = min(len(self.forced), len(tokens))
         del self.forced[:forced]
         self.tokens += tokens
         self.logprobs += logprobs
         self.policy_logprobs += policy_logprobs
+        self.alternatives += alternatives
         self.mask += [0] * forced + [1] * (len(tokens) - forced)
         self.remaining -= len(tokens)
         self.ended = len(tokens) > forced and tokens[-1] in self.control_tokens.ends

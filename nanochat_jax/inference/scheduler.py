@@ -1,8 +1,7 @@
 """The host's side of generation: which sample is in which row (slot), and what the next device call must know of it."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,49 +10,99 @@ import numpy as np
 from nanochat_jax.inference.decode import DecodeSettings, GenerationPrograms, PrefillBatch, empty_slots
 from nanochat_jax.inference.samples import ControlTokens, SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, padded_size
+from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, coarse_size, padded_size
 
 PREFILL_TOKENS = 2048  # of one prefill, per device
 
 
+@dataclass(eq=False)
+class PromptInProgress:
+    """A prompt of which samples are still to be begun, or are in rows."""
+
+    number: int  # as `SlotScheduler.add` has given it
+    ids: np.ndarray  # int32 [length]
+    sampling: SamplingParams
+    samples: int
+    seed: int
+    example: int  # its number in the keys
+    alternatives: bool  # whether the likeliest tokens are wanted too
+    started: int = 0  # samples that have got a row
+
+    @property
+    def left(self) -> int:
+        """Samples that have no row yet."""
+        return self.samples - self.started
+
+
 @dataclass
 class SlotScheduler:
-    """Continues every prompt `samples` times, in groups of rows that share a prompt at a time.
+    """Continues prompts, which may come at any time, in groups of rows that share a prompt at a time.
 
     A row whose sample is finished gets the next one of its group's prompt; a group that has finished its prompt gets
-    the one of which most samples are left.
+    the one of which most samples are left, and of these the one that came first.
     """
 
     programs: GenerationPrograms
     params: Any  # as `GenerationPrograms.cast_params` gives them
     control_tokens: ControlTokens
-    prompts: Sequence[np.ndarray]  # int32 [length] each
-    examples: Sequence[int]  # the prompts' numbers in the keys
-    samples: int
-    sampling: SamplingParams
-    seed: int
-    step: int
+    step: int  # of the keys
     context: int  # most tokens of a prompt with its continuation
     groups: int
     group_rows: int
-    prompt_size: int  # tokens that the prompt cache has room for
+    prompt_size: int | None  # tokens that the prompt cache has room for; None: caches fit what there is, in few sizes
+    waiting: list[PromptInProgress] = field(init=False, default_factory=list)  # that have samples left
+    decode_steps: int = field(init=False, default=0)  # so far
+    device_seconds: float = field(init=False, default=0.0)  # so far
 
     def __post_init__(self):
-        self.settings = DecodeSettings(
-            temperature=np.float32(self.sampling.temperature),
-            top_k=np.int32(min(self.sampling.top_k, self.programs.config.vocab_size)),
-            seed=np.uint32(self.seed % 2**32),
-            step=np.uint32(self.step % 2**32),
-            refill=np.bool(False),
-        )
-        self.decode_steps, self.device_seconds = 0, 0.0  # so far
-        self.group_prompt = [-1] * self.groups  # the prompt that a group continues; -1: none so far
-        self.started = [0] * len(self.prompts)  # how many of a prompt's samples have got a row
+        self.follows = self.prompt_size is None
+        least = coarse_size(0, self._most) if self.follows else 0
+        size = least if self.follows else self.prompt_size
+        self.added = 0  # prompts so far
+        self.group_prompt: list[PromptInProgress | None] = [None] * self.groups
         self.rows: list[SampleInProgress | None] = [None] * (self.groups * self.group_rows)
         self.slots = empty_slots(len(self.rows), self.programs.chunk)
-        self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, self.prompt_size))
-        self.no_continuation = self.programs.empty(self.programs.layout.continuation(len(self.rows), 0))
-        self.continuation, self.continuation_size = self.no_continuation, 0  # a cache, and how many tokens it can hold
+        self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, size))
+        self.continuation_size = self.least_continuation = least  # tokens that it can hold
+        self.continuation = self.programs.empty(self.programs.layout.continuation(len(self.rows), least))
+
+    @property
+    def _most(self) -> int:
+        """Tokens that a cache needs room for at the most."""
+        return padded_size(self.context + self.programs.chunk)
+
+    @property
+    def running(self) -> int:
+        """Samples that have a row."""
+        return sum(sample is not None for sample in self.rows)
+
+    def add(
+        self,
+        ids: np.ndarray,
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        example: int = 0,
+        samples: int = 1,
+        alternatives: bool = False,
+    ) -> int:
+        """Continue a prompt, int32 [length], `samples` times, as soon as rows are free -> its number: 0, 1, 2, ...
+
+        A sample's draws depend on (seed, the scheduler's step, example, number of the sample, position) only."""
+        self.added += 1
+        prompt = PromptInProgress(self.added - 1, ids, sampling, samples, seed, example, alternatives)
+        self.waiting.append(prompt)
+        return prompt.number
+
+    def cancel(self, number: int) -> None:
+        """Forget a prompt and its samples, also where they are finished already; their rows are free."""
+        self.waiting = [prompt for prompt in self.waiting if prompt.number != number]
+        for prompt in self.group_prompt:
+            if prompt and prompt.number == number:
+                prompt.samples = prompt.started
+        for r, sample in enumerate(self.rows):
+            if sample and sample.prompt == number:
+                self.rows[r], self.slots.remaining[r] = None, 0
 
     def advance(self) -> list[SampleInProgress]:
         """One device call -> the samples that it has extended; an empty list when all samples are finished.
@@ -69,8 +118,7 @@ class SlotScheduler:
             slots.forced[r, : len(forced)] = forced
             slots.forced_count[r] = len(forced)
             slots.block[r] = -1 if sample.block is None else len(sample.block)
-        refill = np.bool(sum(self.started) < len(self.prompts) * self.samples)
-        settings = self.settings._replace(refill=refill)
+        settings = DecodeSettings(np.uint32(self.step % 2**32), refill=np.bool(bool(self.waiting)))
         began = time.perf_counter()
         output, fresh = self.programs.decode(self.params, self.prompt_cache, self.continuation, slots, settings)
         output = jax.device_get(output)
@@ -80,9 +128,15 @@ class SlotScheduler:
         lengths = slots.length.copy()  # before this call
         for r, sample in active:
             n = int(output.count[r])
-            self._check(sample, output.policy_logprobs[r, :n])
+            self._check(r, sample, output.policy_logprobs[r, :n])
             tokens = output.tokens[r, :n].tolist()
-            sample.extend(tokens, output.logprobs[r, :n].tolist(), output.policy_logprobs[r, :n].tolist())
+            alternatives = zip(output.likeliest[r, :n], output.likeliest_logprobs[r, :n])
+            sample.extend(
+                tokens,
+                output.logprobs[r, :n].tolist(),
+                output.policy_logprobs[r, :n].tolist(),
+                alternatives if slots.alternatives[r] else (),
+            )
             slots.previous[r] = tokens[-2] if n > 1 else slots.token[r]
             slots.token[r] = tokens[-1]
             slots.length[r] += n
@@ -91,22 +145,28 @@ class SlotScheduler:
                 self.rows[r] = None
         unfinished = [int(lengths[r]) for r, sample in active if not sample.finished]
         if unfinished:
-            needed = padded_size(max(unfinished) + chunk, CONTINUATION_STEP)
-            self.continuation_size = max(self.continuation_size, needed)
+            self.continuation_size = self._continuation_size(max(unfinished) + chunk)
             self.continuation = self.programs.append(self.continuation, fresh, lengths, self.continuation_size)
         else:
-            self.continuation, self.continuation_size = self.no_continuation, 0
+            self.continuation_size = self.least_continuation
+            layout = self.programs.layout.continuation(len(self.rows), self.least_continuation)
+            self.continuation = self.programs.resize(self.continuation, layout)
         return [sample for _, sample in active]
 
-    def _check(self, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
+    def _continuation_size(self, needed: int) -> int:
+        if self.follows:
+            return coarse_size(needed, self._most)
+        return max(self.continuation_size, padded_size(needed, CONTINUATION_STEP))
+
+    def _check(self, r: int, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
         """FloatingPointError where a token was drawn from logits that are not finite, as its log-probability tells."""
         finite = np.isfinite(policy_logprobs)
         if not finite.all():
             token = len(sample.tokens) + int(np.argmin(finite))
             raise FloatingPointError(
                 f"the model's logits are not finite at token {token} of answer {sample.number} to prompt "
-                f"{self.examples[sample.prompt]}: go back to an earlier checkpoint, and lower the learning rates if "
-                "this model is in training"
+                f"{self.group_prompt[r // self.group_rows].example}: go back to an earlier checkpoint, and lower the "
+                "learning rates if this model is in training"
             )
 
     def _fill_rows(self) -> None:
@@ -115,38 +175,49 @@ class SlotScheduler:
             first = group * self.group_rows
             free = [r for r in range(first, first + self.group_rows) if not self.rows[r]]
             prompt = self.group_prompt[group]
-            if len(free) == self.group_rows and (prompt < 0 or self.started[prompt] == self.samples):
-                prompt = max(range(len(self.prompts)), key=lambda p: self.samples - self.started[p], default=-1)
-                if prompt < 0 or self.started[prompt] == self.samples:
+            if len(free) == self.group_rows and not (prompt and prompt.left):
+                prompt = max(self.waiting, key=lambda p: p.left, default=None)
+                self.group_prompt[group] = prompt = prompt if prompt and prompt.left else None
+                if prompt is None:
                     continue
-                self.group_prompt[group] = prompt
                 new.append((group, prompt))
-            for r, number in zip(free, range(self.started[prompt], self.samples)):
+            for r, number in zip(free, range(prompt.started, prompt.samples)):
                 self._start_sample(r, prompt, number)
-        self._prefill([(group, prompt) for group, prompt in new if len(self.prompts[prompt]) > 1])
+        self.waiting = [prompt for prompt in self.waiting if prompt.left]
+        if self.follows:
+            longest = max((len(prompt.ids) - 1 for prompt in self.group_prompt if prompt), default=0)
+            layout = self.programs.layout.prompt(self.groups, coarse_size(longest, self._most))
+            self.prompt_cache = self.programs.resize(self.prompt_cache, layout)
+        self._prefill([(group, prompt) for group, prompt in new if len(prompt.ids) > 1])
 
-    def _start_sample(self, r: int, prompt: int, number: int) -> None:
-        self.started[prompt] += 1
-        ids, slots = self.prompts[prompt], self.slots
-        remaining = min(self.sampling.max_new_tokens, self.context - len(ids))
-        self.rows[r] = SampleInProgress(self.control_tokens, prompt, number, remaining)
+    def _start_sample(self, r: int, prompt: PromptInProgress, number: int) -> None:
+        prompt.started += 1
+        ids, sampling, slots = prompt.ids, prompt.sampling, self.slots
+        remaining = min(sampling.max_new_tokens, self.context - len(ids))
+        self.rows[r] = SampleInProgress(self.control_tokens, prompt.number, number, remaining)
         slots.token[r] = ids[-1]
         slots.previous[r] = ids[-2] if len(ids) > 1 else 0
         slots.prompt_length[r] = len(ids) - 1
         slots.length[r] = 0
         slots.remaining[r] = remaining
-        slots.example[r] = self.examples[prompt] % 2**32
+        slots.seed[r] = prompt.seed % 2**32
+        slots.example[r] = prompt.example % 2**32
         slots.sample[r] = number
+        slots.temperature[r] = sampling.temperature
+        slots.top_k[r] = min(sampling.top_k, self.programs.config.vocab_size)
+        slots.top_p[r] = sampling.top_p
+        slots.alternatives[r] = prompt.alternatives
 
-    def _prefill(self, new: list[tuple[int, int]]) -> None:
+    def _prefill(self, new: list[tuple[int, PromptInProgress]]) -> None:
         """Fill the prompt cache for (group, prompt) pairs, each on its group's device, long prompts together."""
         devices = self.programs.mesh.size
         local_groups = self.groups // devices
         queues = [[] for _ in range(devices)]
-        for group, prompt in sorted(new, key=lambda pair: -len(self.prompts[pair[1]])):
-            queues[group // local_groups].append((group % local_groups, self.prompts[prompt][:-1]))
+        for group, prompt in sorted(new, key=lambda pair: -len(pair[1].ids)):
+            queues[group // local_groups].append((group % local_groups, prompt.ids[:-1]))
         while any(queues):
-            T = padded_size(max(len(queue[0][1]) for queue in queues if queue), PROMPT_STEP)
+            longest = max(len(queue[0][1]) for queue in queues if queue)
+            T = coarse_size(longest, self._most, 2) if self.follows else padded_size(longest, PROMPT_STEP)
             most = min(max(map(len, queues)), max(1, PREFILL_TOKENS // T))
             count = min(local_groups, 4 ** -(-(most - 1).bit_length() // 2))  # 1, 4, 16, ...: few programs for each T
             ids = np.zeros((devices, count, T), np.int32)
