@@ -77,7 +77,12 @@ def serve(app, listening: socket.socket, what: str) -> None:
     """Answer requests until a signal comes; those that have begun are answered to their end."""
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     server = uvicorn.Server(config)
     # uvicorn sends itself the signal that has ended it once more: here that is no reason to die of it.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import base, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, sft
+from nanochat_jax import base, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, serve, sft
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.tasks import CustomJSON
 from nanochat_jax.tasks.chat_forms import message_fault
@@ -35,6 +35,7 @@ SETTINGS = {
     "rl": rl.RLConfig,
     "eval": eval.EvalConfig,
     "chat": chat.ChatConfig,
+    "serve": serve.ServeConfig,
     "report": report.ReportConfig,
     "nanochat_export": nanochat_export.ExportConfig,
     "nanochat_import": nanochat_import.ImportConfig,

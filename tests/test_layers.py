@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parents[1] / "nanochat_jax"
 
 FOLDERS = [  # a folder imports itself and those before it in this list; commands import all, nobody imports a command
     *("distributed", "files", "model", "optim", "cli", "flags", "interop", "tasks", "data", "tokenizer", "inference"),
-    *("evals", "checkpoints", "train", "rollouts", "reports"),
+    *("serving", "evals", "checkpoints", "train", "rollouts", "reports"),
 ]
 TOURS = {"quickstart"}  # commands that run other commands
 WITHOUT_JAX = {  # folders, or modules of other folders, that must not load JAX: host code starts in a blink
     *("files", "flags", "tasks", "data", "tokenizer", "distributed.cluster", "distributed.coordinator"),
     *("distributed.processes", "distributed.rendezvous", "distributed.signals"),
     *("cli.command_line", "cli.settings", "inference.calculator", "inference.samples", "inference.shapes"),
-    *("evals.intervals", "report", "reports"),
+    *("evals.intervals", "report", "reports", "serving.metrics"),
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 HEAVY = {"torch", "tensorflow", "ray", "transformers", "datasets"}

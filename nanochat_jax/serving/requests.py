@@ -5,7 +5,6 @@ completions; `top_k` is added. What could not be honoured is refused, never igno
 """
 
 import json
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,7 +174,7 @@ def _messages(body: Body, limits: Limits) -> tuple[dict, ...]:
     if any(role == "system" for role, *_ in read[len(system) :]):
         raise RequestError("system messages must come first", param="messages")
     if not others or others[-1]["role"] != "user":
-        raise RequestError("the last message must be the user's", param="messages")
+        raise RequestError("the last of messages must be the user's", param="messages")
     for i, message in enumerate(others):
         if message["role"] != ("user", "assistant")[i % 2]:
             raise RequestError(
@@ -282,7 +281,7 @@ def _number(body: Body, name: str, default: float, low: float, high: float) -> f
     value = body.get(name)
     if value is None:
         return default
-    if type(value) not in (int, float) or math.isnan(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:
         raise RequestError(f"{name} must be a number from {low} to {high}, got {_shown(value)}", param=name)
     return float(value)
 

@@ -93,3 +93,48 @@ def test_a_draw_depends_on_run_step_example_sample_and_position_and_not_on_the_r
     assert len(known) == 6
     keys = sampling.sample_keys(3, 3, jnp.full(1, 3, jnp.uint32), jnp.full(1, 3, jnp.uint32))
     assert tuple(np.asarray(sampling.uniform_draws(keys, jnp.full(1, 3)))[0].tolist()) in known
+
+
+def nucleus(logits, temperature, top_k, top_p):
+    """Which tokens top-p lets stay, by sorting, in float64, for one row."""
+    p = distribution(logits, temperature, top_k)
+    ordered = np.sort(p)[::-1]
+    least = ordered[np.searchsorted(np.cumsum(ordered), top_p * (1 - 1e-12))]
+    return p >= least
+
+
+@pytest.mark.parametrize("kind", ["wide", "equal", "with ties", "saturated"])
+def test_top_p_keeps_the_fewest_of_the_likeliest_tokens_that_have_the_probability(kind):
+    top_p = np.asarray([0.05, 0.35, 0.77, 0.99, 1.0, 0.5], np.float32)
+    temperature, top_k = np.asarray([1, 0.5, 2, 1, 1, 0], np.float32), np.asarray([0, 9, 0, 40, 0, 0], np.int32)
+    logits = logits_of(kind, 150, R=6) / 2
+    kept = np.asarray(jax.jit(sampling.within_top_p)(logits, temperature, top_k, top_p))
+    for r in range(4):
+        expected = nucleus(logits[r], temperature[r], top_k[r], top_p[r])
+        np.testing.assert_array_equal(kept[r], np.where(expected, logits[r], -np.inf))
+    np.testing.assert_array_equal(kept[4:], logits[4:])  # a top_p of 1, and temperature 0
+
+
+def test_top_p_of_0_leaves_the_likeliest_token_and_its_log_probability_is_0():
+    logits = logits_of("wide", 130, R=50)
+    ones = np.ones(50, np.float32)
+    kept = sampling.within_top_p(logits, ones, np.zeros(50, np.int32), 0 * ones)
+    tokens, logprobs = choose_tokens(kept, np.full((50, 2), 0.999, np.float32), ones, np.full(50, 20, np.int32))
+    assert tokens.tolist() == logits.argmax(-1).tolist() and not np.asarray(logprobs).any()
+
+
+def test_what_a_row_draws_does_not_depend_on_how_its_neighbours_draw():
+    logits, draws = logits_of("wide", 200, R=4), np.random.default_rng(2).random((4, 2)).astype(np.float32)
+    temperature, top_k = np.asarray([0.7, 0, 1, 1.5], np.float32), np.asarray([5, 3, 0, 200], np.int32)
+    tokens, logprobs = choose_tokens(logits, draws, temperature, top_k)
+    for r in range(4):
+        alone = choose_tokens(logits, draws, temperature[r], top_k[r])  # all rows as this one
+        assert (tokens[r], logprobs[r]) == (alone[0][r], alone[1][r])
+
+
+def test_each_row_may_have_a_seed_of_its_own():
+    seeds, numbers = np.asarray([3, 4], np.uint32), np.zeros(2, np.uint32)
+    keys = jax.random.key_data(sampling.sample_keys(seeds, 1, numbers, numbers))
+    for r in range(2):
+        alone = jax.random.key_data(sampling.sample_keys(seeds[r], 1, numbers, numbers))
+        np.testing.assert_array_equal(keys[r], alone[r])
