@@ -51,7 +51,19 @@ JOBS = [
 
 @pytest.fixture(scope="module")
 def alone(engine):
-    return [engine.generate(PARAMS, [p], sampling, seed=seed)[0][0] for p, sampling, seed in JOBS]
+    """The samples of the jobs, one after the other."""
+    scheduler, found = engine.open_schedule(PARAMS), {}
+    for prompt, sampling, seed in JOBS:
+        scheduler.add(prompt, sampling, seed=seed)
+        found |= finish(scheduler)
+    return [found[number] for number in range(len(JOBS))]
+
+
+def test_a_prompt_alone_gets_what_generate_gives_it(engine, alone):
+    prompt, sampling, seed = JOBS[0]
+    ((expected,),) = engine.generate(PARAMS, [prompt], sampling, seed=seed)
+    np.testing.assert_array_equal(alone[0].tokens, expected.tokens)
+    np.testing.assert_allclose(alone[0].logprobs, expected.logprobs, atol=1e-5)
 
 
 def test_prompts_that_join_later_get_what_they_would_get_alone(engine, alone):

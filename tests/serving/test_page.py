@@ -136,7 +136,7 @@ def test_the_key_is_asked_for_and_then_sent(page, worker):
 def test_the_page_asks_nobody_else_and_names_its_parts(opened):
     assert all(re.match(r"http://127\.0\.0\.1|data:", url) for url in opened.requests())
     tree = opened.call("Accessibility.getFullAXTree")["nodes"]
-    named = {(n["role"]["value"], n.get("name", {}).get("value", "")) for n in tree if not n["ignored"]}
+    named = {(n["role"]["value"], n.get("name", {}).get("value", "").strip()) for n in tree if not n["ignored"]}
     for part in (
         ("log", "Conversation"),
         ("textbox", "Message"),

@@ -2,15 +2,13 @@
 
 import contextlib
 import json
-import socket
 import threading
 import time
 from types import SimpleNamespace
 
-import uvicorn
-
 from nanochat_jax.inference.samples import ControlTokens
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.serving import background
 from nanochat_jax.serving.app import ServerSettings, make_app
 from nanochat_jax.serving.requests import Limits
 from nanochat_jax.serving.worker import Overloaded, Progress
@@ -18,27 +16,13 @@ from tests.support import tiny
 
 TOKENIZER = tiny.tokenizer()  # of bytes
 END = TOKENIZER.special("<|assistant_end|>")
-LIMITS = Limits(500, 8000, 32000, choices=160, sampling=SamplingParams(0.8, 50, 16))
+LIMITS = Limits(500, 8000, 32000, choices=160, sampling=SamplingParams(0.8, 50, 500))
 
 
-@contextlib.contextmanager
 def serving(worker, limits=LIMITS, **settings):
-    """http://127.0.0.1:<port> of a server with this worker."""
+    """Gives http://127.0.0.1:<port> of a server with this worker."""
     settings = ServerSettings(**({"model": "tiny", "limits": limits, "body_bytes": 1 << 16} | settings))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(make_app(worker, settings), log_level="error", access_log=False, lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        until = time.monotonic() + 30
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < until, "the server does not start"
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join(10)
+    return background.serving(make_app(worker, settings))
 
 
 def call(expression, result):
