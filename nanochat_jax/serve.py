@@ -8,8 +8,6 @@ import signal
 import socket
 import sys
 
-import uvicorn
-
 from nanochat_jax.checkpoints import find
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
@@ -19,12 +17,12 @@ from nanochat_jax.cli.waiting import saying
 from nanochat_jax.flags.serve import ServeConfig
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.serving.app import ServerSettings, make_app
+from nanochat_jax.serving.http import http_server
 from nanochat_jax.serving.requests import MOST_ALTERNATIVES, Limits
 from nanochat_jax.serving.worker import EngineWorker
 
 CHUNK = 8  # tokens between two visits of the host: what a new request waits for, and a stream's steps
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-SHUTDOWN_SECONDS = 600  # that answers may still take after SIGTERM
 
 
 def main(cfg: ServeConfig) -> int:
@@ -76,15 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(app, listening: socket.socket, what: str) -> None:
     """Answer requests until a signal comes; those that have begun are answered to their end."""
     host, port = listening.getsockname()[:2]
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
-    server = uvicorn.Server(config)
+    server = http_server(app)
     # uvicorn sends itself the signal that has ended it once more: here that is no reason to die of it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

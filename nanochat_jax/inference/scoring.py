@@ -44,7 +44,7 @@ class Scorer:
                 return logprobs, likeliest.astype(jnp.int32), values - normalizer[:, None]
 
             blocks = x[0].reshape(-1, BLOCK, x.shape[-1]), ids[0, 1:].reshape(-1, BLOCK)
-            return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), jax.lax.map(block, blocks))
+            return jax.tree.map(lambda y: y.reshape(x.shape[1], *y.shape[2:]), jax.lax.map(block, blocks))
 
         self._score = score
 

@@ -27,6 +27,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from nanochat_jax.serving import tokenizing
 from nanochat_jax.serving.answering import Answering, Prompt
 from nanochat_jax.serving.metrics import Metrics
 from nanochat_jax.serving.requests import (
@@ -43,7 +44,6 @@ from nanochat_jax.serving.requests import (
 from nanochat_jax.serving.responses import ChatFormat, CompletionFormat
 from nanochat_jax.serving.worker import EngineWorker
 
-BODY_SECONDS = 30.0  # within which a request's body must have come
 CLIENT_GONE = 499  # nginx's number for it; nobody gets it
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
@@ -55,6 +55,7 @@ class ServerSettings:
     model: str  # the name that requests give
     limits: Limits
     body_bytes: int  # of a request, at the most
+    body_seconds: float = 30.0  # within which they must have come
     api_key: str | None = None  # None: everybody may ask
     cors: tuple[str, ...] = ()  # origins of pages from elsewhere that may ask, "*" for all
     hosts: tuple[str, ...] = ("*",)  # names by which the server may be called; see TrustedHostMiddleware
@@ -74,6 +75,9 @@ def make_app(worker: EngineWorker, settings: ServerSettings) -> Starlette:
         Route("/metrics", api.metrics_text),
         Route("/v1/models", api.guarded("/v1/models", api.models)),
         Route("/v1/models/{name:path}", api.guarded("/v1/models", api.model)),
+        Route("/tokenizer_info", api.guarded("/tokenizer_info", api.tokenizer_info)),
+        Route("/tokenize", api.guarded("/tokenize", api.tokenize), methods=["POST"]),
+        Route("/detokenize", api.guarded("/detokenize", api.detokenize), methods=["POST"]),
         Route("/v1/chat/completions", api.guarded("/v1/chat/completions", api.chat), methods=["POST"]),
         Route("/v1/completions", api.guarded("/v1/completions", api.completions), methods=["POST"]),
     ]
@@ -167,6 +171,18 @@ class Api:
             "defaults": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
         }
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        """The special tokens."""
+        return json_response(tokenizing.tokenizer_info(self.tokenizer))
+
+    async def tokenize(self, request: Request) -> Response:
+        """A text's ids."""
+        return json_response(tokenizing.tokenize(self.tokenizer, await self._read(request)))
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of ids."""
+        return json_response(tokenizing.detokenize(self.tokenizer, await self._read(request)))
+
     # -------------------------------------------------------------------------------------------------------- answers
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -193,18 +209,20 @@ class Api:
         return self._checked(ids[:-1], "messages", room=1)  # without assistant_end
 
     def _completion_prompt(self, prompt: str | tuple[int, ...], wanted: CompletionRequest) -> Prompt:
+        """It begins with bos, as every text in training: that is added, unseen, where it is missing."""
         try:
-            ids = [self.tokenizer.bos, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         except ValueError as e:
             raise RequestError(str(e), param="prompt") from None
+        text = prompt if isinstance(prompt, str) else ""
+        hidden = int(ids[:1] != [self.tokenizer.bos])
+        ids = [self.tokenizer.bos] * hidden + ids
         if max(ids) >= self.tokenizer.vocab_size:
             raise RequestError(
                 f"prompt must hold ids below {self.tokenizer.vocab_size}, got {max(ids)}", param="prompt"
             )
         checked = self._checked(ids, "prompt", room=int(wanted.generate))
-        if isinstance(prompt, str):
-            return Prompt(checked, prompt, 1)
-        return Prompt(checked, self.tokenizer.decode(ids) if wanted.echo else "", 0)
+        return Prompt(checked, text or self.tokenizer.decode(ids[hidden:]), hidden)
 
     def _checked(self, ids, param: str, room: int) -> np.ndarray:
         context = self.worker.engine.context
@@ -269,13 +287,14 @@ class Api:
             raise RequestError(f"the header must be Content-Type: application/json, got {kind!r:.100}", status=415)
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(self.settings.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > self.settings.body_bytes:
                         raise RequestError(f"a body may have at most {self.settings.body_bytes:,} bytes", status=413)
         except TimeoutError:
-            raise RequestError(f"the body must come within {BODY_SECONDS:.0f} seconds", status=408) from None
+            seconds = self.settings.body_seconds
+            raise RequestError(f"the body must come within {seconds:g} seconds", status=408) from None
         return read_json(bytes(body))
 
 

@@ -28,8 +28,10 @@ class TokenScore:
 
 
 def token_score(token: int, logprob: float | None, ids: np.ndarray, logprobs: np.ndarray, count: int) -> TokenScore:
-    """ids and logprobs [N]: the likeliest, of which `count` were asked for."""
-    return TokenScore(token, logprob, tuple(zip(ids[:count].tolist(), logprobs[:count].tolist())))
+    """ids and logprobs [N]: the likeliest, of which `count` were asked for. Where the token is one of them, both have
+    the same number, also in the last digit: by that lm-evaluation-harness knows that it is the likeliest."""
+    pairs = zip(ids[:count].tolist(), logprobs[:count].tolist())
+    return TokenScore(token, logprob, tuple((i, logprob if i == token else number) for i, number in pairs))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from nanochat_jax.inference.sampling import SamplingParams
 
 MOST_ALTERNATIVES = 20  # the likeliest tokens beside each token, as in OpenAI's interface
-MOST_STOPS, MOST_STOP_CHARS = 4, 256
+MOST_STOPS, MOST_STOP_CHARS = 16, 256  # OpenAI's interface has 4 of them
 MOST_CHOICES = 128
 Body = Mapping[str, Any]
 

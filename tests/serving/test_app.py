@@ -10,7 +10,8 @@ import time
 import httpx
 import pytest
 
-from tests.support.serving import LIMITS, ScriptedWorker, call, events, said, serving
+from nanochat_jax.serving.http import PatientProtocol
+from tests.support.serving import LIMITS, TOKENIZER, ScriptedWorker, call, events, said, serving
 
 HI = [{"role": "user", "content": "Hi"}]
 SCRIPT = said("It is ", False) + call("2*21", "42") + said("42€.")
@@ -107,6 +108,28 @@ def test_completions_go_on_with_texts_and_ids(client, worker):
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "It is "
 
 
+def test_a_prompt_begins_with_bos_once(client, worker):
+    bos = TOKENIZER.bos
+    for prompt in ("ab", [97, 98], [bos, 97, 98]):
+        body = {"prompt": prompt, "echo": True, "max_tokens": 2, "temperature": 0}
+        (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+        assert choice["text"] == ("<|bos|>abIt" if prompt[0] == bos else "abIt")
+        assert worker.jobs[-1].ids.tolist() == [bos, 97, 98]
+
+
+def test_texts_become_ids_and_back_as_lm_evaluation_harness_asks_for_it(client):
+    info = client.get("/tokenizer_info").json()
+
+    def ids(text, **fields):
+        return client.post("/tokenize", json={"prompt": text} | fields).json()["tokens"]
+
+    assert ids(info["eos_token"], add_special_tokens=False) == [TOKENIZER.bos]
+    assert ids("a<|bos|>", add_special_tokens=False) == [*b"a<|bos|>"] and ids("a") == [TOKENIZER.bos, 97]
+    assert client.post("/detokenize", json={"tokens": [97, 98]}).json() == {"prompt": "ab"}
+    for path, body in (("/tokenize", {"prompt": 3}), ("/detokenize", {"tokens": [265]}), ("/detokenize", {})):
+        assert client.post(path, json=body).status_code == 400
+
+
 def test_the_model_is_listed(client):
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
     assert client.get("/v1/models/tiny").json()["max_model_len"] == 2000
@@ -186,6 +209,23 @@ def test_jobs_of_a_client_that_goes_away_are_given_up(stream):
         with socket.create_connection(("127.0.0.1", port)) as connection:  # in the middle of a body
             connection.sendall(head.encode() + b"Content-Length: 100\r\n\r\n{")
         assert httpx.get(url + "/health").status_code == 200
+
+
+def test_a_connection_on_which_nothing_is_asked_is_closed(monkeypatch, worker):
+    monkeypatch.setattr(PatientProtocol, "header_seconds", 0.1)
+    with serving(worker) as url:
+        for said in (b"", b"POST /v1/comp"):
+            with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as connection:
+                connection.sendall(said)
+                assert connection.recv(100) == b""
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(worker):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    with serving(worker, body_seconds=0.1) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as connection:
+            connection.sendall(head)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_the_metrics_count_answers_and_tokens(client):

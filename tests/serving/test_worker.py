@@ -172,6 +172,10 @@ def test_over_http_a_prompts_log_probabilities_are_the_generated_ones(worker):
         np.testing.assert_allclose(logprobs["token_logprobs"][3:-1], answer["logprobs"]["token_logprobs"], atol=1e-4)
         for token, likeliest in zip(tokens, logprobs["top_logprobs"][3:-1]):  # as lm-evaluation-harness sees greediness
             assert max(likeliest, key=likeliest.get) == token
+        greedy = [max(found.values()) for found in logprobs["top_logprobs"]]
+        assert [number == most for number, most in zip(logprobs["token_logprobs"], greedy)][3:-1] == [True] * len(
+            tokens
+        )
 
 
 def test_a_client_that_goes_away_frees_its_slot(worker):

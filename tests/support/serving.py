@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from nanochat_jax.inference.samples import ControlTokens
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.serving import background
+from nanochat_jax.serving import http
 from nanochat_jax.serving.app import ServerSettings, make_app
 from nanochat_jax.serving.requests import Limits
 from nanochat_jax.serving.worker import Overloaded, Progress
@@ -22,7 +22,7 @@ LIMITS = Limits(500, 8000, 32000, choices=160, sampling=SamplingParams(0.8, 50, 
 def serving(worker, limits=LIMITS, **settings):
     """Gives http://127.0.0.1:<port> of a server with this worker."""
     settings = ServerSettings(**({"model": "tiny", "limits": limits, "body_bytes": 1 << 16} | settings))
-    return background.serving(make_app(worker, settings))
+    return http.serving(make_app(worker, settings))
 
 
 def call(expression, result):

@@ -30,7 +30,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.serve import CHUNK
 from nanochat_jax.serving.app import ServerSettings, make_app
-from nanochat_jax.serving.background import serving
+from nanochat_jax.serving.http import serving
 from nanochat_jax.serving.requests import MOST_ALTERNATIVES, Limits
 from nanochat_jax.serving.worker import EngineWorker
 
