@@ -38,7 +38,7 @@ class Limits:
     messages: int
     message_chars: int
     total_chars: int
-    choices: int  # answers to one request, its prompts together
+    jobs: int  # answers to one request, its prompts together, and prompts whose log-probabilities are wanted
     sampling: SamplingParams  # of who does not say how to draw
 
 
@@ -101,7 +101,7 @@ def read_chat(body: Body, model: str, limits: Limits) -> ChatRequest:
     most = _integer(body, "max_completion_tokens", None, 1)
     if most is None:
         most = _integer(body, "max_tokens", limits.sampling.max_new_tokens, 1)
-    options = _options(body, limits, most, alternatives if wanted else None, prompts=1)
+    options = _options(body, limits, most, alternatives if wanted else None, prompts=1, scored=0)
     return ChatRequest(options, messages)
 
 
@@ -113,20 +113,24 @@ def read_completion(body: Body, model: str, limits: Limits) -> CompletionRequest
     prompts = _prompts(body, limits)
     alternatives = _integer(body, "logprobs", None, 0, MOST_ALTERNATIVES)
     most = _integer(body, "max_tokens", limits.sampling.max_new_tokens, 0 if echo else 1)
-    options = _options(body, limits, max(most, 1), alternatives, prompts=len(prompts))
+    scored = len(prompts) if echo and alternatives is not None else 0
+    options = _options(body, limits, max(most, 1), alternatives, prompts=len(prompts), scored=scored)
     if _integer(body, "best_of", options.n, 1) != options.n:
         raise RequestError("best_of must be n", param="best_of")
     return CompletionRequest(options, prompts, echo, generate=most > 0)
 
 
-def _options(body: Body, limits: Limits, max_new_tokens: int, alternatives: int | None, prompts: int) -> Options:
+def _options(
+    body: Body, limits: Limits, max_new_tokens: int, alternatives: int | None, prompts: int, scored: int
+) -> Options:
     for name in ("frequency_penalty", "presence_penalty"):
         if _number(body, name, 0.0, -2, 2):
             raise RequestError(f"{name} must be 0: penalties are not supported", param=name)
     _refuse(body, "logit_bias", "it is not supported")
     n = _integer(body, "n", 1, 1, MOST_CHOICES)
-    if n * prompts > limits.choices:
-        raise RequestError(f"a request may have at most {limits.choices} answers, got {n * prompts}", param="n")
+    if (jobs := n * prompts + scored) > limits.jobs:
+        said = f"a request may have at most {limits.jobs} answers, and prompts with log-probabilities, got {jobs}"
+        raise RequestError(said, param="n")
     stream = _boolean(body, "stream", False)
     stream_options = body.get("stream_options")
     if stream_options is None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.serving.requests import Limits, RequestError, read_chat, read_completion, read_json
 
-LIMITS = Limits(messages=6, message_chars=100, total_chars=150, choices=8, sampling=SamplingParams(0.8, 50, 16, 0.9))
+LIMITS = Limits(messages=6, message_chars=100, total_chars=150, jobs=8, sampling=SamplingParams(0.8, 50, 16, 0.9))
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 

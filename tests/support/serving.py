@@ -16,7 +16,7 @@ from tests.support import tiny
 
 TOKENIZER = tiny.tokenizer()  # of bytes
 END = TOKENIZER.special("<|assistant_end|>")
-LIMITS = Limits(500, 8000, 32000, choices=160, sampling=SamplingParams(0.8, 50, 500))
+LIMITS = Limits(500, 8000, 32000, jobs=160, sampling=SamplingParams(0.8, 50, 500))
 
 
 def serving(worker, limits=LIMITS, **settings):
