@@ -160,6 +160,32 @@ def test_a_resumed_run_ends_bit_identical(trained, capsys):
     assert losses(folder) == losses(trained[0])
 
 
+def test_a_run_is_made_longer_by_a_stretch_with_its_own_schedule_and_ends_the_same_if_that_is_interrupted(
+    trained, capsys
+):
+    folder = copy_of(trained, "longer", [6])
+    longer = ["--resume", "--mesh", "data=1", "--model-tag"]
+    assert run([*longer, "longer", "--num-iterations", "9"]) == 0
+    assert "Stretches of the run, each with its own schedule: steps 0 to 6, 6 to 9" in capsys.readouterr().out
+    assert (losses(folder) | losses(trained[0]), len(losses(folder))) == (losses(folder), 9)
+    meta = store.read_meta(folder / "9")
+    assert (meta["stretches"], meta["total_steps"], meta["rows_consumed"]) == ([[0, 6], [6, 9]], 9, 72)
+    multipliers = [r["lr_multiplier"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert multipliers[6:] == [1.0, 1.0, pytest.approx((1 + 0.05) / 2)]  # round(0.65 * 3) steps of them fall
+    decay = [store.read_meta(folder / step)["optimizer_groups"]["matrix"]["weight_decay"] for step in ("6", "8", "9")]
+    cosines = [0.5 * (1 + math.cos(math.pi * done)) for done in (5 / 6, 1 / 3, 2 / 3)]  # of each stretch from its start
+    assert [d / decay[0] for d in decay] == pytest.approx([c / cosines[0] for c in cosines])
+
+    interrupted = copy_of((folder, ""), "interrupted", [8])
+    assert run([*longer, "interrupted"]) == 0
+    assert differing(interrupted, folder, 9) == [] and losses(interrupted) == losses(folder)
+    copy_of(trained, "falling", [4])
+    assert (
+        "--num-iterations: the run in" in (said := run([*longer, "falling", "--num-iterations", "9"]))
+        and "before step 2, from which its rates fall, or when it has ended, at step 6" in said
+    )
+
+
 def test_eight_devices_train_like_one(base, trained):
     assert run(flags("--model-tag", "eight", "--mesh", "data=8")) == 0
     folder = base / "base_checkpoints" / "eight"

@@ -186,7 +186,7 @@ def test_a_run_that_has_ended_can_be_made_longer_as_a_new_stretch_with_a_schedul
     assert run(["--resume", "--output-tag", "longer", "--mesh", "data=1", "--num-iterations", "5"]) == 0
     out = capsys.readouterr().out
     assert "NOTE: --num-iterations=5 overrides the checkpoint's value of 3" in out
-    assert "each with its own schedule: steps [[0, 3], [3, 5]]" in out
+    assert "each with its own schedule: steps 0 to 3, 3 to 5" in out
     multipliers = [r["lr_multiplier"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     assert multipliers[3:] == [1.0, 1.0] and multipliers[2] < 1.0  # it falls in the second half of a stretch
     meta = store.read_meta(folder / "5")

@@ -100,12 +100,14 @@ class Start:
                 what += " with that version"
             raise ValueError(f"--resume: the data of {self.folder} {what}, or {otherwise}")
 
-    def stretches(self, total: int, steady_until: Callable[[int, int], int], name: str) -> list[list[int]]:
+    def stretches(
+        self, total: int, steady_until: Callable[[int, int], int], name: str, log: Callable
+    ) -> list[list[int]]:
         """The stretches [first step, last] of the run, each with a schedule of its own; the last one ends at `total`.
 
         A run that goes on with another total gets a new stretch, which is possible where it has ended, or while its
         rates have not begun to fall. steady_until: (first, last) of a stretch -> the step from which they fall. name:
-        of the setting that `total` comes from, for the ValueError where it is not possible."""
+        of the setting that `total` comes from, for the ValueError where it is not possible. log: is told of several."""
         if not self.resumed:
             return [[0, total]]
         found = [
@@ -113,7 +115,7 @@ class Start:
         ]
         (first, last), done = found[-1], self.first_step
         if total == last:
-            return found
+            return _told(found, log)
         steady = steady_until(first, last)
         if total <= done or not (done == last or done <= steady):
             where = f"before step {steady}, from which its rates fall, or " if steady > first else ""
@@ -121,7 +123,7 @@ class Start:
                 f"{flag(name)}: the run in {self.folder} has {done} of {last} steps and cannot be made one of {total}: "
                 f"it can be made longer {where}when it has ended, at step {last}"
             )
-        return [*found[:-1], *([[first, done]] if done > first else []), [done, total]]
+        return _told([*found[:-1], *([[first, done]] if done > first else []), [done, total]], log)
 
     def recorded(self, plan: Plan, total_steps: int) -> dict:
         """What every checkpoint of the run records, beside its step and its place in the data."""
@@ -134,6 +136,14 @@ class Start:
             "versions": store.versions(),
             "packing": PACKING,
         }
+
+
+def _told(stretches: list[list[int]], log: Callable) -> list[list[int]]:
+    """The stretches of a run, of which `log` is told where there are several."""
+    if stretches[:-1]:
+        steps = ", ".join(f"{first} to {last}" for first, last in stretches)
+        log(f"Stretches of the run, each with its own schedule: steps {steps}")
+    return stretches
 
 
 # ------------------------------------------------------------------------------------------------- from metadata alone
