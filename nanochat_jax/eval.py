@@ -18,7 +18,7 @@ from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import check_bounds, require
-from nanochat_jax.cli.waiting import saying
+from nanochat_jax.cli.waiting import Silence, saying
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
@@ -131,7 +131,7 @@ def main(cfg: EvalConfig) -> int:
         "not_run": not_run,
         "versions": store.versions(),
     }
-    console = Console(quiet=processes.index() > 0)
+    console, silence = Console(quiet=processes.index() > 0), Silence()
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         jax.set_mesh(own),
@@ -141,6 +141,13 @@ def main(cfg: EvalConfig) -> int:
         params = jax.device_put(params, param_shardings(params, own))
         for eval_set in eval_sets:
             bar = bars.add_task(eval_set.name, total=len(eval_set.prompts))
+
+            def progress(done: int, total: int, name: str = eval_set.name, bar=bar) -> None:
+                bars.update(bar, completed=done, total=total)
+                if not console.is_terminal and silence.over():
+                    print_line(console, f"{name}: {done:,} of {total:,}")
+                    silence.begin()
+
             began = time.perf_counter()
             result = evaluator.evaluate(
                 params,
@@ -148,11 +155,12 @@ def main(cfg: EvalConfig) -> int:
                 sampling,
                 samples=cfg.num_samples,
                 seed=cfg.seed,
-                progress=lambda done, total, bar=bar: bars.update(bar, completed=done, total=total),
+                progress=progress,
             )
             bars.remove_task(bar)
             record = report["tasks"][eval_set.name] = make_record(eval_set, result, time.perf_counter() - began)
             print_line(console, f"{eval_set.name}: {summary(record)}")
+            silence.begin()
             save(cfg.json, report)
     accuracies = {name: record["accuracy"]["value"] for name, record in report["tasks"].items()}
     report["chatcore"] = chatcore(accuracies)

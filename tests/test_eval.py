@@ -324,9 +324,11 @@ def test_all_tasks_run_and_the_file_tells_what_the_table_shows(datasets, tmp_pat
     monkeypatch.setattr(HumanEval, "evaluate", lambda self, conversation, answer: 1)
     file = tmp_path / "new" / "numbers.json"
     argv = [*SHORT, *THREE, "--data-dir", str(datasets), "--json", str(file)]
+    monkeypatch.setattr("nanochat_jax.cli.waiting.INTERVAL", -1.0)  # a line each time, in place of now and then
     assert run(*argv) == 0
     out, report = capsys.readouterr().out, json.loads(file.read_text())
     assert list(report["tasks"]) == list(registry.TASKS) and report["not_run"] == {}
+    assert "\nMMLU: 2 of 2\n" in out and "\nGSM8K: 6 of 6\n" in out  # problems, or answers, that are done
     assert report["model"].endswith("base_checkpoints/d2/7") and report["step"] == 7
     accuracies = {name: task["accuracy"]["value"] for name, task in report["tasks"].items()}
     assert accuracies["HumanEval"] == 1.0 and report["tasks"]["HumanEval"]["right"] == [3, 3]
@@ -463,7 +465,9 @@ def test_measured_in_training_with_limits_and_compiled_once(params, datasets, mo
         log=said.append,
     )
     assert said == []
-    found = measure(params)
+    parts = []
+    found = measure(params, lambda done, total, part: parts.append((part, total)))
+    assert set(parts) == {(name, 2 if name in CHOICE else 1) for name in chatcore.WITH_SPELLING}
     accuracies = {name.removeprefix("chatcore/"): v for name, v in found.items() if name.startswith("chatcore/")}
     assert accuracies.keys() == chatcore.WITH_SPELLING.keys()
     assert all(accuracies[name] in (0, 0.5, 1) for name in CHOICE)
