@@ -83,8 +83,7 @@ def test_every_column_of_metrics_is_told_in_the_documentation(trained):
 
 def test_the_console_tells_what_follows_from_the_depth(trained):
     for part in (
-        "Tokens per micro-batch: 1 x 64 = 64",
-        "Total batch size 512 => gradient accumulation steps: 8",
+        "Total batch size: 512 tokens, as 8 micro-batches of 1 x 64",
         "Model: depth 2, width 64, 2 heads of 32, windows 128, 64, vocabulary 265",
         "6 steps of 512 tokens from --num-iterations=6: 3,072 tokens, ",
         "Learning rates x 0.0312 for this batch, Muon's weight decay ",
@@ -135,7 +134,7 @@ def test_sft_finds_it_goes_on_from_its_optimizer_and_keeps_the_last_decay(base, 
     argv = [*tiny.FLAGS, "--custom-json", str(base / "train.jsonl"), "--num-iterations", "2", "--eval-every", "-1"]
     assert run([*argv, "--mesh", "data=1"], sft, sft.SFTConfig) == 0
     said = capsys.readouterr().out
-    for line in (f"Base model: {trained[0]}/6", "Inherited total_batch_size=512", "Loaded the base model's optimizer"):
+    for line in (f"Base model: {trained[0]}/6", "total_batch_size 512", "Loaded the base model's optimizer"):
         assert line in said
     folder = base / "chatsft_checkpoints" / "d2"
     ours, theirs = (store.read_meta(f)["optimizer_groups"] for f in (folder / "2", trained[0] / "6"))
@@ -242,7 +241,7 @@ def test_a_damaged_shard_costs_no_step_and_can_be_repaired(base, tmp_path, monke
     pq.write_table(whole, folder / "shard_00001.parquet")
     monkeypatch.chdir(base)  # the folder was given relative to another one, and is not given again
     assert run(["--resume", "--model-tag", "damaged", "--mesh", "data=1"]) == 0
-    assert f"Inherited data_dir={folder} from the checkpoint" in capsys.readouterr().out
+    assert f"data_dir {folder}" in capsys.readouterr().out
     assert list(losses(checkpoints)) == list(range(1, 10))
     pq.write_table(whole.slice(1), folder / "shard_00001.parquet")
     assert "has changed since step 9" in run(["--resume", "--model-tag", "damaged"])
@@ -259,7 +258,7 @@ def test_a_batch_that_was_rounded_for_the_devices_stays_when_they_change(base, m
     assert total % (8 * 48) == 0 and f"1 steps of {total:,} tokens from --num-iterations=1" in said
     monkeypatch.setattr(stage, "print_model", lambda *args: require(False, "enough is known"))
     assert run(["--resume", "--model-tag", "odd", "--mesh", "data=1"]) == "error: enough is known"
-    assert f"Total batch size {total:,} => " in capsys.readouterr().out
+    assert f"Total batch size: {total:,} tokens, as " in capsys.readouterr().out
 
 
 def test_a_run_is_not_overwritten_unless_told_so(base, trained):

@@ -147,11 +147,13 @@ def require(condition: bool, message: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- from a checkpoint
-def inherit[T](cfg: T, recorded: Mapping[str, Any], log: Callable = print) -> T:
-    """Fill the settings that are inherited and None: from the checkpoint's record, else with their own fallback.
+def inherit[T](cfg: T, recorded: Mapping[str, Any], model: str, log: Callable = print) -> T:
+    """Fill the settings that are inherited and None: from what a model's checkpoint records, else with their fallback.
 
-    Every resolution is announced through `log`, also where a flag overrides what the base model was trained with.
+    model: what it is, such as "the base model". `log` is told in one line what comes from it, in another what is a
+    fallback, and of each flag that overrides what the model was trained with.
     """
+    inherited, fallbacks = {}, {}
     for field in dataclasses.fields(cfg):
         name, fallback = field.name, field.metadata.get("inherited")
         if fallback is None:
@@ -160,16 +162,21 @@ def inherit[T](cfg: T, recorded: Mapping[str, Any], log: Callable = print) -> T:
         if isinstance(theirs, bool) or not isinstance(theirs, int | type(fallback)):  # absent, or no number to use
             theirs = None
         if ours is None and theirs is not None:
-            cfg = dataclasses.replace(cfg, **{name: theirs})
-            log(f"Inherited {name}={theirs} from pretrained checkpoint")
+            inherited[name] = theirs
         elif ours is None:
-            cfg = dataclasses.replace(cfg, **{name: fallback})
-            log(f"Using {name}={fallback} (not recorded in pretrained checkpoint)")
+            fallbacks[name] = fallback
         elif theirs is not None and ours != theirs:
-            log(f"NOTE: {flag(name)}={ours} overrides pretrained value of {theirs}")
-        else:
-            log(f"Using {name}={ours}")
-    return cfg
+            log(f"NOTE: {flag(name)}={ours} overrides the {theirs} that {model} was trained with")
+    if inherited:
+        log(f"Inherited from {model}: {_listed(inherited)}")
+    if fallbacks:
+        log(f"Using the default of what {model} does not record: {_listed(fallbacks)}")
+    return dataclasses.replace(cfg, **inherited, **fallbacks)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    """The settings with their values, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def resumed_settings[T](cfg: T, recorded: Mapping[str, Any], another: str, log: Callable) -> T:
@@ -189,13 +196,14 @@ def resumed_settings[T](cfg: T, recorded: Mapping[str, Any], another: str, log: 
             continue
         if name not in cfg.given and ours == field.default:
             restored[name] = theirs
-            log(f"Inherited {name}={recorded[name]} from the checkpoint")
         elif on_resume in ("free", "longer"):
             log(f"NOTE: {flag(name)}={_to_json(ours)} overrides the checkpoint's value of {recorded[name]}")
         else:
             changed.append(f"{flag(name)} was {recorded[name]} and is {_to_json(ours)}")
     if changed:
         raise ValueError(f"--resume goes on with the same run, but {'; '.join(changed)}; use another {another}")
+    if restored:
+        log(f"Inherited from the checkpoint: {_listed({name: recorded[name] for name in restored})}")
     return dataclasses.replace(cfg, **restored)
 
 

@@ -169,7 +169,7 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
     )
     meta = find.peek_meta(found)
     find.check_tokenizer(tokenizer, meta)
-    cfg = inherit_from(dataclasses.replace(cfg, model_tag=found.tag, model_step=found.step), meta, log)
+    cfg = inherit_from(dataclasses.replace(cfg, model_tag=found.tag, model_step=found.step), meta, source, log)
     limit = 10 * meta["model_config"]["sequence_len"]
     fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
     require(fits, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
@@ -218,10 +218,10 @@ def changed_versions(recorded: Any) -> str:
     return ", ".join(f"{n} {recorded.get(n, '?')} to {now[n]}" for n in now if recorded.get(n) != now[n])
 
 
-def inherit_from(cfg: StageConfig, meta: dict, log: Callable) -> StageConfig:
-    """The settings with what they inherit from a model's meta."""
+def inherit_from(cfg: StageConfig, meta: dict, source: str, log: Callable) -> StageConfig:
+    """The settings with what they inherit from the meta of a model of the stage `source`."""
     settings = meta.get("user_config")
-    return inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, log)
+    return inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, f"the {source} model", log)
 
 
 def check_agreement(start: Start) -> Start:
