@@ -32,7 +32,7 @@ from nanochat_jax import base, chat, report, rl, sft
 from nanochat_jax.checkpoints import find
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import require
+from nanochat_jax.cli.settings import check_bounds
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
@@ -75,7 +75,7 @@ RL = (
 
 def main(cfg: QuickstartConfig) -> int:
     """Run all stages -> the exit code: 0, or that of the stage that was stopped."""
-    require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
+    check_bounds(cfg)
     folder, began = new_folder(cfg.output), time.perf_counter()
     os.environ["NANOCHAT_BASE_DIR"] = str(folder.absolute())
     tour = Tour(Console(file=sys.stdout, highlight=False), folder, cfg.seed)

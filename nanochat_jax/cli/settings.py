@@ -37,6 +37,7 @@ AUTO = "auto"
 Resume = with_optional_value("run", "[auto]")  # AUTO: begins a new run where there is none to go on with
 # Groups of settings, in the order in which --help shows them: what is used most comes first.
 RUN = "model and run"
+OUTPUT = "output"
 DATA = "data"
 MODEL = "model"
 LENGTH = "length and batch"
@@ -45,7 +46,7 @@ OBJECTIVE = "objective"
 OPTIMIZATION = "optimization"
 EVALUATION = "evaluation and checkpoints"
 DEVICES = "devices and processes"
-GROUPS = (RUN, DATA, MODEL, LENGTH, ANSWERS, OBJECTIVE, OPTIMIZATION, EVALUATION, DEVICES)
+GROUPS = (RUN, OUTPUT, DATA, MODEL, LENGTH, ANSWERS, OBJECTIVE, OPTIMIZATION, EVALUATION, DEVICES)
 LARGEST = 2**31 - 1  # of an integer setting: JAX counts in int32
 
 # What --resume does with a setting. "same": the checkpoint's value goes on, and another one is refused, since it would
@@ -97,7 +98,7 @@ def setting(
     resume: OnResume = "same",
     group: str = "",
 ) -> Any:
-    """A field of a settings dataclass.
+    """A field of a settings dataclass; default: dataclasses.MISSING where it must be given.
 
     help: the flag's line in --help. group: title of the lines among which it stands there. bounds: what `check_bounds`
     demands of a value that is not None. inherited: the value of a field that is None, neither given nor recorded by the
@@ -110,6 +111,11 @@ def setting(
 def short(*names: str) -> Any:
     """Other names of a flag, such as one letter, as an annotation of its field."""
     return tyro.conf.arg(aliases=names)
+
+
+def is_positional(field: dataclasses.Field) -> bool:
+    """Whether the setting is given without its name, by its place among the words."""
+    return tyro.conf.Positional[int].__metadata__[0] in marks(field)
 
 
 def marks(field: dataclasses.Field) -> tuple:
