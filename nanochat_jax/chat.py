@@ -65,6 +65,7 @@ class History:
         return before - len(self.turns)
 
     def prompt(self, question: list[int]) -> list[int]:
+        """The token ids of the chat so far and of the question."""
         return [self.tokenizer.bos, *itertools.chain(*self.turns), *question]
 
     def add(self, question: list[int], answer: Iterable[int]) -> None:
@@ -195,10 +196,12 @@ class Chat:
         return not stopped
 
     def write(self, text: str) -> None:
+        """Print a piece of the answer at once."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def note(self, sentence: str, style: str = NOTE_STYLE) -> None:
+        """A sentence about the chat, on standard error."""
         self.notes.print(Text(f"({visible(sentence, '')})", style), soft_wrap=True)
 
     def talk(self) -> None:

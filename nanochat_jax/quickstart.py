@@ -182,13 +182,16 @@ class Tour:
     seed: int
 
     def say(self, text: str, style: str = "") -> None:
+        """Print a line, however long."""
         self.console.print(Text(text, style), soft_wrap=True)
 
     def heading(self, title: str, why: str) -> None:
+        """Begin a stage, and say what it is for."""
         self.say("")
         self.say(f"{title}: {why}.", "bold")
 
     def done(self, what: str, began: float) -> None:
+        """Say what a stage has done, and how long that took since `began`, of time.perf_counter."""
         self.say(f"{what} ({time.perf_counter() - began:.0f} s)")
 
     def command(self, module: str, flags: tuple[str, ...]) -> str:
@@ -255,6 +258,7 @@ class Tee(io.TextIOBase):
         self.file, self.on_line, self.rest = file, on_line, ""
 
     def write(self, text: str) -> int:
+        """Write to the file, and give the function what has become a whole line."""
         self.file.write(text)
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
@@ -262,6 +266,7 @@ class Tee(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
+        """Write to the disk what is not there yet."""
         if not self.file.closed:  # at the end of the process this one may be closed after it
             self.file.flush()
 

@@ -43,6 +43,7 @@ class Found:
 
     @property
     def tag(self) -> str:
+        """The name of the model's folder."""
         return self.folder.name
 
     def __str__(self) -> str:

@@ -22,6 +22,7 @@ class Silence:
         self._began = time.monotonic()
 
     def over(self) -> bool:
+        """Whether nothing has been said for INTERVAL."""
         return time.monotonic() > self._began + INTERVAL
 
 

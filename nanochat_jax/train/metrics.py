@@ -210,5 +210,6 @@ class Reporter:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Take the bar away."""
         if self.progress:
             self.progress.stop()

@@ -146,6 +146,7 @@ class Phase(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Bytes of all parts together."""
         return sum(self.parts.values())
 
 

@@ -61,6 +61,7 @@ class Start:
 
     @property
     def resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
         return bool(self.record)
 
     @property
