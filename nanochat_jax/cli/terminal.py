@@ -21,16 +21,17 @@ def typing_unseen() -> Iterator[None]:
 
     The terminal is as before when it is left, and while the process is stopped or after it was ended by a signal. It is
     left alone where standard input or output is none, or is another job's."""
-    if not (termios and _is_ours() and threading.current_thread() is threading.main_thread()):
+    before = _modes() if threading.current_thread() is threading.main_thread() else None
+    if before is None:
         yield
         return
-    before = termios.tcgetattr(0)
 
     def set_echo(on: bool) -> None:
-        if _is_ours():  # else the system would stop this process
-            input_modes, output_modes, control, local, *rest = before
-            local = local if on else local & ~termios.ECHO
-            termios.tcsetattr(0, termios.TCSADRAIN, [input_modes, output_modes, control, local, *rest])
+        input_modes, output_modes, control, local, *rest = before
+        local = local if on else local & ~termios.ECHO
+        with contextlib.suppress(OSError, termios.error):  # the terminal is gone
+            if os.tcgetpgrp(0) == os.getpgrp():  # else the system would stop this process
+                termios.tcsetattr(0, termios.TCSADRAIN, [input_modes, output_modes, control, local, *rest])
 
     def stop(number, frame) -> None:
         set_echo(True)
@@ -55,9 +56,12 @@ def typing_unseen() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_ours() -> bool:
-    """Whether this process reads from and writes to a terminal, in its foreground."""
+def _modes() -> list | None:
+    """The modes of the terminal that this process reads from and writes to, in its foreground; None: it does not."""
+    if termios is None:
+        return None
     try:
-        return sys.stdin.isatty() and sys.stdout.isatty() and os.tcgetpgrp(0) == os.getpgrp()
-    except (AttributeError, OSError, ValueError):  # a stream is closed, or the terminal is gone
-        return False
+        ours = sys.stdin.isatty() and sys.stdout.isatty() and os.tcgetpgrp(0) == os.getpgrp()
+        return termios.tcgetattr(0) if ours else None
+    except (AttributeError, OSError, ValueError, termios.error):  # a stream is closed, or the terminal is gone
+        return None
