@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -59,7 +60,6 @@ class ServerSettings:
     api_key: str | None = None  # None: everybody may ask
     cors: tuple[str, ...] = ()  # origins of pages from elsewhere that may ask, "*" for all
     hosts: tuple[str, ...] = ("*",)  # names by which the server may be called; see TrustedHostMiddleware
-    created: int = 0  # seconds since 1970, of the model
 
 
 def make_app(worker: EngineWorker, settings: ServerSettings) -> Starlette:
@@ -130,7 +130,7 @@ class Api:
 
     def __init__(self, worker: EngineWorker, settings: ServerSettings):
         self.worker, self.settings, self.metrics = worker, settings, Metrics()
-        self.tokenizer, self.ends = worker.engine.tokenizer, worker.engine.control_tokens.ends
+        self.tokenizer, self._began = worker.engine.tokenizer, int(time.time())
 
     # ------------------------------------------------------------------------------------------------ small endpoints
     async def health(self, request: Request) -> Response:
@@ -165,7 +165,7 @@ class Api:
         return {
             "id": settings.model,
             "object": "model",
-            "created": settings.created,
+            "created": self._began,
             "owned_by": "nanochat_jax",
             "max_model_len": context,
             "defaults": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},

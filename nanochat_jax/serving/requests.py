@@ -237,11 +237,8 @@ def _prompts(body: Body, limits: Limits) -> tuple[str | tuple[int, ...], ...]:
     for one in prompt:
         if not (isinstance(one, str) or is_ids(one)):
             raise RequestError("prompt must hold texts, or lists of token ids of at least one", param="prompt")
-    if (size := sum(len(one) for one in prompt if isinstance(one, str))) > limits.total_chars * len(prompt):
-        raise RequestError(
-            f"a prompt may have at most {limits.total_chars:,} characters, got {size:,} in {len(prompt)}",
-            param="prompt",
-        )
+    if (size := max((len(one) for one in prompt if isinstance(one, str)), default=0)) > limits.total_chars:
+        raise RequestError(f"a prompt may have at most {limits.total_chars:,} characters, got {size:,}", param="prompt")
     return tuple(one if isinstance(one, str) else tuple(one) for one in prompt)
 
 

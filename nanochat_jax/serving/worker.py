@@ -19,6 +19,7 @@ from nanochat_jax.inference.samples import SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.scoring import Scorer, Scores
 
+ENDED = "the engine has stopped"
 WARM_UP = 1, 4, 16  # prompts that are prefilled together: each number is a program
 
 
@@ -77,7 +78,8 @@ class EngineWorker:
         self._scheduler = engine.open_schedule(self._params)
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._open: set[Job] = set()  # accepted and not over
-        self._lock = threading.Lock()  # of _open
+        self._ended = False
+        self._lock = threading.Lock()  # of the two
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -110,11 +112,15 @@ class EngineWorker:
         self._thread.join()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Accept all the jobs or none. Overloaded: there is no room for them now."""
+        """Accept all the jobs or none. Overloaded: there is no room for them now. When the thread has ended they get a
+        Failure."""
         with self._lock:
             if len(self._open) + len(jobs) > self.capacity:
                 raise Overloaded
             self._open.update(jobs)
+            ended = self._ended
+        if ended:
+            return self._fail(jobs, ENDED)
         for job in jobs:
             self._commands.put(("add", job))
 
@@ -125,6 +131,14 @@ class EngineWorker:
 
     # ---------------------------------------------------------------------------------------------- the thread's side
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            with self._lock:
+                self._ended = True
+            self._fail(list(self._open), ENDED)
+
+    def _work(self) -> None:
         numbers: dict[Job, int] = {}  # of generation jobs in the scheduler
         running: dict[int, _Running] = {}  # by number
         scoring: dict[Job, None] = {}  # those that wait, in order
@@ -132,7 +146,6 @@ class EngineWorker:
         while True:
             for what, job in self._take_commands(wait=idle):
                 if what == "stop":
-                    self._fail(list(self._open), "the server is shutting down")
                     return
                 if what == "add" and isinstance(job, ScoringJob):
                     scoring[job] = None
@@ -151,6 +164,8 @@ class EngineWorker:
             try:
                 for job in list(scoring)[:1]:  # one between two device calls, so that answers go on
                     scores = self._score(self._params, job.ids)
+                    if not np.isfinite(scores.logprobs).all():
+                        raise FloatingPointError("the model's logits are not finite: go back to an earlier checkpoint")
                     del scoring[job]
                     self._close(job)
                     self._deliver(job, scores)

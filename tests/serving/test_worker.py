@@ -154,7 +154,10 @@ def test_who_waits_when_the_server_ends_is_told(engine):
     worker.stop()
     while not isinstance(what := inbox.delivered.get(timeout=10), Failure):
         pass
-    assert "shutting down" in what.message and not worker.alive
+    assert "has stopped" in what.message and not worker.alive
+    late, inbox = job()
+    worker.submit([late])
+    assert isinstance(inbox.delivered.get(timeout=10), Failure) and worker.open_jobs == 0
 
 
 def test_over_http_a_prompts_log_probabilities_are_the_generated_ones(worker):
