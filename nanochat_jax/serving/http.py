@@ -38,6 +38,7 @@ def http_server(app: Starlette) -> uvicorn.Server:
         http=PatientProtocol,
         ws="none",
         lifespan="off",
+        log_config=None,  # uvicorn's would close all handlers that there are, and with some of them their streams
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -26,6 +26,17 @@ SMALL = ["--depth=1", "--width=64", "--head-dim=16", "--vocab-size=256", "--seq-
 SMALL += ["--mesh=data=1"]
 TINY_ROLLOUT = ["--depth=2", "--width=64", "--head-dim=16", "--vocab-size=512", "--prompts=3", "--prompt-tokens=10"]
 TINY_ROLLOUT += ["--samples=4", "--new-tokens=20", "--slots=4", "--repeats=1", "--mesh=data=1"]
+TINY_SERVER = [
+    "--depth=1",
+    "--width=64",
+    "--head-dim=16",
+    "--vocab-size=512",
+    "--sequence-len=64",
+    "--clients",
+    "1",
+    "2",
+]
+TINY_SERVER += ["--clients", "1", "2", "--slots=2", "--rounds=1", "--requests=1", "--new-tokens=12", "--prompt-chars=8"]
 
 
 @pytest.fixture
@@ -127,6 +138,15 @@ def test_the_rollout_bench_tells_speed_and_the_share_of_memory_bandwidth(bench):
     seconds = result["ms_per_decode_step"] / 1e3
     rate = result["mb_per_decode_step"] / 1e3 / seconds
     assert result["mbu"] == pytest.approx(rate / result["memory_gb_per_second"], rel=0.05, abs=1e-4)
+
+
+def test_the_server_bench_tells_the_speed_of_each_number_of_clients(bench):
+    lines, _ = bench("bench_serve", *TINY_SERVER)
+    alone, together = map(json.loads, lines)
+    assert (alone["clients"], together["clients"], together["dtype"]) == (1, 2, "float32")
+    for name in ("tokens_per_second", "first_token_ms", "processor_seconds_per_1000_tokens"):
+        assert alone[name] > 0 and together[name] > 0, name
+    assert alone["compiles_after_warmup"] == 0
 
 
 def test_the_attention_bench_times_what_runs_here_and_says_why_the_rest_does_not(bench):

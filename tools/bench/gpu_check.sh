@@ -16,6 +16,7 @@ and a line in summary.tsv: name, exit status, seconds, command.
   sft_cpu, sft_d12, sft_d20, sft_d26              tools/bench/bench_sft.py, one document a row
   packed_d12, packed_d20, packed_d26              the same, documents of 500 tokens in the mean
   rollout_cpu, rollout_d12, rollout_d20, rollout_d26   tools/bench/bench_rollout.py
+  serve_cpu, serve_d12, serve_d20, serve_d26      tools/bench/bench_serve.py
   --quick     tiny sizes, to see that everything runs
   --out DIR   default: build/gpu_check
   --help      show this text
@@ -32,7 +33,9 @@ fail() {
 all=(environment tests attention_h64 attention_h128)
 for model in cpu d12 d20 d26; do all+=("sft_$model"); done
 for model in d12 d20 d26; do all+=("packed_$model"); done
-for model in cpu d12 d20 d26; do all+=("rollout_$model"); done
+for kind in rollout serve; do
+  for model in cpu d12 d20 d26; do all+=("${kind}_$model"); done
+done
 quick="" out="" parts=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -146,6 +149,11 @@ for part in "${parts[@]}"; do
       [ -z "$quick" ] || size=(--depth 2 --width 128 --vocab-size 512 --prompts 2 --samples 4 --new-tokens 20 --slots 8)
       [ -z "$quick" ] || size+=(--prompt-tokens 20 --repeats 1)
       run "$part" jsonl "$python" tools/bench/bench_rollout.py --preset "$model" ${size[@]+"${size[@]}"}
+      ;;
+    serve_*)
+      [ -z "$quick" ] || size=(--depth 2 --width 128 --vocab-size 512 --clients 1 4 --requests 1 --rounds 1 --slots 4)
+      [ -z "$quick" ] || size+=(--new-tokens 20)
+      run "$part" jsonl "$python" tools/bench/bench_serve.py --preset "$model" ${size[@]+"${size[@]}"}
       ;;
   esac
 done

@@ -153,12 +153,14 @@ def attack_once(port: int, seed: int) -> str:
     return exchange(port, request, read=rng.choice((0, 1, 200, 900)), reset=reset)
 
 
-def answer_to(port: int, number: int) -> list:
-    """The choices of the answer to a good request."""
+def answer_to(port: int, number: int) -> list[str]:
+    """The texts of the answer to a good request. Their log-probabilities are rounded in other ways where prompts come
+    to the device in other company."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall(good_request(number))
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
-    return json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
+    choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
+    return [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]
 
 
 def resident_bytes() -> int:

@@ -23,7 +23,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("README", "docs/training", "docs/own-data", "docs/data", "docs/clusters", "docs/measured")  # in this order
-NAMES += ("docs/contributing",)
+NAMES += ("docs/serving", "docs/contributing")
 PAGES = tuple(ROOT / f"{name}.md" for name in NAMES)
 STEPS = "--num-iterations 6 --total-batch-size 1024 --device-batch-size 4 --eval-tokens 4096"
 DIALS = "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 256"
