@@ -30,7 +30,10 @@ def main(cfg: ServeConfig) -> int:
     sampling = SamplingParams(cfg.temperature, cfg.top_k, cfg.max_new_tokens, cfg.top_p)
     check_bounds(cfg)
     require(sampling.temperature <= 2, f"--temperature must be at most 2, got {cfg.temperature}")
-    api_key = cfg.api_key or os.environ.get("NANOCHAT_API_KEY") or None
+    api_key = os.environ.get("NANOCHAT_API_KEY") if cfg.api_key is None else cfg.api_key
+    require(api_key != "", "--api-key, or NANOCHAT_API_KEY where it is not given, must not be empty")
+    if cfg.host not in LOOPBACK and api_key is None:
+        print("WARNING: who can reach this machine may use the model: --api-key asks for a key", file=sys.stderr)
     listening = listen(cfg.host, cfg.port)  # a port that is taken is an error before a model is read
     with listening:
         found = find.find_model(cfg.source, cfg.model_tag, cfg.step)

@@ -62,6 +62,7 @@ def test_what_cannot_work_is_said_before_a_model_is_read(monkeypatch):
     assert run("--host", "no.such.place.invalid").startswith(
         "error: --host=no.such.place.invalid --port=8000 cannot be"
     )
+    assert run("--api-key", "").startswith("error: --api-key, or NANOCHAT_API_KEY where it is not given, must not be e")
     assert run("--port", 70000) == "error: --port must be a port from 0 to 65535, got 70000"
     assert run("--max-concurrent", 0) == "error: --max-concurrent must be at least 1, got 0"
     assert run("--temperature", 3).startswith("error: --temperature must be at most 2")
