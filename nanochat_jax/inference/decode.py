@@ -247,8 +247,15 @@ class GenerationPrograms:
             )
             draws = sampling.uniform_draws(keys, position + 1)
             logits = model.logits(x[:, 0])
-            allowed = sampling.within_top_p(logits, slots.temperature, slots.top_k, slots.top_p)
-            sampled, logprob = sampling.choose_tokens(allowed, draws, slots.temperature, slots.top_k)
+
+            def choose(logits):
+                return sampling.choose_tokens(logits, draws, slots.temperature, slots.top_k)
+
+            sampled, logprob = jax.lax.cond(  # two branches with all of it: else each step would copy the logits
+                jnp.any(slots.top_p < 1),
+                lambda: choose(sampling.within_top_p(logits, slots.temperature, slots.top_k, slots.top_p)),
+                lambda: choose(logits),
+            )
             policy_logprob, normalizer = pick_logprob(logits, sampled)
             likeliest, their_logprobs = self._likeliest(logits, normalizer, slots.alternatives)
             forced = i < slots.forced_count

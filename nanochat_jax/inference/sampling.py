@@ -55,24 +55,19 @@ def within_top_p(logits, temperature, top_k, top_p) -> jax.Array:
     least top_p, and all that tie with the last of them. A row with a top_p of 1, or at temperature 0, stays as it is.
     """
     limited = (top_p < 1) & (temperature > 0)
+    weights = _weights(logits, _top_k_floor(logits, top_k), jnp.where(limited, temperature, 1.0))
+    needed = top_p * jnp.sum(weights, -1)
 
-    def restrict():
-        floor = _top_k_floor(logits, top_k)
-        weights = _weights(logits, floor, jnp.where(limited, temperature, 1.0))
-        needed = top_p * jnp.sum(weights, -1)
+    def halve(_, bounds):  # tokens of weight `low` and more have the mass that is needed, those of `high` have not
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(jnp.where(weights >= _as_float(middle)[:, None], weights, 0.0), -1) >= needed
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-        def halve(_, bounds):  # tokens of weight `low` and more have the mass that is needed, those of `high` have not
-            low, high = bounds
-            middle = low + (high - low) // 2
-            enough = jnp.sum(jnp.where(weights >= _as_float(middle)[:, None], weights, 0.0), -1) >= needed
-            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-        # The bits of floats that are not negative are in the order of the floats; the largest weight is 1.
-        bounds = jnp.zeros(len(logits), jnp.int32), jnp.full(len(logits), _ONE_AS_BITS + 1, jnp.int32)
-        least, _ = jax.lax.fori_loop(0, _ONE_AS_BITS.bit_length(), halve, bounds)
-        return jnp.where(limited[:, None] & (weights < _as_float(least)[:, None]), -jnp.inf, logits)
-
-    return jax.lax.cond(jnp.any(limited), restrict, lambda: logits)
+    # The bits of floats that are not negative are in the order of the floats; the largest weight is 1.
+    bounds = jnp.zeros(len(logits), jnp.int32), jnp.full(len(logits), _ONE_AS_BITS + 1, jnp.int32)
+    least, _ = jax.lax.fori_loop(0, _ONE_AS_BITS.bit_length(), halve, bounds)
+    return jnp.where(limited[:, None] & (weights < _as_float(least)[:, None]), -jnp.inf, logits)
 
 
 _ONE_AS_BITS = 0x3F800000  # of 1.0 in float32
