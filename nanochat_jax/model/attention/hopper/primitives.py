@@ -15,13 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-WARPGROUPS = 2  # that compute; one more copies
+WARPGROUPS = 2  # of a program
 ROWS = 64  # of the output that a warpgroup computes: the rows of a wgmma
 BLOCK = WARPGROUPS * ROWS  # queries (for dk and dv: keys) of a program
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have at compute capability 9.0
 REDUCTION_SCRATCH = 2048  # bytes of it that Pallas keeps for itself
 ALIGNMENT = 1024  # bytes that every buffer is rounded up to
-COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # a thread: 2 x 232 + 40 = 504 are the 3 x 168 that a program starts with
 
 WGMMA = plgpu.Layout.WGMMA  # of a matrix in registers
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)  # of a vector with one entry a row or column of such a matrix
@@ -39,7 +38,7 @@ class Blocks(NamedTuple):
 # probabilities; dq needs H / 2, and step / 2 each for scores and their gradient; dk and dv need H together, step / 2
 # twice, step / 4 for bf16 probabilities, and as much for one of lse, delta and k_start at a time.
 FORWARD = {64: Blocks(128, 2), 128: Blocks(128, 2)}
-DQ = {64: Blocks(128, 2), 128: Blocks(64, 4)}
+DQ = {64: Blocks(128, 4), 128: Blocks(64, 4)}
 DKV = {64: Blocks(64, 4), 128: Blocks(64, 4)}
 
 
@@ -55,7 +54,7 @@ def hopper_kernel(body, out_type, grid, memory, interpreter_memory, interpret):
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         scratch_types=memory | interpreter_memory if interpret else memory,
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_SCRATCH),
         interpret=interpret,
@@ -75,23 +74,9 @@ def tiled(*shape, dtype):
 
 
 def ring_barriers(stages, copies):
-    """(ready, free) of a ring's slots: filled by so many copies, read by all warpgroups that compute."""
+    """(ready, free) of a ring's slots: filled by so many copies, read by all warpgroups."""
     ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     return ready, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-
-
-def split_roles(w, copy, compute):
-    """Call copy() in the warpgroup that copies and compute() in the others, which take over most of its registers."""
-
-    def run(role, registers, change):
-        plgpu.set_max_registers(registers, action=change)
-        role()
-
-    copying, computing = (
-        partial(run, copy, COPY_REGISTERS, "decrease"),
-        partial(run, compute, COMPUTE_REGISTERS, "increase"),
-    )
-    lax.cond(w == WARPGROUPS, copying, computing)
 
 
 def rows(i, w):
@@ -99,12 +84,21 @@ def rows(i, w):
     return pl.ds(i * BLOCK + w * ROWS, ROWS)
 
 
-def fill_slot(count, stages, copies, ready, free):
-    """Copy the next block of each (source, ring) into its slot, once that is free; `count` blocks came before it."""
-    slot = lax.rem(count, stages)
-    pl.when(count >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
-    for source, ring in copies:
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], ready.at[slot])
+def fill_ring(stages, blocks, copy):
+    """copy(count) the first blocks of so many into the ring, as many as it holds; `count` blocks come before each."""
+    pl.loop(0, jnp.minimum(stages, blocks))(copy)
+
+
+def refill_ring(w, count, stages, blocks, free, copy):
+    """At the block that `count` blocks come before, let the first warpgroup copy one into the slot of an earlier block.
+
+    That is stages // 2 blocks back, so that the other warpgroup may be as far behind before the first one waits."""
+    earlier = count - stages // 2
+
+    @pl.when((w == 0) & (earlier >= 0) & (earlier + stages < blocks))
+    def _():
+        plgpu.barrier_wait(free.at[lax.rem(earlier, stages)])
+        copy(earlier + stages)
 
 
 def visit_blocks(ranges, visit, carry):
