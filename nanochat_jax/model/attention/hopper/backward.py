@@ -45,7 +45,8 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
         plgpu.barrier_wait(q_in.at[w])
 
         def accumulate(dq):
-            def visit(j, _, masked):
+            @pl.loop(first, last)
+            def _(j):
                 count = j - first
                 slot = lax.rem(count, stages)
                 plgpu.barrier_wait(ready.at[slot])
@@ -55,9 +56,16 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
                     plgpu.wgmma(dp_acc, do_sm.at[w], v_sm.at[slot].transpose((1, 0)))
                     hopper.refill_ring(w, count, stages, last - first, free, copy)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the second product still runs
-                    if masked:
-                        query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
-                        s = hopper.mask(s, query, key, hopper.per_row(start, step))
+                    s = hopper.mask(
+                        s,
+                        visited,
+                        j,
+                        query=lambda: hopper.per_row(
+                            hopper.positions(i * BLOCK + w * ROWS, ROWS, hopper.PER_ROW), step
+                        ),
+                        key=lambda: hopper.per_column(hopper.positions(j * step, step, hopper.PER_COLUMN), ROWS),
+                        start=lambda: hopper.per_row(start, step),
+                    )
                     p = jnp.exp2(s * scale - hopper.per_row(lse, step))
                     return (p * (dp_acc[...] - hopper.per_row(delta, step))).astype(q.dtype)
 
@@ -67,7 +75,6 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot])
 
-            hopper.visit_blocks(visited, visit, None)
             return dq[...]
 
         dq = pl.run_scoped(accumulate, plgpu.ACC((ROWS, H), jnp.float32))
@@ -105,7 +112,7 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
         blocks = last - first  # of each query head
 
         def copy(count):
-            n, here, slot = m * G + lax.div(count, blocks), first + lax.rem(count, blocks), lax.rem(count, stages)
+            n, here, slot = m * G + lax.rem(count, G), first + lax.div(count, G), lax.rem(count, stages)
             here = pl.ds(here * step, step)
             copies = [(x.at[b, here, n], y) for x, y in ((q_gm, q_sm), (do_gm, do_sm))]
             copies += [(x.at[b, n, here], y) for x, y in ((lse_gm, lse_sm), (delta_gm, delta_sm))]
@@ -122,8 +129,9 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
         plgpu.barrier_wait(k_in.at[w])
 
         def accumulate(dk, dv):
-            def visit(i, g, masked):
-                count = g * blocks + i - first
+            @pl.loop(0, G * blocks)
+            def _(count):
+                i = first + lax.div(count, G)
                 slot = lax.rem(count, stages)
                 plgpu.barrier_wait(ready.at[slot])
 
@@ -135,9 +143,14 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
                     plgpu.wgmma(dp_acc, v_sm.at[w], do_sm.at[slot].transpose((1, 0)))
                     hopper.refill_ring(w, count, stages, G * blocks, free, copy)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the second product still runs
-                    if masked:
-                        query, key = hopper.positions(s, 1, i * step), hopper.positions(s, 0, j * BLOCK + w * ROWS)
-                        s = hopper.mask(s, query, key, per_query(start_sm))
+                    s = hopper.mask(
+                        s,
+                        visited,
+                        i,
+                        query=lambda: hopper.per_column(hopper.positions(i * step, step, PER_COLUMN), ROWS),
+                        key=lambda: hopper.per_row(hopper.positions(j * BLOCK + w * ROWS, ROWS, PER_ROW), step),
+                        start=lambda: per_query(start_sm),
+                    )
                     p = jnp.exp2(s * scale - per_query(lse_sm))
                     plgpu.wgmma(dv, hopper.left_operand(p.astype(q.dtype), p_sm, w), do_sm.at[slot])
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)  # dv's product still runs
@@ -148,11 +161,6 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
                 plgpu.wgmma(dk, hopper.left_operand(ds, ds_sm, w), q_sm.at[slot])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(free.at[slot])
-                return g
-
-            @pl.loop(0, G)
-            def _(g):
-                hopper.visit_blocks(visited, visit, g)
 
             return dk[...], dv[...]
 

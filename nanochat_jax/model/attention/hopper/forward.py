@@ -115,7 +115,7 @@ def _forward(scale, interpret, q, k, v, k_start):
 
         start = plgpu.load(start_gm.at[b, hopper.rows(i, w)], layout=hopper.PER_ROW, optimized=False)
 
-        def visit(j, carry, masked):
+        def visit(j, carry):
             o, top, total = carry  # sum of values, largest score, sum of exponentials so far
             slot = lax.rem(j - first, stages)
             plgpu.barrier_wait(k_in.at[slot])
@@ -127,9 +127,14 @@ def _forward(scale, interpret, q, k, v, k_start):
 
             s = pl.run_scoped(scores, plgpu.ACC((ROWS, step), jnp.float32))
             refill(j, copy_keys)
-            if masked:
-                query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
-                s = hopper.mask(s, query, key, hopper.per_row(start, step))
+            s = hopper.mask(
+                s,
+                visited,
+                j,
+                query=lambda: hopper.per_row(hopper.positions(i * BLOCK + w * ROWS, ROWS, hopper.PER_ROW), step),
+                key=lambda: hopper.per_column(hopper.positions(j * step, step, hopper.PER_COLUMN), ROWS),
+                start=lambda: hopper.per_row(start, step),
+            )
             new_top = jnp.maximum(top, s.max(axis=1) * scale)
             p = jnp.exp2(s * scale - hopper.per_row(new_top, step))
             shrink = jnp.exp2(top - new_top)
@@ -148,7 +153,7 @@ def _forward(scale, interpret, q, k, v, k_start):
         pl.when(w == 1)(take_turns)  # half a step behind the first
         o = hopper.full((ROWS, H), 0.0, hopper.WGMMA)
         top, total = hopper.full((ROWS,), -1e30, hopper.PER_ROW), hopper.full((ROWS,), 0.0, hopper.PER_ROW)
-        o, top, total = hopper.visit_blocks(visited, visit, (o, top, total))
+        o, top, total = lax.fori_loop(first, last, visit, (o, top, total))
         pl.when(w == 0)(take_turns)
         q_sm[w] = (o / hopper.per_row(total, H)).astype(q.dtype)
         lse_sm[w] = top + jnp.log2(total)

@@ -101,22 +101,21 @@ def refill_ring(w, count, stages, blocks, free, copy):
         copy(earlier + stages)
 
 
-def visit_blocks(ranges, visit, carry):
-    """Fold visit(block, carry, masked) over the blocks of one program's `blocks.Ranges`."""
-    first, full_first, full_last, last = ranges
-    carry = lax.fori_loop(first, full_first, partial(visit, masked=True), carry)
-    carry = lax.fori_loop(full_first, full_last, partial(visit, masked=False), carry)
-    return lax.fori_loop(full_last, last, partial(visit, masked=True), carry)
+def positions(first, size, layout):
+    """first..first + size - 1, int32, the numbers of rows or columns as a vector of that layout."""
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) + first
 
 
-def positions(s, axis, first):
-    """The query or the key of each entry of the scores s, int32: it counts from `first` along the axis."""
-    return plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA) + first
+def mask(s, ranges, block, query, key, start):
+    """Scores with -inf where the query, which sees the keys start..query, does not see the key. The three are functions
+    without arguments, called where the block is not one of those that are seen whole in its program's `blocks.Ranges`.
+    """
 
+    def masked():
+        return jnp.where((key() <= query()) & (key() >= start()), s, -jnp.inf)
 
-def mask(s, query, key, start):
-    """Scores with -inf where the query, which sees the keys start..query, does not see the key."""
-    return jnp.where((key <= query) & (key >= start), s, -jnp.inf)
+    _, full_first, full_last, _ = ranges
+    return lax.cond((block < full_first) | (block >= full_last), masked, lambda: s)
 
 
 def full(shape, value, layout):
