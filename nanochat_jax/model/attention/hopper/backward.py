@@ -13,6 +13,7 @@ from nanochat_jax.model.attention.hopper.blocks import key_ranges, query_ranges
 from nanochat_jax.model.attention.hopper.primitives import BLOCK, DKV, DQ, PER_COLUMN, PER_ROW, ROWS, WARPGROUPS
 
 
+@hopper.lower_once
 def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
     """-> dq [B,T,N,H] in q's type. do is the output's gradient, delta [B,N,T] its products with the output."""
     B, T, N, H = q.shape
@@ -56,16 +57,12 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
                     plgpu.wgmma(dp_acc, do_sm.at[w], v_sm.at[slot].transpose((1, 0)))
                     hopper.refill_ring(w, count, stages, last - first, free, copy)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the second product still runs
-                    s = hopper.mask(
-                        s,
-                        visited,
-                        j,
-                        query=lambda: hopper.per_row(
-                            hopper.positions(i * BLOCK + w * ROWS, ROWS, hopper.PER_ROW), step
-                        ),
-                        key=lambda: hopper.per_column(hopper.positions(j * step, step, hopper.PER_COLUMN), ROWS),
-                        start=lambda: hopper.per_row(start, step),
-                    )
+
+                    def masked(s):
+                        query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
+                        return hopper.mask(s, query, key, hopper.per_row(start, step))
+
+                    s = lax.cond(hopper.is_partial(visited, j), masked, lambda s: s, s)
                     p = jnp.exp2(s * scale - hopper.per_row(lse, step))
                     return (p * (dp_acc[...] - hopper.per_row(delta, step))).astype(q.dtype)
 
@@ -93,6 +90,7 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
     return kernel(q, k, v, k_start, do, lse, delta, *ranges)
 
 
+@hopper.lower_once
 def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
     """-> dk and dv [B,T,K,H] in k's type, each summed over its group of query heads in float32."""
     B, T, N, H = q.shape
@@ -108,12 +106,11 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
         b, m, j, w = (lax.axis_index(x) for x in ("b", "m", "j", "warpgroup"))  # m: kv head
         visited = tuple(x[b, j] for x in ranges_gm)
         first, last = visited[0], visited[-1]
-
-        blocks = last - first  # of each query head
+        blocks = G * (last - first)  # all query heads of the group visit block first, then all the next
 
         def copy(count):
-            n, here, slot = m * G + lax.rem(count, G), first + lax.div(count, G), lax.rem(count, stages)
-            here = pl.ds(here * step, step)
+            n, slot = m * G + lax.rem(count, G), lax.rem(count, stages)
+            here = pl.ds((first + lax.div(count, G)) * step, step)
             copies = [(x.at[b, here, n], y) for x, y in ((q_gm, q_sm), (do_gm, do_sm))]
             copies += [(x.at[b, n, here], y) for x, y in ((lse_gm, lse_sm), (delta_gm, delta_sm))]
             for source, ring in [*copies, (start_gm.at[b, here], start_sm)]:
@@ -124,12 +121,12 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
             for other in range(WARPGROUPS):
                 plgpu.copy_gmem_to_smem(k_gm.at[b, hopper.rows(j, other), m], k_sm.at[other], k_in.at[other])
                 plgpu.copy_gmem_to_smem(v_gm.at[b, hopper.rows(j, other), m], v_sm.at[other], k_in.at[other])
-            hopper.fill_ring(stages, G * blocks, copy)
+            hopper.fill_ring(stages, blocks, copy)
 
         plgpu.barrier_wait(k_in.at[w])
 
         def accumulate(dk, dv):
-            @pl.loop(0, G * blocks)
+            @pl.loop(0, blocks)
             def _(count):
                 i = first + lax.div(count, G)
                 slot = lax.rem(count, stages)
@@ -141,16 +138,14 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
                 def products(s_acc, dp_acc):  # transposed: a row is a key, a column a query
                     plgpu.wgmma(s_acc, k_sm.at[w], q_sm.at[slot].transpose((1, 0)))
                     plgpu.wgmma(dp_acc, v_sm.at[w], do_sm.at[slot].transpose((1, 0)))
-                    hopper.refill_ring(w, count, stages, G * blocks, free, copy)
+                    hopper.refill_ring(w, count, stages, blocks, free, copy)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the second product still runs
-                    s = hopper.mask(
-                        s,
-                        visited,
-                        i,
-                        query=lambda: hopper.per_column(hopper.positions(i * step, step, PER_COLUMN), ROWS),
-                        key=lambda: hopper.per_row(hopper.positions(j * BLOCK + w * ROWS, ROWS, PER_ROW), step),
-                        start=lambda: per_query(start_sm),
-                    )
+
+                    def masked(s):
+                        query, key = hopper.positions(s, 1, i * step), hopper.positions(s, 0, j * BLOCK + w * ROWS)
+                        return hopper.mask(s, query, key, per_query(start_sm))
+
+                    s = lax.cond(hopper.is_partial(visited, i), masked, lambda s: s, s)
                     p = jnp.exp2(s * scale - per_query(lse_sm))
                     plgpu.wgmma(dv, hopper.left_operand(p.astype(q.dtype), p_sm, w), do_sm.at[slot])
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)  # dv's product still runs

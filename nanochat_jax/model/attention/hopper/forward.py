@@ -1,14 +1,15 @@
 """Flash attention on Hopper GPUs with our own kernels (Pallas, Mosaic GPU), forward and backward.
 
-The mathematics is FlashAttention-2's (arXiv 2307.08691), the division of labour FlashAttention-3's (arXiv 2407.08608):
-of a program's three warpgroups one only issues TMA copies into a ring of shared memory, two multiply (wgmma) and do the
-softmax in registers. Each kernel visits only the blocks of hopper/blocks.py and masks only those that need it. There
-are no atomics: every output element has one writer, so results repeat bit for bit.
+The mathematics is FlashAttention-2's (arXiv 2307.08691). As in FlashAttention-3 (arXiv 2407.08608), TMA copies run
+ahead into a ring of shared memory, and of a program's two warpgroups one multiplies (wgmma) while the other does its
+softmax in registers. There is no third that copies, see primitives.py: one of the two starts the copies. Each kernel
+visits only the blocks of hopper/blocks.py and masks only those that need it. There are no atomics: every output element
+has one writer, so results repeat bit for bit.
 
 All three kernels take q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; lse, delta float32 [B,N,T]; T a multiple
 of BLOCK. Scores are in base 2: `scale` > 0 holds log2(e), and lse is a base-2 logarithm. `interpret` runs the same
 programs, warpgroups and barriers included, on a CPU. Names end in _gm for arrays in global and _sm for those in shared
-memory; other scratch names are barriers: *_in, ready: the data has arrived; *_free, free: it is no longer needed.
+memory; other scratch names are barriers: *_in, ready: the data has arrived; free: it is no longer needed.
 """
 
 import math
@@ -72,7 +73,14 @@ def _attend(scale, interpret, q, k, v, k_start):
 
 
 def _forward(scale, interpret, q, k, v, k_start):
-    """-> (o [B,T,N,H] in q's type, residuals with lse, the base-2 logarithm of each query's sum of exponentials)."""
+    o, lse = values(q, k, v, k_start, scale, interpret)
+    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
+    return o, (q, k, v, k_start, o, lse)
+
+
+@hopper.lower_once
+def values(q, k, v, k_start, scale, interpret):
+    """-> (o [B,T,N,H] in q's type, lse [B,N,T], the base-2 logarithm of each query's sum of exponentials)."""
     B, T, N, H = q.shape
     G = N // k.shape[2]
     step, stages = FORWARD[H]
@@ -127,14 +135,12 @@ def _forward(scale, interpret, q, k, v, k_start):
 
             s = pl.run_scoped(scores, plgpu.ACC((ROWS, step), jnp.float32))
             refill(j, copy_keys)
-            s = hopper.mask(
-                s,
-                visited,
-                j,
-                query=lambda: hopper.per_row(hopper.positions(i * BLOCK + w * ROWS, ROWS, hopper.PER_ROW), step),
-                key=lambda: hopper.per_column(hopper.positions(j * step, step, hopper.PER_COLUMN), ROWS),
-                start=lambda: hopper.per_row(start, step),
-            )
+
+            def masked(s):
+                query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
+                return hopper.mask(s, query, key, hopper.per_row(start, step))
+
+            s = lax.cond(hopper.is_partial(visited, j), masked, lambda s: s, s)
             new_top = jnp.maximum(top, s.max(axis=1) * scale)
             p = jnp.exp2(s * scale - hopper.per_row(new_top, step))
             shrink = jnp.exp2(top - new_top)
@@ -171,9 +177,7 @@ def _forward(scale, interpret, q, k, v, k_start):
     out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
     grid = {"b": B, "n": N, "i": T // BLOCK}
     kernel = hopper.hopper_kernel(attention_forward, out_type, grid, memory | barriers, interpreter_memory, interpret)
-    o, lse = kernel(q, k, v, k_start, *ranges)
-    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
-    return o, (q, k, v, k_start, o, lse)
+    return kernel(q, k, v, k_start, *ranges)
 
 
 def _backward(scale, interpret, residuals, do):

@@ -1,4 +1,8 @@
-"""What the three Hopper kernels of flash attention share: sizes, roles of warpgroups, the ring of shared memory, masks.
+"""What the three Hopper kernels of flash attention share: sizes, the ring of shared memory, masks.
+
+A program is two warpgroups: its 256 threads can have 255 registers each by themselves. With a third one that copies
+they could not, unless registers are handed over (setmaxnreg), which the compiler ignores in relocatable code, and
+spills. That is the code that JAX asks for wherever it finds nvJitLink, as in NVIDIA's wheels.
 
 Two things differ where a kernel is interpreted, because the interpreter lacks them: a product's left operand cannot
 come from registers (`left_operand` puts it into shared memory), and an accumulator cannot start from a value
@@ -9,6 +13,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -33,7 +38,7 @@ class Blocks(NamedTuple):
     stages: int  # blocks that its ring of shared memory holds
 
 
-# By head size H, chosen by counting registers, not timed. A thread has 232; a float32 matrix of a warpgroup, 64 x n,
+# By head size H, chosen by counting registers, not timed. A thread has 255; a float32 matrix of a warpgroup, 64 x n,
 # takes n / 2 of each thread. The output needs H / 2 for itself, 64 for scores of 128 keys and 32 for their bf16
 # probabilities; dq needs H / 2, and step / 2 each for scores and their gradient; dk and dv need H together, step / 2
 # twice, step / 4 for bf16 probabilities, and as much for one of lse, delta and k_start at a time.
@@ -42,8 +47,12 @@ DQ = {64: Blocks(128, 4), 128: Blocks(64, 4)}
 DKV = {64: Blocks(64, 4), 128: Blocks(64, 4)}
 
 
+# For functions of arrays, scale and interpret. Lowering a kernel takes seconds: so it is done once, not in every layer.
+lower_once = partial(jax.jit, static_argnames=("scale", "interpret"))
+
+
 def hopper_kernel(body, out_type, grid, memory, interpreter_memory, interpret):
-    """A kernel of three warpgroups over `grid` (name -> size, the last one fastest). Its body is called with the arrays
+    """A kernel of two warpgroups over `grid` (name -> size, the last one fastest). Its body is called with the arrays
     and, by name, with shared memory and barriers: `memory`, and where it is interpreted `interpreter_memory`."""
     used = REDUCTION_SCRATCH + sum(map(_bytes, memory.values()))
     if used > SHARED_MEMORY:
@@ -101,21 +110,23 @@ def refill_ring(w, count, stages, blocks, free, copy):
         copy(earlier + stages)
 
 
-def positions(first, size, layout):
-    """first..first + size - 1, int32, the numbers of rows or columns as a vector of that layout."""
-    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) + first
-
-
-def mask(s, ranges, block, query, key, start):
-    """Scores with -inf where the query, which sees the keys start..query, does not see the key. The three are functions
-    without arguments, called where the block is not one of those that are seen whole in its program's `blocks.Ranges`.
-    """
-
-    def masked():
-        return jnp.where((key() <= query()) & (key() >= start()), s, -jnp.inf)
-
+def is_partial(ranges, block):
+    """Whether a block that one program visits, by its `blocks.Ranges`, has entries to mask."""
     _, full_first, full_last, _ = ranges
-    return lax.cond((block < full_first) | (block >= full_last), masked, lambda: s)
+    return (block < full_first) | (block >= full_last)
+
+
+def positions(s, axis, first):
+    """The query or the key of each entry of the scores s, int32: it counts from `first` along the axis."""
+    layout, spread = ((PER_ROW, per_row), (PER_COLUMN, per_column))[axis]
+    # as a vector: of a matrix the compiler would keep many registers
+    numbers = plgpu.broadcasted_iota(jnp.int32, (s.shape[axis],), 0, layout=layout) + first
+    return spread(numbers, s.shape[1 - axis])
+
+
+def mask(s, query, key, start):
+    """Scores with -inf where the query, which sees the keys start..query, does not see the key."""
+    return jnp.where((key <= query) & (key >= start), s, -jnp.inf)
 
 
 def full(shape, value, layout):
