@@ -73,13 +73,13 @@ def _attend(scale, interpret, q, k, v, k_start):
 
 
 def _forward(scale, interpret, q, k, v, k_start):
-    o, lse = values(q, k, v, k_start, scale, interpret)
+    o, lse = output(q, k, v, k_start, scale, interpret)
     o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
     return o, (q, k, v, k_start, o, lse)
 
 
 @hopper.lower_once
-def values(q, k, v, k_start, scale, interpret):
+def output(q, k, v, k_start, scale, interpret):
     """-> (o [B,T,N,H] in q's type, lse [B,N,T], the base-2 logarithm of each query's sum of exponentials)."""
     B, T, N, H = q.shape
     G = N // k.shape[2]
@@ -104,7 +104,7 @@ def values(q, k, v, k_start, scale, interpret):
             copy(j, v_gm, v_sm, v_in)
 
         def refill(j, copy):
-            """Copy into the slot of block j, which both have read when the second warpgroup, the later one, has."""
+            """Copy into block j's slot when the second warpgroup has read it: the first, a turn ahead, has too."""
             pl.when((w == 1) & (j + stages < last))(lambda: copy(j + stages))
 
         @pl.when(w == 1)
