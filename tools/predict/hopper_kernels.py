@@ -28,6 +28,7 @@ import tyro
 from jax.sharding import SingleDeviceSharding
 
 from nanochat_jax.cli.main import run_stage
+from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed import compile_only
 from nanochat_jax.model.attention.hopper.forward import mosaic_gpu
 
@@ -61,7 +62,9 @@ class Kernel(NamedTuple):
 
 def compile_kernels(heads: str, dtype: str, T: int, folder: Path) -> list[Kernel]:
     """Attention's kernels, forward and backward, of two rows of T tokens."""
-    N, K, H = map(int, re.fullmatch(r"(\d+)/(\d+)x(\d+)", heads).groups())
+    found = re.fullmatch(r"(\d+)/(\d+)x(\d+)", heads)
+    require(found, f"--heads must be query heads/kv heads x size, such as 8/2x128, got {heads!r:.60}")
+    N, K, H = map(int, found.groups())
     on = SingleDeviceSharding(compile_only.devices("h100")[0])
     q, kv = (jax.ShapeDtypeStruct((2, T, n, H), dtype, sharding=on) for n in (N, K))
     k_start = jax.ShapeDtypeStruct((2, T), jnp.int32, sharding=on)
@@ -128,14 +131,15 @@ def read_machine_code(text: str) -> list[Instruction]:
 
 
 def main_loop(instructions: list[Instruction]) -> dict[str, Any]:
-    """The smallest loop with as many products as any loop has: what a warp executes each time around, all but what
-    branches in it can jump over (the mask, the refill of a slot).
+    """The smallest loop with a product: what a warp executes each time around, all but what branches in it can jump
+    over (the mask, the refill of a slot).
 
     kinds: instructions by KINDS. product_cycles: those of a warpgroup's products on tensor cores that are never idle,
     half a cycle for a column. between: of each stretch without a product, its instructions and its waits."""
     loops = [(x.target, at + 1) for at, x in enumerate(instructions) if x.target is not None and x.target <= at]
-    products = {(begin, end): sum(map(is_product, instructions[begin:end])) for begin, end in loops}
-    begin, end = min(loops, key=lambda loop: (-products[loop], loop[1] - loop[0]))
+    begin, end = min(
+        (loop for loop in loops if any(map(is_product, instructions[slice(*loop)]))), key=lambda loop: loop[1] - loop[0]
+    )
     executed, at = [], begin
     while at < end:
         executed.append(instructions[at])
