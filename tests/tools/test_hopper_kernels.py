@@ -59,20 +59,24 @@ def test_the_loop_with_the_products_is_counted_without_what_its_branches_jump_ov
         /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
 .L_x_1:
         /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0020*/                   HGMMA.64x64x16.F32.BF16 R88, gdesc[UR8], R88, gsb0 ;
-        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
-        /*0040*/              @!P2 BRA P4, `(.L_x_2) ;
-        /*0050*/                   FSEL R5, R5, -INF , P1 ;
-        /*0060*/                   FSEL R6, R6, -INF , P1 ;
+        /*0020*/                   FADD R5, R5, R6 ;
+        /*0030*/                   FADD R5, R5, R6 ;
+        /*0040*/                   FADD R5, R5, R6 ;
+.L_x_4:
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R88, gdesc[UR8], R88, gsb0 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/              @!P2 BRA P4, `(.L_x_2) ;
+        /*0080*/                   FSEL R5, R5, -INF , P1 ;
+        /*0090*/                   FSEL R6, R6, -INF , P1 ;
 .L_x_2:
-        /*0070*/                   MUFU.EX2 R5, R5 ;
-        /*0080*/              @!P1 BRA `(.L_x_3) ;
-        /*0090*/               @P0 BRA `(.L_x_1) ;
-        /*00a0*/                   EXIT ;
+        /*00a0*/                   MUFU.EX2 R5, R5 ;
+        /*00b0*/              @!P1 BRA `(.L_x_3) ;
+        /*00c0*/               @P0 BRA `(.L_x_1) ;
+        /*00d0*/                   EXIT ;
 .L_x_3:
-        /*00b0*/                   BRA `(.L_x_2) ;
+        /*00e0*/                   BRA `(.L_x_4) ;
 """
     found = main_loop(read_machine_code(text))
-    assert found["instructions"] == 7
-    kinds = {"products": 2, "waits": 1, "exponentials": 1, "addresses and the rest": 3}
+    assert found["instructions"] == 10
+    kinds = {"products": 2, "float arithmetic": 3, "waits": 1, "exponentials": 1, "addresses and the rest": 3}
     assert (found["kinds"], found["product_cycles"], found["between"]) == (kinds, 96, [])

@@ -136,10 +136,11 @@ def main_loop(instructions: list[Instruction]) -> dict[str, Any]:
 
     kinds: instructions by KINDS. product_cycles: those of a warpgroup's products on tensor cores that are never idle,
     half a cycle for a column. between: of each stretch without a product, its instructions and its waits."""
-    loops = [(x.target, at + 1) for at, x in enumerate(instructions) if x.target is not None and x.target <= at]
-    begin, end = min(
-        (loop for loop in loops if any(map(is_product, instructions[slice(*loop)]))), key=lambda loop: loop[1] - loop[0]
-    )
+    backward = [(x.target, at + 1) for at, x in enumerate(instructions) if x.target is not None and x.target <= at]
+    spans = [(span, instructions[slice(*span)]) for span in backward]
+    # behind the program's end come waits that take long, which branch back into the loop
+    loops = [span for span, inside in spans if any(map(is_product, inside)) and all(x.name != "EXIT" for x in inside)]
+    begin, end = min(loops, key=lambda loop: loop[1] - loop[0])
     executed, at = [], begin
     while at < end:
         executed.append(instructions[at])
