@@ -130,8 +130,10 @@ def update_phase(plan: Plan, extra: Mapping[str, int] | None = None) -> Phase:
     return Phase("training", dict(extra or {}) | state, adds, advice, sends)
 
 
-def generation_phase(name: str, plan: Plan, answers: Answers, advice: str, extra: Mapping[str, int] | None = None):
-    """The engine's calls, beside which the state stays where it is, and what else is there (`extra`) -> Phase.
+def generation_phase(
+    name: str, plan: Plan, answers: Answers, advice: str, extra: Mapping[str, int] | None = None
+) -> Phase:
+    """The engine's calls, beside which the state stays where it is, and what else is there (`extra`).
 
     To the weights and the caches at their largest comes the most of what the programs need in turn: a decode call, a
     prefill for a row that is free again, writing what a call brought, and the cache from which the largest one grew."""
@@ -150,7 +152,7 @@ def generation_phase(name: str, plan: Plan, answers: Answers, advice: str, extra
             "writing": fresh_bytes(programs, groups * shared)
             + temporaries(lambda: programs.compile_append(groups * shared, continuation), cache)[0],
             "growing": fresh_bytes(programs, groups * shared) + grows_from,
-            "copying": max(0, temporaries(lambda: programs.compile_cast(params), 0)[0] - copy - cache),
+            "copying": temporaries(lambda: programs.compile_cast(params), 0)[0] - copy - cache if copy else 0,
         }
     most = max(work, key=work.get)
     adds = {"copy of the weights": copy, "caches": cache, f"work ({most})": work[most]}
