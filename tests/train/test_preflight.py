@@ -115,8 +115,7 @@ def test_rl_shows_what_its_answers_take_too(home, capsys):
 def alive(device) -> int:
     """Bytes of the arrays on a device."""
     gc.collect()
-    parts = [part for x in jax.live_arrays() for part in x.addressable_shards if part.device == device]
-    return sum(part.data.nbytes for part in parts)
+    return bytes_on_device([x for x in jax.live_arrays() if device in x.sharding.device_set])
 
 
 def test_what_is_alive_while_answers_are_generated_is_what_was_predicted():
