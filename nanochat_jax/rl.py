@@ -13,10 +13,7 @@ from jax.sharding import Mesh
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import describe_device, start_device
-from nanochat_jax.cli.settings import (
-    check_bounds,
-    require,
-)
+from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.cli.waiting import saying
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
@@ -74,9 +71,7 @@ def main(cfg: RLConfig) -> int:
     processes.agree("the task", {"task": task_digest})  # also how each rewards
     total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
     require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
-    stretches = start.stretches(total, lambda first, last: first, "num_steps")  # rates fall from the first step on
-    if stretches[:-1]:
-        print0(f"Stretches of the run, each with its own schedule: steps {stretches}")
+    stretches = start.stretches(total, lambda first, last: first, "num_steps", print0)  # rates fall from the first step
     step_draws = cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
     prompts = PromptStream(task, tokenizer, cfg.seed, total * step_draws)
     start.check_data(prompts.fingerprint(start.record.get("total_steps", total) * step_draws))

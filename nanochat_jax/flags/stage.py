@@ -57,7 +57,9 @@ class StageConfig:
         resume="free",
         group=DEVICES,
     )
-    verbose: bool = setting(False, "print how every parameter is split over the devices", resume="own", group=DEVICES)
+    verbose: bool = setting(
+        False, "print the parameters by kind, and how each is split over the devices", resume="own", group=DEVICES
+    )
     coordinator: Maybe[str] = setting(
         None,
         "of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)",
