@@ -159,7 +159,12 @@ def preflight_of(cfg: BaseConfig) -> int:
     mesh = make_mesh(cfg.mesh or "", devices, model.n_embd)
     cfg = sized(cfg, recipe_of(cfg, model).total_batch_size, row_shards(mesh))
     plan = plan_of(cfg, model, mesh, recipe_of(cfg, model))
-    return preflight.report(plan, [preflight.update_phase(plan)])
+    phases = [preflight.update_phase(plan)]
+    if cfg.sample_every > 0:
+        longest = 1 + max(map(len, PROMPTS))  # a token is a character at least
+        answers = preflight.Answers(len(PROMPTS), 1, len(PROMPTS), SAMPLE_TOKENS, longest)
+        phases.append(preflight.generation_phase("samples", plan, answers, "leave them out: --sample-every -1"))
+    return preflight.report(plan, phases)
 
 
 def tag_of(cfg: BaseConfig) -> str:

@@ -226,12 +226,16 @@ def preflight_of(cfg: RLConfig) -> int:
     )
     print0(f"NOTE: without data, prompts of up to {preflight.PROMPT_TOKENS} tokens are assumed")
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd), preflight.PROMPT_TOKENS)
-    rollouts = preflight.Rollouts(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)
+    answers = {"rollouts": preflight.Answers(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)}
+    if cfg.eval_every > 0:
+        held_out = preflight.Answers(cfg.eval_examples, cfg.eval_samples, cfg.slots, cfg.max_new_tokens)
+        answers["held-out answers"] = held_out
     extra = {"reference model": bytes_on_device(plan.abstract_state.params)} if cfg.kl_coef else {}
     updated = cfg.updates_per_batch > 1  # the later updates need most
     last = dataclasses.replace(plan, loss=token_loss_of(objective_of(cfg), cfg.objective, updated))
-    phases = [preflight.rollout_phase(plan, rollouts, extra), preflight.update_phase(last, extra)]
-    return preflight.report(plan, phases)
+    advice = f"lower --slots (now {cfg.slots}) or --max-new-tokens"
+    phases = [preflight.generation_phase(name, plan, sizes, advice, extra) for name, sizes in answers.items()]
+    return preflight.report(plan, [*phases, preflight.update_phase(last, extra)])
 
 
 def check(cfg: RLConfig) -> SamplingParams:

@@ -15,7 +15,7 @@ from nanochat_jax.data.token_cache import open_caches
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.evals.chatcore import make_chatcore
+from nanochat_jax.evals.chatcore import NEW_TOKENS, SLOTS, make_chatcore
 from nanochat_jax.files.paths import base_dir, cache_dir, write_to
 from nanochat_jax.flags.sft import SFTConfig
 from nanochat_jax.model.attention import check_attention_backend
@@ -139,7 +139,13 @@ def preflight_of(cfg: SFTConfig) -> int:
         cfg, cfg.source, lambda: find_start(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), print0, cfg.source)
     )
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd))
-    return preflight.report(plan, [preflight.update_phase(plan)])
+    phases = [preflight.update_phase(plan)]
+    if cfg.chatcore_every > 0:
+        problems = cfg.chatcore_max_sample if cfg.chatcore_max_sample >= 0 else SLOTS
+        answers = preflight.Answers(problems, 1, SLOTS, NEW_TOKENS)
+        advice = f"lower --chatcore-max-sample (now {cfg.chatcore_max_sample}), or leave it out: --chatcore-every -1"
+        phases.append(preflight.generation_phase("ChatCORE", plan, answers, advice))
+    return preflight.report(plan, phases)
 
 
 def training_tasks(cfg: SFTConfig) -> list:

@@ -43,7 +43,7 @@ class StageConfig:
         group=DEVICES,
     )
     preflight: Preflight = setting(
-        None, "compile only and say whether it fits: here, or on a TPU slice such as v5e-8", resume="own", group=DEVICES
+        None, "compile only and say whether it fits: here, or on v5e-8, h100, a100-8, ...", resume="own", group=DEVICES
     )
     mesh: Maybe[str] = setting(
         None,

@@ -31,7 +31,8 @@ echo 'home = {PYTHON.parent}' >.venv/pyvenv.cfg
 cat >.venv/bin/python <<'END'
 #!/bin/sh
 if [ "$1 $2" = "-m pip" ] && [ "$3" = "--version" ]; then exit 0; fi
-if [ "$1 $2" = "-m pip" ]; then echo "$@" >>"$LOG"; case "$*" in *" --target "*) mkdir -p "$8" ;; esac; sleep "${{INSTALL_SECONDS:-0}}"; exit "${{INSTALL_STATUS:-0}}"; fi
+case "$*" in *" --target "*) mkdir -p "$8" ;; esac
+if [ "$1 $2" = "-m pip" ]; then echo "$@" >>"$LOG"; sleep "${{INSTALL_SECONDS:-0}}"; exit "${{INSTALL_STATUS:-0}}"; fi
 exec "${{0%/*}}/real" "$@"
 END
 {shutil.which("chmod")} +x .venv/bin/python
