@@ -13,10 +13,7 @@ from jax.sharding import Mesh
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import describe_device, start_device
-from nanochat_jax.cli.settings import (
-    check_bounds,
-    require,
-)
+from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.cli.waiting import saying
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room

@@ -8,11 +8,7 @@ from jax.sharding import Mesh
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import describe_device, start_device
-from nanochat_jax.cli.settings import (
-    check_bounds,
-    flag,
-    require,
-)
+from nanochat_jax.cli.settings import check_bounds, flag, require
 from nanochat_jax.cli.waiting import saying
 from nanochat_jax.data.conversations import ConversationRows, ConversationStore, describe_conversations, first_rows
 from nanochat_jax.data.token_cache import open_caches
@@ -26,16 +22,7 @@ from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups
 from nanochat_jax.optim.schedules import sft_scalars
-from nanochat_jax.tasks import (
-    GSM8K,
-    MMLU,
-    Arithmetic,
-    CustomJSON,
-    SimpleSpelling,
-    SmolTalk,
-    SpellingBee,
-    TaskMixture,
-)
+from nanochat_jax.tasks import GSM8K, MMLU, Arithmetic, CustomJSON, SimpleSpelling, SmolTalk, SpellingBee, TaskMixture
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight

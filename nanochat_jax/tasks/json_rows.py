@@ -10,12 +10,9 @@ from nanochat_jax.tasks.chat_forms import form_of
 
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(rb"[ \t\r\n]*+")
-STRING = rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)'  # without an end it reaches to the file's: nothing is read twice
-FLAT = rb'[\[{](?:[^\[\]{}"]++|' + STRING + rb")*+[\]}]"  # an array or object without another one in it
-INNER = FLAT + rb"(?:[ \t\r\n,]*+" + FLAT + rb")*+"
-MARK = re.compile(STRING + b"|" + INNER + rb"|(?P<open>(?:[\[{](?=[\[{]))++|[\[{])|(?P<close>[\]}]++)", re.DOTALL)
-VALUE = re.compile(FLAT + b"|" + STRING + rb"|[^\[{,\]]*+", re.DOTALL)
-DEEPEST = 100_000  # brackets in each other: far more than Python's JSON reader takes
+FIRST_LOOK = 1 << 16  # bytes in which most elements of an array end
+ELEMENT = json.JSONDecoder(parse_int=str, parse_float=str)  # tells where one ends, whatever its numbers are
+CUT_IN_A_WORD = 12  # more letters than "-Infinity" has, the longest word in JSON as Python reads it
 
 Span = tuple[int, int, int]  # bytes from and to, and the line in which the row begins, from 1
 
@@ -54,14 +51,14 @@ class JSONRows:
         while True:
             start = _skip(data, at)
             counted, line = start, line + data.count(b"\n", counted, start)
-            end = _value_end(data, start, start + self._longest)
+            end = _element_end(data, start, self._longest)
             if end - start > self._longest:
-                yield start, end, line  # which need not be where it ends, so what follows is not looked at
+                yield start, end, line
                 return
             at = _skip(data, end)
             mark = data[at : at + 1]
-            if end == start or mark not in (b",", b"]", b""):
-                yield start, at + 1, line  # no value, or something behind it: to parse it says what is wrong
+            if mark not in (b",", b"]", b""):
+                yield start, at + 1, line  # something behind the value: to parse it says so
                 return
             yield start, end, line
             if not mark:
@@ -105,28 +102,32 @@ def _is_array(data: bytes, start: int, longest: int) -> bool:
     if data[inside : inside + 1] == b"[" or b"\n" in data[start:inside]:
         return True
     try:
-        form_of(parse(data[inside : _value_end(data, inside, inside + longest)]))
+        form_of(parse(data[inside : _element_end(data, inside, longest)]))
     except ValueError:
         return False
     return True
 
 
-def _value_end(data: bytes, start: int, stop: int) -> int:
-    """Where the value that begins at `start` ends. Where it has no end it is the data's, or somewhere after `stop`."""
-    end = VALUE.match(data, start).end()
-    if end > start or data[start : start + 1] not in (b"[", b"{"):
-        return end
-    depth = 0
-    for mark in MARK.finditer(data, start):
-        if mark["open"]:
-            depth += len(mark["open"])
-        elif mark["close"]:
-            if depth <= len(mark["close"]):
-                return mark.start() + depth
-            depth -= len(mark["close"])
-        if mark.end() > stop or depth > DEEPEST:
-            return mark.end()
-    return len(data)
+def _element_end(data: bytes, start: int, longest: int) -> int:
+    """Where the element that begins at `start` ends; behind its first fault where it is no JSON, and more than
+    `longest` behind its start where it is that long, of which no more is read."""
+    size = FIRST_LOOK
+    while True:
+        size = min(size, longest + 1)
+        text = data[start : start + size].decode(errors="surrogateescape")
+        cut = start + size < len(data)
+        try:
+            _, end = ELEMENT.raw_decode(text)
+        except RecursionError:
+            return start + size
+        except json.JSONDecodeError as e:
+            if cut and size <= longest:
+                size *= 4
+                continue
+            if cut and (e.msg.startswith("Unterminated") or e.pos > len(text) - CUT_IN_A_WORD):
+                return start + size
+            end = e.pos + 1
+        return start + len(text[:end].encode(errors="surrogateescape"))
 
 
 def parse(text: bytes) -> object:
