@@ -31,7 +31,7 @@ class StageConfig:
     )
     attention: str = setting(
         "auto",
-        "backend by name, see docs/training.md; auto = the best that passes a trial here",
+        "backend by name, see docs/training.md; auto = the fastest that passes a trial here",
         resume="own",
         group=DEVICES,
     )
@@ -57,7 +57,12 @@ class StageConfig:
         resume="free",
         group=DEVICES,
     )
-    verbose: bool = setting(False, "print how every parameter is split over the devices", resume="own", group=DEVICES)
+    verbose: bool = setting(
+        False,
+        "print how every parameter is split over the devices, and the time of every attention backend",
+        resume="own",
+        group=DEVICES,
+    )
     coordinator: Maybe[str] = setting(
         None,
         "of several processes: HOST:PORT where process 0 listens (TPU, SLURM, MPI: found)",

@@ -8,9 +8,10 @@ All three kernels take q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; 
 of BLOCK. Scores are in base 2: `scale` holds log2(e), and lse is a base-2 logarithm.
 
 Why Triton, although JAX means to drop this way to it: its compiler places copies and barriers itself, so a kernel that
-is right in the interpreter, on any CPU, has no race left that only a GPU could show. Mosaic GPU's matrix product for
-these GPUs (`mma`) cannot be interpreted, and its copies are written by hand, in one way before Hopper and another after.
-Where a version of JAX no longer has it, `--attention auto` takes another backend and says so.
+is right in the interpreter, on any CPU, has no race left that only a GPU could show, and the same lines compile for all
+of these GPUs. Mosaic GPU's matrix product for them (`mma`) cannot be interpreted, and its copies are written by hand,
+one way before Hopper and another after. Where a version of JAX no longer has Triton, `--attention auto` takes another
+backend and says so.
 """
 
 import math
@@ -50,10 +51,10 @@ class Kernels(NamedTuple):
 # By head size and bytes of a number. Chosen so that ptxas spills no register and shared memory stays under the 99 KiB
 # of the smallest of these GPUs (compute capability 8.6, 8.9, 12.0), see docs/predicted.md; not timed.
 TILES = {
-    (64, 2): Kernels(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    (64, 2): Kernels(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
     (128, 2): Kernels(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    (64, 4): Kernels(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
-    (128, 4): Kernels(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    (64, 4): Kernels(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    (128, 4): Kernels(Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
 }
 
 
@@ -243,8 +244,8 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
 
 
 def _kernel(body, tiles: Tiles, *, grid, in_specs, out_specs, out_shape, interpret):
-    """body(arrays of in_specs, arrays of out_specs) as a function of whole arrays; it runs once for each place in `grid`,
-    the first axis fastest."""
+    """body(arrays of in_specs, then those of out_specs) as a function of whole arrays; it runs once for each place in
+    `grid`, the first axis fastest."""
     return pl.pallas_call(
         body,
         grid=grid,
@@ -257,7 +258,7 @@ def _kernel(body, tiles: Tiles, *, grid, in_specs, out_specs, out_shape, interpr
 
 
 def _query_specs(q, k, tiles: Tiles):
-    """What a program for a block of queries gets, from the grid (blocks, N, B): its part of an array like q, a whole row
+    """What a program for a block of queries gets, in the grid (blocks, N, B): its part of an array like q, a whole row
     of one like k, its part of k_start, of lse or delta, and its entry of one of the `Ranges`.
 
     Blocks come the last first: with causality they are the longest."""
