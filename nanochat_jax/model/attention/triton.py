@@ -51,9 +51,9 @@ class Kernels(NamedTuple):
 # By head size and bytes of a number. Chosen so that ptxas spills no register and shared memory stays under the 99 KiB
 # of the smallest of these GPUs (compute capability 8.6, 8.9, 12.0), see docs/predicted.md; not timed.
 TILES = {
-    (64, 2): Kernels(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    (64, 2): Kernels(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 2)),
     (128, 2): Kernels(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    (64, 4): Kernels(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    (64, 4): Kernels(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2)),
     (128, 4): Kernels(Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
 }
 

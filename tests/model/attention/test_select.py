@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import eval as eval_stage
@@ -207,7 +207,8 @@ def test_a_backend_is_a_module_and_a_row_of_the_table(monkeypatch):
 
 
 def test_kernels_are_not_imported_before_they_are_used():
-    code = "import sys, nanochat_jax.model.gpt; print([m for m in sys.modules if m.endswith(('splash', 'hopper', 'triton'))])"
+    kernels = "('splash', 'hopper', 'attention.triton')"
+    code = f"import sys, nanochat_jax.model.gpt; print([m for m in sys.modules if m.endswith({kernels})])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -301,10 +302,12 @@ def test_without_a_mesh_and_where_a_device_is_alone_the_kernel_is_called_as_it_i
         ("chunked", "tpu", ""),
         ("splash", "tpu", "tpu_custom_call"),
         ("mosaic_gpu", "cuda", "mosaic_gpu"),
+        ("triton", "cuda", "xla.gpu.triton"),
         ("cudnn", "cuda", "cudnn$fmha"),
     ],
 )
 @pytest.mark.parametrize("window", [-1, 128])
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_every_backend_is_lowered_with_its_gradients(monkeypatch, impl, platform, kernel, window):
     if impl == "cudnn":  # it asks the library for its version; the one here is nowhere
         monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
@@ -315,5 +318,9 @@ def test_every_backend_is_lowered_with_its_gradients(monkeypatch, impl, platform
 
     f = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     k_start = jax.ShapeDtypeStruct((2, 300), jnp.int32)
-    text = f.trace(q, k, k, k_start).lower(lowering_platforms=(platform,)).as_text()
+    # Triton wants to know the GPU
+    a100 = AbstractDevice(device_kind=A100.devices[0, 0].device_kind, num_cores=108, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), abstract_device=a100) if impl == "triton" else AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = f.trace(q, k, k, k_start).lower(lowering_platforms=(platform,)).as_text()
     assert kernel in text and ("custom_call" in text) >= bool(kernel)

@@ -1,4 +1,4 @@
-"""`--attention auto` takes the fastest backend that is right; the times are kept, and a run that goes on keeps its own."""
+"""`--attention auto` takes the fastest backend that is right; times are kept, and so is a run's backend."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ WORK = timing.Work(4, 64, (4, 2, 16), (16, -1, 16), "float32", packed=True, trai
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A CPU that is taken for a GPU with the kernels mosaic_gpu and triton. -> settings of the play: seconds by backend,
-    which kernels are wrong, and how often times were taken."""
+    """A CPU that is taken for a GPU with the kernels mosaic_gpu and triton -> what a test may set: the seconds of each
+    backend, which kernels are wrong; and how often times were taken."""
     play = {"seconds": {"mosaic_gpu": 3.0, "triton": 2.0, "chunked": 9.0}, "wrong": [], "timed": 0}
     for name in ("mosaic_gpu", "triton"):
         monkeypatch.setitem(select.BACKENDS, name, select.BACKENDS[name]._replace(platform="cpu", gpus=None))
