@@ -1,8 +1,6 @@
 """Will it fit? A run's programs compiled from its settings alone, without data and without a parameter's value, for the
 devices at hand or for a TPU slice that is not there, and what they would hold on a device."""
 
-import importlib.util
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +10,8 @@ import jax.numpy as jnp
 
 from nanochat_jax.checkpoints import find
 from nanochat_jax.cli.device import describe_device, start_device
-from nanochat_jax.cli.settings import HERE, inherit, require
+from nanochat_jax.cli.settings import HERE, inherit
+from nanochat_jax.distributed import compile_only
 from nanochat_jax.distributed.device_memory import (
     beside_arguments,
     bytes_on_device,
@@ -34,18 +33,6 @@ from nanochat_jax.train import scaling_laws
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.start import Start, inherit_from
 
-FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-SLICES = {  # the number in a slice's name -> how its chips are laid out; v5p counts cores, two a chip
-    "v5e": FLAT,
-    "v6e": FLAT,
-    "v5p": {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8"},
-}
-LIBTPU = {  # so that libtpu compiles on any machine, beside another process that does, and asks no server what it is on
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any; the topology's name decides
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 VOCABULARY = 32768  # where there is no tokenizer
 PROMPT_TOKENS = 512  # of the longest prompt in RL, which only the data would tell
 
@@ -53,41 +40,14 @@ PROMPT_TOKENS = 512  # of the longest prompt in RL, which only the data would te
 def start(cfg: StageConfig) -> list:
     """The devices that --preflight names, real or compile-only ones, printed.
 
-    ValueError: no such slice, or no compiler for it."""
+    ValueError: no such devices, or no compiler for them."""
     if cfg.preflight == HERE:
         start_device(cfg.device_type)
         devices = jax.devices()
     else:
-        devices = slice_devices(cfg.preflight)
+        devices = compile_only.devices(cfg.preflight)
     describe_device(make_mesh(cfg.mesh or "", devices), print0)
     return devices
-
-
-def slice_devices(name: str) -> list:
-    """Compile-only devices of the TPU slice v5e-8, v6e-8, v5p-8, ..., or of a topology as v5e:2x4.
-
-    ValueError: an unknown name, or libtpu is not installed."""
-    kind, _, size = name.replace("v5litepod", "v5e").partition("-")
-    layout = SLICES.get(kind, {}).get(int(size) if size.isdecimal() else 0)
-    known = ", ".join(f"{kind}-{{{','.join(map(str, sizes))}}}" for kind, sizes in SLICES.items())
-    require(
-        layout or re.fullmatch(r"(v5e|v5p|v6e):\d+(x\d+){1,2}", name),
-        f"--preflight must name no device (then those at hand) or a TPU slice ({known}), got {name!r:.60}",
-    )
-    require(
-        importlib.util.find_spec("libtpu"),
-        f"--preflight {name} needs the TPU compiler, which runs on any machine: tools/setup.sh --extra aot",
-    )
-    for variable, value in LIBTPU.items():
-        os.environ.setdefault(variable, value)
-    jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
-    jax.config.update("jax_enable_compilation_cache", False)  # what it keeps cannot be read back without the devices
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(f"{kind}:{layout}" if layout else name, "tpu").devices)
-    except Exception as e:  # libtpu's own, of several types
-        raise ValueError(f"--preflight {name}: {str(e).splitlines()[0][:200]}") from e
 
 
 def model_for(cfg: StageConfig, source: str, find_start: Callable[[], Start]) -> tuple[GPTConfig, StageConfig]:
