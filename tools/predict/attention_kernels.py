@@ -44,6 +44,7 @@ class Kernels:
     gpus: tuple[str, ...] = ("a100", "l4", "rtx4090", "h100", "b200", "rtx5090")
     head_sizes: tuple[int, ...] = (64, 128)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    kernels: tuple[str, ...] = triton.Kernels._fields
     rows: int = 2
     T: int = 2048
     heads: int = 4
@@ -62,7 +63,7 @@ def main(cfg: Kernels) -> int:
             device = compile_only.devices(gpu)[0]
             for dtype in cfg.dtypes:
                 for head_size in cfg.head_sizes:
-                    for kernel in triton.Kernels._fields:
+                    for kernel in cfg.kernels:
                         case = {"gpu": gpu, "device_kind": device.device_kind, "dtype": dtype, "head_size": head_size}
                         line = case | {"kernel": kernel} | compiled(cfg, device, dtype, head_size, kernel, Path(dump))
                         lines.append(line)

@@ -206,10 +206,10 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
         *ranges, dk_ref, dv_ref = refs
         k, v = k_ref[...], v_ref[...]
         key = _positions(pl.program_id(0), tiles.own)
-        ranges = [x[0] for x in ranges]
 
-        def visit(i, carry, g, masked):
+        def visit(turn, carry, masked):
             dk, dv = carry
+            i, g = lax.div(turn, G), lax.rem(turn, G)  # a block of queries of each head in turn: one loop, not two
             here = pl.ds(i * tiles.step, tiles.step)
             q, do = q_ref[here, g, :], do_ref[here, g, :]
             s = _product(k, q.T) * scale  # transposed: a row is a key, a column a query
@@ -222,7 +222,7 @@ def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
             return dk + _product(ds.astype(q.dtype), q), dv
 
         zeros = jnp.zeros(k.shape, jnp.float32)
-        dk, dv = lax.fori_loop(0, G, lambda g, carry: visit_blocks(ranges, partial(visit, g=g), carry), (zeros, zeros))
+        dk, dv = visit_blocks([x[0] * G for x in ranges], visit, (zeros, zeros))
         dk_ref[...] = (dk * (scale * math.log(2))).astype(dk_ref.dtype)  # scale without its log2(e)
         dv_ref[...] = dv.astype(dv_ref.dtype)
 
