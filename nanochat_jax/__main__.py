@@ -3,7 +3,6 @@
 `nanochat-jax sft ...`, `python -m nanochat_jax sft ...` and `python -m nanochat_jax.sft ...` are the same.
 """
 
-import difflib
 import functools
 import importlib
 import operator
@@ -16,7 +15,7 @@ import tyro
 
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.flags.commands import COMMANDS
+from nanochat_jax.flags.commands import COMMANDS, lines_of, no_command, show_help
 
 PROG = "nanochat-jax"
 PACKAGES = ("nanochat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tiktoken", "grain", "wandb")
@@ -33,8 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     elif name.startswith(COMPLETION):
         print_completion([name, *flags])
     elif name not in COMMANDS:
-        near = "".join(f"; did you mean {found}?" for found in difflib.get_close_matches(name, COMMANDS, 1))
-        sys.exit(f"error: there is no command {name!r}{near} See {PROG} --help")
+        sys.exit(no_command(name, COMMANDS, PROG))
     else:
         run(name, flags)
 
@@ -42,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(name: str, flags: list[str]) -> None:
     """Run a command with these words as its flags; exits. What is wrong with them is found before JAX is loaded."""
     if not COMMANDS[name].settings:
+        if not {"-h", "--help"}.isdisjoint(flags or ["--help"]):
+            show_help(name, flags or ["--help"])
         importlib.import_module(f"nanochat_jax.{name}.__main__").main(flags)
         return
     cfg = parse(COMMANDS[name].settings_class(name), flags, f"{PROG} {name}")
@@ -50,15 +50,13 @@ def run(name: str, flags: list[str]) -> None:
 
 def overview() -> str:
     """The commands with a line each, and what to type first."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {PROG} COMMAND [flags]    (or python -m nanochat_jax.COMMAND [flags])",
             "",
             "Trains small chat models: text -> tokenizer -> base model -> chat model -> better by its own answers.",
             "",
-            *lines,
+            *lines_of({name: command.summary for name, command in COMMANDS.items()}),
             "",
             f"  {PROG} COMMAND --help    flags of a command, with examples",
             f"  {PROG} --version         versions and devices, for a bug report",

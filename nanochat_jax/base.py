@@ -73,6 +73,7 @@ def main(cfg: BaseConfig) -> int:
     plan = plan_of(cfg, model, mesh, recipe, start.recorded_attention())
     print_model(model, plan.groups, recipe)
     total = recipe.iterations
+    stretches = start.stretches(total, lambda first, last: steady_until(cfg, first, last), "num_iterations", print0)
 
     # Data: documents once through the tokenizer, a shard at a time, packed into full rows by plan
     with processes.process_zero_first("the data"):
@@ -102,9 +103,10 @@ def main(cfg: BaseConfig) -> int:
     def record(step: int) -> dict:
         """What fine-tuning inherits: the sizes in force, and the decay of the last step, as in nanochat's files."""
         groups = {name: dataclasses.asdict(group) for name, group in plan.groups.items()}
-        groups["matrix"]["weight_decay"] *= base_decay_multiplier(step - 1, total)
+        first, last = stretches[-1]
+        groups["matrix"]["weight_decay"] *= base_decay_multiplier(step - 1 - first, last - first)
         sizes = {"device_batch_size": plan.rows_per_device, "total_batch_size": plan.batch.tokens_per_step}
-        return {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes}
+        return {"optimizer_groups": groups, "max_seq_len": cfg.max_seq_len, **sizes, "stretches": stretches}
 
     train_step = plan.make_train_step()
     opened = open_row_run(
@@ -112,22 +114,27 @@ def main(cfg: BaseConfig) -> int:
     )
     with opened as (run, batches):
         for step, state in run.steps():
-            scalars = schedule(cfg, step, total)
+            scalars = schedule(cfg, step, *stretches[-1])
             state, metrics = train_step(state, next(batches), scalars)
             epoch = rows.epoch(rows_before(start, plan, step + 1) - 1)
             run.record(state, metrics, lr_multiplier=scalars["lr_multiplier"], epoch=epoch)
     return exit_code(run)
 
 
-def schedule(cfg: BaseConfig, step: int, total: int) -> dict[str, float]:
-    """The scalars that the optimizer takes at a step, counted from 0; total: steps of the run."""
+def schedule(cfg: BaseConfig, step: int, first: int, last: int) -> dict[str, float]:
+    """The scalars that the optimizer takes at a step, counted from 0, of the stretch from step `first` to `last`."""
     return base_scalars(
-        step,
-        total,
+        step - first,
+        last - first,
         warmup_steps=cfg.warmup_steps,
         warmdown_ratio=cfg.warmdown_ratio,
         final_lr_frac=cfg.final_lr_frac,
     )
+
+
+def steady_until(cfg: BaseConfig, first: int, last: int) -> int:
+    """The step of a stretch up to which rates have not begun to fall."""
+    return last - round(cfg.warmdown_ratio * (last - first))
 
 
 def plan_of(
@@ -144,7 +151,7 @@ def plan_of(
         mesh,
         batch=row_batch_shape(cfg, mesh),
         loss=TokenLoss(),
-        scalars=tuple(schedule(cfg, 0, 1)),
+        scalars=tuple(schedule(cfg, 0, 0, 1)),
         groups=groups_of(cfg, model.n_embd, recipe),
         attention=attention,
         packed=cfg.document_mask,

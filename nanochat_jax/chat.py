@@ -23,6 +23,7 @@ from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import compute_dtype, start_device
 from nanochat_jax.cli.settings import check_bounds, require
+from nanochat_jax.cli.terminal import typing_unseen
 from nanochat_jax.cli.waiting import saying
 from nanochat_jax.flags.chat import ChatConfig
 from nanochat_jax.inference.engine import Engine, text_pieces
@@ -64,6 +65,7 @@ class History:
         return before - len(self.turns)
 
     def prompt(self, question: list[int]) -> list[int]:
+        """The token ids of the chat so far and of the question."""
         return [self.tokenizer.bos, *itertools.chain(*self.turns), *question]
 
     def add(self, question: list[int], answer: Iterable[int]) -> None:
@@ -174,7 +176,7 @@ class Chat:
         self.asked += 1
         stream = self.engine.stream(self.params, prompt, self.sampling, seed=seed)
         try:
-            with watching_interrupts() as watch, contextlib.closing(stream):
+            with typing_unseen(), watching_interrupts() as watch, contextlib.closing(stream):
                 with self.notes.status(wait):
                     first = list(itertools.islice(stream, 1))
                 for text, is_call in answer.pieces(watch(itertools.chain(first, stream))):
@@ -194,10 +196,12 @@ class Chat:
         return not stopped
 
     def write(self, text: str) -> None:
+        """Print a piece of the answer at once."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def note(self, sentence: str, style: str = NOTE_STYLE) -> None:
+        """A sentence about the chat, on standard error."""
         self.notes.print(Text(f"({visible(sentence, '')})", style), soft_wrap=True)
 
     def talk(self) -> None:
@@ -256,7 +260,8 @@ def main(cfg: ChatConfig) -> int:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     require(sys.stdout is not None, "standard output is closed: there is nowhere to print an answer to")
-    with contextlib.redirect_stdout(sys.stderr), saying("reading the model"):  # a warning is no part of an answer
+    to_stderr = contextlib.redirect_stdout(sys.stderr)  # a warning is no part of an answer
+    with typing_unseen(), to_stderr, saying("reading the model"):
         engine, params, found = load_model(cfg)
     chat = Chat(engine, params, sampling, cfg.seed)
     if cfg.source == "base":

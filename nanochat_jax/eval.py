@@ -1,10 +1,11 @@
 """Evaluation of a model on tasks: accuracies with intervals, and ChatCORE. Settings and examples: flags/eval.py."""
 
 import dataclasses
+import datetime
 import json
 import os
 import time
-from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -18,7 +19,7 @@ from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import choose_attention, compute_dtype, describe_device, start_device
 from nanochat_jax.cli.settings import check_bounds, require
-from nanochat_jax.cli.waiting import saying
+from nanochat_jax.cli.waiting import Silence, saying
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
@@ -28,7 +29,7 @@ from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.files import bucket
 from nanochat_jax.files.json_numbers import finite_or_null
-from nanochat_jax.files.paths import base_dir, write_atomically
+from nanochat_jax.files.paths import base_dir, output_dir, write_atomically, write_to
 from nanochat_jax.flags.eval import EvalConfig
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
@@ -85,6 +86,7 @@ def main(cfg: EvalConfig) -> int:
     """Evaluate -> the exit code, 0."""
     sampling = check(cfg)
     task_names(cfg.task_name)  # a wrong name is found before anything is loaded
+    write_to(cfg.output_dir)
     start_device(cfg.device_type, cfg)
     mesh = make_mesh(cfg.mesh or "")
     check_attention_backend(cfg.attention, mesh, packed=False)
@@ -119,8 +121,11 @@ def main(cfg: EvalConfig) -> int:
     )
 
     # One task after the other; after each, --json has the numbers so far
+    kept = place_beside(cfg.source, found)
     report = {
         "model": str(found),
+        "checkpoint": find.identity(found),
+        "time": round(time.time(), 3),
         "source": cfg.source,
         "step": found.step,
         "dtype": dtype.name,
@@ -131,7 +136,7 @@ def main(cfg: EvalConfig) -> int:
         "not_run": not_run,
         "versions": store.versions(),
     }
-    console = Console(quiet=processes.index() > 0)
+    console, silence = Console(quiet=processes.index() > 0), Silence()
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         jax.set_mesh(own),
@@ -141,6 +146,13 @@ def main(cfg: EvalConfig) -> int:
         params = jax.device_put(params, param_shardings(params, own))
         for eval_set in eval_sets:
             bar = bars.add_task(eval_set.name, total=len(eval_set.prompts))
+
+            def progress(done: int, total: int, name: str = eval_set.name, bar=bar) -> None:
+                bars.update(bar, completed=done, total=total)
+                if not console.is_terminal and silence.over():
+                    print_line(console, f"{name}: {done:,} of {total:,}")
+                    silence.begin()
+
             began = time.perf_counter()
             result = evaluator.evaluate(
                 params,
@@ -148,18 +160,52 @@ def main(cfg: EvalConfig) -> int:
                 sampling,
                 samples=cfg.num_samples,
                 seed=cfg.seed,
-                progress=lambda done, total, bar=bar: bars.update(bar, completed=done, total=total),
+                progress=progress,
             )
             bars.remove_task(bar)
             record = report["tasks"][eval_set.name] = make_record(eval_set, result, time.perf_counter() - began)
             print_line(console, f"{eval_set.name}: {summary(record)}")
+            silence.begin()
             save(cfg.json, report)
     accuracies = {name: record["accuracy"]["value"] for name, record in report["tasks"].items()}
     report["chatcore"] = chatcore(accuracies)
     report["chatcore_with_spelling"] = chatcore(accuracies, WITH_SPELLING)
     save(cfg.json, report)
     print_table(console, report)
+    keep(kept, report)
     return 0
+
+
+def place_beside(source: str, found: find.Found) -> Any:
+    """A new file for the result in the model's folder, of the directory that is written to; None, and said so, where
+    that cannot be written. On process 0; None on others."""
+    if processes.index():
+        return None
+    folder = output_dir() / store.SOURCES[source] / found.tag
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = bucket.in_bucket(folder) or os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        print0(f"NOTE: {folder} cannot be written to, so the result is not kept there (--output-dir: in another place)")
+        return None
+    return folder / f"eval_{found.step:06d}_{datetime.datetime.now():%Y-%m-%dT%H-%M-%S-%f}.json"
+
+
+def keep(path: Any, report: dict) -> None:
+    """The whole result in the model's folder; that it cannot be written there is a sentence, as it was printed."""
+    if path is None:
+        return
+    try:
+        save(path, report)
+    except Exception as e:
+        reason = (e.strerror or str(e)) if isinstance(e, OSError) else bucket.error_text(e)
+        if reason is None:
+            raise
+        print0(f"NOTE: the result is not kept: {path}: {reason}")
+    else:
+        print0(f"The result is in {path}")
 
 
 def make_record(eval_set: EvalSet, result: EvalResult, seconds: float) -> dict:
@@ -231,8 +277,8 @@ def print_line(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def save(path: Path | None, report: dict) -> None:
-    """The report so far as --json, by process 0."""
+def save(path: Any, report: dict) -> None:
+    """The report so far as the file of this path, by process 0; nothing for None."""
     if path and not processes.index():
         write_atomically(path, (json.dumps(finite_or_null(report), allow_nan=False) + "\n").encode())
 

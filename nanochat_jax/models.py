@@ -21,6 +21,7 @@ from nanochat_jax.flags.models import ModelsConfig
 from nanochat_jax.interop.nanochat_model import model_file
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.reports.runs import evaluated
 
 MEASURED = ("val_bpb", "chatcore", "pass@1")  # what is shown, where it was measured
 WIDE = 200  # columns of a file or pipe
@@ -70,6 +71,7 @@ def describe(found: find.Found) -> dict[str, Any]:
     config = find.load_config(found) if not found.ours else GPTConfig(**meta["model_config"])
     facts["parameters"] = parameter_counts(config)["total"]
     facts["measured"] = {name: meta[name] for name in MEASURED if isinstance(meta.get(name), int | float)}
+    facts["evaluated"] = evaluated(found.folder, find.identity(found))
     if found.ours and settings.get("output_tag", 0) != 0 and settings.get("model_tag"):  # sft and rl have an output_tag
         facts["from"] = f"{settings.get('source', 'base')} {settings['model_tag']}, step {settings.get('model_step')}"
     return facts
@@ -94,6 +96,8 @@ def cells(model: dict[str, Any]) -> list[str]:
         shown += f" of {total:,}"
     when = datetime.datetime.fromtimestamp(model["saved"]).strftime("%Y-%m-%d %H:%M")
     measured = ", ".join(f"{name} {value:.4g}" for name, value in model.get("measured", {}).items())
+    if shares := model.get("evaluated"):
+        measured += f"{'; ' * bool(measured)}eval: {', '.join(f'{task} {share:.1%}' for task, share in shares.items())}"
     origin = model.get("from") or ("nanochat" if model["format"] == "nanochat" else "")
     return [
         *(model["stage"], model["tag"], shown),

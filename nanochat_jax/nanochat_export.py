@@ -16,7 +16,7 @@ from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.checkpoints.find import check_tokenizer
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import require
+from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files.paths import base_dir
 from nanochat_jax.files.torch_write import write_pt
@@ -31,7 +31,7 @@ from nanochat_jax.tokenizer import Tokenizer
 def main(cfg: ExportConfig) -> int:
     """Export -> the exit code."""
     require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
-    require(cfg.dtype in nanochat_write.EMBEDDING_TYPES, f"--dtype must be float32 or bfloat16, got {cfg.dtype!r}")
+    check_bounds(cfg)
     found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step, optimizer=cfg.optimizer)
     root = cfg.output.expanduser().absolute() / store.SOURCES[cfg.source]
     tag = cfg.output_tag or f"d{find.peek_meta(found)['model_config']['n_layer']}"

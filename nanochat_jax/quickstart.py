@@ -32,7 +32,7 @@ from nanochat_jax import base, chat, report, rl, sft
 from nanochat_jax.checkpoints import find
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
-from nanochat_jax.cli.settings import require
+from nanochat_jax.cli.settings import check_bounds
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
@@ -75,7 +75,7 @@ RL = (
 
 def main(cfg: QuickstartConfig) -> int:
     """Run all stages -> the exit code: 0, or that of the stage that was stopped."""
-    require(0 <= cfg.seed < 2**31, f"--seed must be from 0 to {2**31 - 1}, got {cfg.seed}")
+    check_bounds(cfg)
     folder, began = new_folder(cfg.output), time.perf_counter()
     os.environ["NANOCHAT_BASE_DIR"] = str(folder.absolute())
     tour = Tour(Console(file=sys.stdout, highlight=False), folder, cfg.seed)
@@ -182,13 +182,16 @@ class Tour:
     seed: int
 
     def say(self, text: str, style: str = "") -> None:
+        """Print a line, however long."""
         self.console.print(Text(text, style), soft_wrap=True)
 
     def heading(self, title: str, why: str) -> None:
+        """Begin a stage, and say what it is for."""
         self.say("")
         self.say(f"{title}: {why}.", "bold")
 
     def done(self, what: str, began: float) -> None:
+        """Say what a stage has done, and how long that took since `began`, of time.perf_counter."""
         self.say(f"{what} ({time.perf_counter() - began:.0f} s)")
 
     def command(self, module: str, flags: tuple[str, ...]) -> str:
@@ -255,6 +258,7 @@ class Tee(io.TextIOBase):
         self.file, self.on_line, self.rest = file, on_line, ""
 
     def write(self, text: str) -> int:
+        """Write to the file, and give the function what has become a whole line."""
         self.file.write(text)
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
@@ -262,6 +266,7 @@ class Tee(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
+        """Write to the disk what is not there yet."""
         if not self.file.closed:  # at the end of the process this one may be closed after it
             self.file.flush()
 

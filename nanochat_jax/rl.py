@@ -71,9 +71,7 @@ def main(cfg: RLConfig) -> int:
     processes.agree("the task", {"task": task_digest})  # also how each rewards
     total = cfg.num_steps if cfg.num_steps > 0 else len(task) // cfg.examples_per_step * cfg.num_epochs
     require(total > 0, f"{task.name} has {len(task)} problems, fewer than --examples-per-step={cfg.examples_per_step}")
-    stretches = start.stretches(total, lambda first, last: first, "num_steps")  # rates fall from the first step on
-    if stretches[:-1]:
-        print0(f"Stretches of the run, each with its own schedule: steps {stretches}")
+    stretches = start.stretches(total, lambda first, last: first, "num_steps", print0)  # rates fall from the first step
     step_draws = cfg.examples_per_step * (RESAMPLE_ROUNDS if cfg.resample else 1)
     prompts = PromptStream(task, tokenizer, cfg.seed, total * step_draws)
     start.check_data(prompts.fingerprint(start.record.get("total_steps", total) * step_draws))

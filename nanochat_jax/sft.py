@@ -65,9 +65,7 @@ def main(cfg: SFTConfig) -> int:
     with processes.process_zero_first("the validation data"):
         held_out_rows = validation_rows(held_out, cfg, plan, tokenizer)
     total = cfg.num_iterations if cfg.num_iterations > 0 else -(-rows.plan(0).n_rows // plan.batch.rows_per_step)
-    stretches = start.stretches(total, lambda first, last: steady_until(cfg, first, last), "num_iterations")
-    if stretches[:-1]:
-        print0(f"Stretches of the run, each with its own schedule: steps {stretches}")
+    stretches = start.stretches(total, lambda first, last: steady_until(cfg, first, last), "num_iterations", print0)
 
     # Train
     with saying("placing the model on the devices"):

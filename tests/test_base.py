@@ -83,8 +83,7 @@ def test_every_column_of_metrics_is_told_in_the_documentation(trained):
 
 def test_the_console_tells_what_follows_from_the_depth(trained):
     for part in (
-        "Tokens per micro-batch: 1 x 64 = 64",
-        "Total batch size 512 => gradient accumulation steps: 8",
+        "Total batch size: 512 tokens, as 8 micro-batches of 1 x 64",
         "Model: depth 2, width 64, 2 heads of 32, windows 128, 64, vocabulary 265",
         "6 steps of 512 tokens from --num-iterations=6: 3,072 tokens, ",
         "Learning rates x 0.0312 for this batch, Muon's weight decay ",
@@ -135,7 +134,7 @@ def test_sft_finds_it_goes_on_from_its_optimizer_and_keeps_the_last_decay(base, 
     argv = [*tiny.FLAGS, "--custom-json", str(base / "train.jsonl"), "--num-iterations", "2", "--eval-every", "-1"]
     assert run([*argv, "--mesh", "data=1"], sft, sft.SFTConfig) == 0
     said = capsys.readouterr().out
-    for line in (f"Base model: {trained[0]}/6", "Inherited total_batch_size=512", "Loaded the base model's optimizer"):
+    for line in (f"Base model: {trained[0]}/6", "total_batch_size 512", "Loaded the base model's optimizer"):
         assert line in said
     folder = base / "chatsft_checkpoints" / "d2"
     ours, theirs = (store.read_meta(f)["optimizer_groups"] for f in (folder / "2", trained[0] / "6"))
@@ -158,6 +157,32 @@ def test_a_resumed_run_ends_bit_identical(trained, capsys):
     assert f"Resuming {folder} from step 2" in capsys.readouterr().out
     assert differing(folder, trained[0]) == []
     assert losses(folder) == losses(trained[0])
+
+
+def test_a_run_is_made_longer_by_a_stretch_with_its_own_schedule_and_ends_the_same_if_that_is_interrupted(
+    trained, capsys
+):
+    folder = copy_of(trained, "longer", [6])
+    longer = ["--resume", "--mesh", "data=1", "--model-tag"]
+    assert run([*longer, "longer", "--num-iterations", "9"]) == 0
+    assert "Stretches of the run, each with its own schedule: steps 0 to 6, 6 to 9" in capsys.readouterr().out
+    assert (losses(folder) | losses(trained[0]), len(losses(folder))) == (losses(folder), 9)
+    meta = store.read_meta(folder / "9")
+    assert (meta["stretches"], meta["total_steps"], meta["rows_consumed"]) == ([[0, 6], [6, 9]], 9, 72)
+    multipliers = [r["lr_multiplier"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert multipliers[6:] == [1.0, 1.0, pytest.approx((1 + 0.05) / 2)]  # round(0.65 * 3) steps of them fall
+    decay = [store.read_meta(folder / step)["optimizer_groups"]["matrix"]["weight_decay"] for step in ("6", "8", "9")]
+    cosines = [0.5 * (1 + math.cos(math.pi * done)) for done in (5 / 6, 1 / 3, 2 / 3)]  # of each stretch from its start
+    assert [d / decay[0] for d in decay] == pytest.approx([c / cosines[0] for c in cosines])
+
+    interrupted = copy_of((folder, ""), "interrupted", [8])
+    assert run([*longer, "interrupted"]) == 0
+    assert differing(interrupted, folder, 9) == [] and losses(interrupted) == losses(folder)
+    copy_of(trained, "falling", [4])
+    assert (
+        "--num-iterations: the run in" in (said := run([*longer, "falling", "--num-iterations", "9"]))
+        and "before step 2, from which its rates fall, or when it has ended, at step 6" in said
+    )
 
 
 def test_eight_devices_train_like_one(base, trained):
@@ -216,7 +241,7 @@ def test_a_damaged_shard_costs_no_step_and_can_be_repaired(base, tmp_path, monke
     pq.write_table(whole, folder / "shard_00001.parquet")
     monkeypatch.chdir(base)  # the folder was given relative to another one, and is not given again
     assert run(["--resume", "--model-tag", "damaged", "--mesh", "data=1"]) == 0
-    assert f"Inherited data_dir={folder} from the checkpoint" in capsys.readouterr().out
+    assert f"data_dir {folder}" in capsys.readouterr().out
     assert list(losses(checkpoints)) == list(range(1, 10))
     pq.write_table(whole.slice(1), folder / "shard_00001.parquet")
     assert "has changed since step 9" in run(["--resume", "--model-tag", "damaged"])
@@ -233,7 +258,7 @@ def test_a_batch_that_was_rounded_for_the_devices_stays_when_they_change(base, m
     assert total % (8 * 48) == 0 and f"1 steps of {total:,} tokens from --num-iterations=1" in said
     monkeypatch.setattr(stage, "print_model", lambda *args: require(False, "enough is known"))
     assert run(["--resume", "--model-tag", "odd", "--mesh", "data=1"]) == "error: enough is known"
-    assert f"Total batch size {total:,} => " in capsys.readouterr().out
+    assert f"Total batch size: {total:,} tokens, as " in capsys.readouterr().out
 
 
 def test_a_run_is_not_overwritten_unless_told_so(base, trained):

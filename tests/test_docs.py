@@ -14,11 +14,11 @@ import pytest
 
 from nanochat_jax import base, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, sft
 from nanochat_jax.cli.command_line import parse
+from nanochat_jax.flags.tokenizer import Eval, Show, Train
 from nanochat_jax.tasks import CustomJSON
 from nanochat_jax.tasks.chat_forms import message_fault
 from nanochat_jax.tasks.registry import TASKS
 from nanochat_jax.tasks.task import load_task
-from nanochat_jax.tokenizer.__main__ import Eval, Show, Train
 from tests.support import tiny
 from tests.support.commands import run_command
 from tools.check import readme_walk as walk

@@ -3,9 +3,11 @@
 import functools
 import itertools
 import json
+import os
 import sys
 import time
 import types
+from pathlib import Path
 
 import jax
 import jax.monitoring
@@ -16,6 +18,7 @@ import pytest
 from flax import nnx
 
 from nanochat_jax import eval as evaluation
+from nanochat_jax.checkpoints import find
 from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import processes, sharding
 from nanochat_jax.distributed.signals import Interrupted
@@ -324,9 +327,13 @@ def test_all_tasks_run_and_the_file_tells_what_the_table_shows(datasets, tmp_pat
     monkeypatch.setattr(HumanEval, "evaluate", lambda self, conversation, answer: 1)
     file = tmp_path / "new" / "numbers.json"
     argv = [*SHORT, *THREE, "--data-dir", str(datasets), "--json", str(file)]
+    monkeypatch.setattr("nanochat_jax.cli.waiting.INTERVAL", -1.0)  # a line each time, in place of now and then
     assert run(*argv) == 0
     out, report = capsys.readouterr().out, json.loads(file.read_text())
     assert list(report["tasks"]) == list(registry.TASKS) and report["not_run"] == {}
+    (kept,) = (Path(line.removeprefix("The result is in ")) for line in out.splitlines() if "The result is in " in line)
+    assert json.loads(kept.read_text()) == report and kept.parent == Path(report["model"]).parent
+    assert "\nMMLU: 2 of 2\n" in out and "\nGSM8K: 6 of 6\n" in out  # problems, or answers, that are done
     assert report["model"].endswith("base_checkpoints/d2/7") and report["step"] == 7
     accuracies = {name: task["accuracy"]["value"] for name, task in report["tasks"].items()}
     assert accuracies["HumanEval"] == 1.0 and report["tasks"]["HumanEval"]["right"] == [3, 3]
@@ -341,6 +348,31 @@ def test_all_tasks_run_and_the_file_tells_what_the_table_shows(datasets, tmp_pat
             ("pass_at" in task) == (task["kind"] == "generated") == (name not in ("ARC-Easy", "ARC-Challenge", "MMLU"))
         )
     assert run(*argv) == f"error: --json {file} exists: name a new file"
+
+
+def test_each_result_has_a_new_file_in_the_models_folder_or_in_that_of_the_output_dir(tmp_path, monkeypatch):
+    model = find.Found(tmp_path / "base_checkpoints" / "mine", 7, True)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    one, other = (evaluation.place_beside("base", model) for _ in range(2))
+    assert one != other and one.parent == other.parent == model.folder and one.name.startswith("eval_000007_")
+    monkeypatch.setenv("NANOCHAT_OUTPUT_DIR", str(tmp_path / "out"))
+    assert evaluation.place_beside("sft", model).parent == tmp_path / "out" / "chatsft_checkpoints" / "mine"
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_sentence_and_no_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    model = find.Found(tmp_path / "base_checkpoints" / "mine", 7, True)
+    place = evaluation.place_beside("base", model)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert evaluation.place_beside("base", model) is None
+    (tmp_path / "chatsft_checkpoints").touch()  # where a folder must be
+    assert evaluation.place_beside("sft", model) is None
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"NOTE: {model.folder} cannot be written to") and "--output-dir" in second
+    evaluation.keep(None, {})
+    evaluation.keep(tmp_path / "chatsft_checkpoints" / "mine" / place.name, {})  # as where the disk is full
+    assert capsys.readouterr().out.startswith("NOTE: the result is not kept: ")
 
 
 def test_a_task_that_cannot_be_run_is_left_out_of_all_tasks_with_its_reason(tmp_path, capsys, monkeypatch):
@@ -463,7 +495,9 @@ def test_measured_in_training_with_limits_and_compiled_once(params, datasets, mo
         log=said.append,
     )
     assert said == []
-    found = measure(params)
+    parts = []
+    found = measure(params, lambda done, total, part: parts.append((part, total)))
+    assert set(parts) == {(name, 2 if name in CHOICE else 1) for name in chatcore.WITH_SPELLING}
     accuracies = {name.removeprefix("chatcore/"): v for name, v in found.items() if name.startswith("chatcore/")}
     assert accuracies.keys() == chatcore.WITH_SPELLING.keys()
     assert all(accuracies[name] in (0, 0.5, 1) for name in CHOICE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 
 import nanochat_jax
 from nanochat_jax import __main__ as front
+from nanochat_jax.cli.help import help_text
 from nanochat_jax.flags.commands import COMMANDS
 from nanochat_jax.flags.rl import ADVANTAGES
+from nanochat_jax.flags.tokenizer import COMMANDS as inner
 from nanochat_jax.rollouts import objective
 
 ROOT = Path(__file__).parents[1]
@@ -42,16 +45,44 @@ def test_the_summaries_are_those_of_readme():
             assert re.search(rf"(?m)^  {name}\.py +{re.escape(command.summary)}$", readme), name
 
 
-@pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.settings])
-def test_help_is_the_same_by_both_ways_and_loads_no_jax(command):
-    code = f"import sys; sys.argv[1:] = [{command!r}, '--help']; import nanochat_jax.__main__ as m\n"
-    code += "try: m.main()\nexcept SystemExit: pass\nprint('jax' in sys.modules, file=sys.stderr)"
+@pytest.mark.parametrize("command", [*COMMANDS, "tokenizer show"])
+def test_help_is_the_same_by_both_ways_and_loads_nothing_heavy(command):
+    code = f"import sys; sys.argv[1:] = {[*command.split(), '--help']}; import nanochat_jax.__main__ as m\n"
+    code += "try: m.main()\nexcept SystemExit: pass\n"
+    code += "print({'jax', 'numpy', 'pyarrow', 'tiktoken'} & {*sys.modules}, file=sys.stderr)"
     ours = run(sys.executable, "-c", code)
-    assert ours.stderr.splitlines()[-1] == "False", ours.stderr
-    module = run(sys.executable, "-m", f"nanochat_jax.{command}", "--help")
+    assert ours.stderr.splitlines()[-1] == "set()", ours.stderr
     usual = f"python -m nanochat_jax.{command}"
+    module = run(sys.executable, "-m", *f"nanochat_jax.{command} --help".split())
     assert module.returncode == 0 and module.stdout == ours.stdout.replace(f"nanochat-jax {command}", usual)
     assert usual in module.stdout
+
+
+def test_every_flag_of_every_command_has_a_group_and_help_and_every_command_examples():
+    classes = [command.settings_class(name) for name, command in COMMANDS.items() if command.settings]
+    for cls in (*classes, *inner.values()):
+        without = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.name != "given" and not (field.metadata.get("group") and field.metadata.get("help"))
+        ]
+        assert without == [] and "\npython -m nanochat_jax." in inspect.getdoc(cls), cls
+
+
+def test_what_must_be_given_and_what_is_given_by_its_place_is_told():
+    imports = help_text(COMMANDS["nanochat_import"].settings_class("nanochat_import"), "import", 100)
+    assert imports.startswith("usage: import [flags] SRC\n") and imports.count("(must be given)") == 2
+    reports = help_text(COMMANDS["report"].settings_class("report"), "report", 100)
+    assert reports.startswith("usage: report [flags] [FOLDERS ...]\n") and "--folders" not in reports
+
+
+def test_a_command_of_the_tokenizer_that_is_not_there_is_answered_with_those_that_are(capsys):
+    with pytest.raises(SystemExit, match=r"error: there is no command 'shwo'; did you mean show\? See .* --help"):
+        front.main(["tokenizer", "shwo"])
+    with pytest.raises(SystemExit) as ended:
+        front.main(["tokenizer"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"\n  {name} " in said for name in inner)
 
 
 def test_groups_come_in_order_with_choices_defaults_and_examples():

@@ -6,9 +6,11 @@ import os
 import pytest
 
 from nanochat_jax import models
+from nanochat_jax.checkpoints import find
 from nanochat_jax.checkpoints.store import write
 from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.flags.models import ModelsConfig
+from tests.reports.folders import result
 from tests.support import tiny
 from tests.support.models import random_params
 
@@ -41,6 +43,24 @@ def test_models_of_both_formats_are_listed_with_their_facts(base, capsys):
     assert models.main(ModelsConfig()) == 0
     said = capsys.readouterr().out
     assert "3, 5 of 9" in said and "val_bpb" in said and "nanochat" in said and "d9" not in said
+
+
+def test_what_eval_has_kept_of_a_model_is_shown_the_newest_of_each_task(base, capsys):
+    folder = base / "chatsft_checkpoints" / "mine"
+    mine = find.identity(find.Found(folder, 5, True))
+    other = find.identity(find.Found(folder, 3, True))
+    for name, checkpoint, when, tasks in (
+        ("a", mine, 2, {"GSM8K": 0.5}),
+        ("b", mine, 1, {"GSM8K": 0.25, "MMLU": 0.125}),
+        ("c", other, 3, {"GSM8K": 0.75}),
+        ("d", mine.replace("mine", "overwritten"), 4, {"GSM8K": 0.875}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(result(5, **tasks) | {"checkpoint": checkpoint, "time": when}))
+    assert models.main(ModelsConfig(json=True)) == 0
+    theirs, ours = map(json.loads, capsys.readouterr().out.splitlines())
+    assert ours["evaluated"] == {"GSM8K": 0.5, "MMLU": 0.125} and theirs["evaluated"] == {}
+    assert models.main(ModelsConfig()) == 0
+    assert "val_bpb 1.25; eval: GSM8K 50.0%, MMLU 12.5%" in capsys.readouterr().out
 
 
 def test_a_damaged_model_is_a_line_and_not_the_end(base, capsys):

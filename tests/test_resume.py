@@ -229,8 +229,8 @@ def test_a_resumed_run_says_which_versions_have_changed(tmp_path, monkeypatch, c
 def test_a_run_is_made_longer_where_its_rates_have_not_begun_to_fall_or_it_has_ended(done, recorded, total, expected):
     start = Start(None, Path("mine"), "", record={"step": done, "total_steps": recorded[-1][1], "stretches": recorded})
     if isinstance(expected, list):
-        found = start.stretches(total, lambda first, last: (first + last) // 2, "num_iterations")
+        found = start.stretches(total, lambda first, last: (first + last) // 2, "num_iterations", str)
         assert found == expected
     else:
         with pytest.raises(ValueError, match=expected):
-            start.stretches(total, lambda first, last: (first + last) // 2, "num_iterations")
+            start.stretches(total, lambda first, last: (first + last) // 2, "num_iterations", str)

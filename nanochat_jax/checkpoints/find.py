@@ -43,6 +43,7 @@ class Found:
 
     @property
     def tag(self) -> str:
+        """The name of the model's folder."""
         return self.folder.name
 
     def __str__(self) -> str:
@@ -115,7 +116,8 @@ def last_saved(folder: Path) -> int | None:
     files = [folder / str(ours[-1]) / integrity.MANIFEST] if ours else []
     files += theirs[-1:]
     if bucket.in_bucket(folder):
-        return bucket.modified(folder) if files else None
+        objects = bucket.list_objects(folder) if files else {}
+        return max((objects[file.relative_to(folder).as_posix()].changed_ns for file in files), default=None)
     return max((file.stat().st_mtime_ns for file in files), default=None)
 
 

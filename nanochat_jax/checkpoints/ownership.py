@@ -52,6 +52,7 @@ class Lock:
     glance = check
 
     def release(self) -> None:
+        """Let another run have the folder."""
         for lock in self._held:
             lock.release()
 
@@ -82,6 +83,7 @@ class Token:
             self.check()
 
     def release(self) -> None:
+        """Let another run of this machine have the folder."""
         if self._here:
             self._here.release()
 

@@ -4,12 +4,12 @@ Precedence: flag > --config FILE.toml > what the checkpoint recorded > default.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import sys
 import tomllib
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -43,11 +43,7 @@ def parse[T](cls: type[T], argv: list[str] | None = None, prog: str | None = Non
     argv = sys.argv[1:] if argv is None else argv
     grouped = dataclasses.is_dataclass(cls) and any(f.metadata.get("group") for f in dataclasses.fields(cls))
     if grouped and not {"-h", "--help"}.isdisjoint(argv):
-        with contextlib.suppress(BrokenPipeError):  # --help | head
-            print(help_text(cls, prog), flush=True)
-            sys.exit(0)
-        write_nowhere()
-        sys.exit(0)
+        print_and_exit(help_text(cls, prog))
     finder = argparse.ArgumentParser(prog=prog, usage=f"{prog} [-h] [OPTIONS]", add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     file = finder.parse_known_args(argv)[0].config
@@ -63,6 +59,15 @@ def parse[T](cls: type[T], argv: list[str] | None = None, prog: str | None = Non
         return cfg
     given |= {_kebab_name(arg) for arg in from_file}
     return dataclasses.replace(cfg, given=frozenset(name.replace("-", "_") for name in given))
+
+
+def print_and_exit(text: str) -> NoReturn:
+    """Print what a command has been asked for instead of running; also into a pipe that is closed, as of `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        write_nowhere()
+    sys.exit(0)
 
 
 def _kebab_name(arg: str) -> str:

@@ -56,12 +56,13 @@ def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
 
 
 def describe_device(mesh: Mesh, log: Callable) -> float | None:
-    """Print the device -> peak bf16 FLOP/s of the whole mesh, None where it is unknown."""
+    """Print the device -> peak bf16 FLOP/s of the whole mesh, None where it is unknown, as of every CPU."""
     device = mesh.devices.flat[0]
     name = cpu_name() if device.platform == "cpu" else device.device_kind
     flops = peak_flops(name)
     kind = {"cpu": "CPU", "tpu": "TPU"}.get(device.platform, "GPU")
-    log(f"{kind}: {name} | Peak FLOPS (BF16): {f'{flops:.2e}' if flops else 'unknown'} | devices: {mesh.size}")
+    peak = f" | Peak FLOPS (BF16): {f'{flops:.2e}' if flops else 'unknown'}" if kind != "CPU" else ""
+    log(f"{kind}: {name}{peak} | devices: {mesh.size}")
     return flops * mesh.size if flops else None
 
 

@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from typing import get_args
 
-from nanochat_jax.cli.settings import GROUPS, flag, marks
+from nanochat_jax.cli.settings import GROUPS, flag, is_positional, marks
 
 INDENT, WIDEST = 28, 120  # columns: where explanations begin, and where lines end at most
 
@@ -17,7 +17,8 @@ def help_text(cls: type, prog: str, width: int | None = None) -> str:
     The class's docstring is the description, and what follows its first blank line is shown as it is: examples."""
     width = min(width or shutil.get_terminal_size((100, 24)).columns, WIDEST)
     description, _, examples = inspect.getdoc(cls).partition("\n\n")
-    parts = [f"usage: {prog} [flags]", textwrap.fill(" ".join(description.split()), width)]
+    places = [_place(field) for field in dataclasses.fields(cls) if is_positional(field)]
+    parts = [" ".join(["usage:", prog, "[flags]", *places]), textwrap.fill(" ".join(description.split()), width)]
     if examples:
         parts.append(f"examples\n{textwrap.indent(examples, '  ')}")
     shown = [field for field in dataclasses.fields(cls) if "group" in field.metadata]
@@ -35,9 +36,14 @@ def _lines(field: dataclasses.Field, width: int) -> str:
     if isinstance(field.default, bool):
         head, default = f"{', '.join(names)}, --no-{flag(field.name)[2:]}", "on" if field.default else "off"
     else:
-        head, default = f"{', '.join(names)} {_value(field)}", field.default
+        head = _place(field) if is_positional(field) else f"{', '.join(names)} {_value(field)}"
+        default = field.default
     text = field.metadata["help"]
-    if isinstance(default, tuple):
+    if default is dataclasses.MISSING:
+        text += " (must be given)"
+    elif isinstance(default, tuple) and is_positional(field):
+        text += " (any number)"
+    elif isinstance(default, tuple):
         text += " (may be given again)"
     elif default is not None:
         text += f" (default: {default})"
@@ -46,6 +52,12 @@ def _lines(field: dataclasses.Field, width: int) -> str:
     if len(head) > INDENT - 2:
         return "\n".join([head, *(" " * INDENT + line for line in body)])
     return "\n".join([head.ljust(INDENT) + body[0], *(" " * INDENT + line for line in body[1:])])
+
+
+def _place(field: dataclasses.Field) -> str:
+    """What stands for a setting that is given by its place: in brackets where it may be left out."""
+    name = field.name.upper()
+    return name if field.default is dataclasses.MISSING else f"[{name}{' ...' * isinstance(field.default, tuple)}]"
 
 
 def _value(field: dataclasses.Field) -> str:

@@ -37,6 +37,7 @@ AUTO = "auto"
 Resume = with_optional_value("run", "[auto]")  # AUTO: begins a new run where there is none to go on with
 # Groups of settings, in the order in which --help shows them: what is used most comes first.
 RUN = "model and run"
+OUTPUT = "output"
 DATA = "data"
 MODEL = "model"
 LENGTH = "length and batch"
@@ -45,7 +46,7 @@ OBJECTIVE = "objective"
 OPTIMIZATION = "optimization"
 EVALUATION = "evaluation and checkpoints"
 DEVICES = "devices and processes"
-GROUPS = (RUN, DATA, MODEL, LENGTH, ANSWERS, OBJECTIVE, OPTIMIZATION, EVALUATION, DEVICES)
+GROUPS = (RUN, OUTPUT, DATA, MODEL, LENGTH, ANSWERS, OBJECTIVE, OPTIMIZATION, EVALUATION, DEVICES)
 LARGEST = 2**31 - 1  # of an integer setting: JAX counts in int32
 
 # What --resume does with a setting. "same": the checkpoint's value goes on, and another one is refused, since it would
@@ -97,7 +98,7 @@ def setting(
     resume: OnResume = "same",
     group: str = "",
 ) -> Any:
-    """A field of a settings dataclass.
+    """A field of a settings dataclass; default: dataclasses.MISSING where it must be given.
 
     help: the flag's line in --help. group: title of the lines among which it stands there. bounds: what `check_bounds`
     demands of a value that is not None. inherited: the value of a field that is None, neither given nor recorded by the
@@ -110,6 +111,11 @@ def setting(
 def short(*names: str) -> Any:
     """Other names of a flag, such as one letter, as an annotation of its field."""
     return tyro.conf.arg(aliases=names)
+
+
+def is_positional(field: dataclasses.Field) -> bool:
+    """Whether the setting is given without its name, by its place among the words."""
+    return tyro.conf.Positional[int].__metadata__[0] in marks(field)
 
 
 def marks(field: dataclasses.Field) -> tuple:
@@ -147,11 +153,13 @@ def require(condition: bool, message: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------- from a checkpoint
-def inherit[T](cfg: T, recorded: Mapping[str, Any], log: Callable = print) -> T:
-    """Fill the settings that are inherited and None: from the checkpoint's record, else with their own fallback.
+def inherit[T](cfg: T, recorded: Mapping[str, Any], model: str, log: Callable = print) -> T:
+    """Fill the settings that are inherited and None: from what a model's checkpoint records, else with their fallback.
 
-    Every resolution is announced through `log`, also where a flag overrides what the base model was trained with.
+    model: what it is, such as "the base model". `log` is told in one line what comes from it, in another what is a
+    fallback, and of each flag that overrides what the model was trained with.
     """
+    inherited, fallbacks = {}, {}
     for field in dataclasses.fields(cfg):
         name, fallback = field.name, field.metadata.get("inherited")
         if fallback is None:
@@ -160,16 +168,21 @@ def inherit[T](cfg: T, recorded: Mapping[str, Any], log: Callable = print) -> T:
         if isinstance(theirs, bool) or not isinstance(theirs, int | type(fallback)):  # absent, or no number to use
             theirs = None
         if ours is None and theirs is not None:
-            cfg = dataclasses.replace(cfg, **{name: theirs})
-            log(f"Inherited {name}={theirs} from pretrained checkpoint")
+            inherited[name] = theirs
         elif ours is None:
-            cfg = dataclasses.replace(cfg, **{name: fallback})
-            log(f"Using {name}={fallback} (not recorded in pretrained checkpoint)")
+            fallbacks[name] = fallback
         elif theirs is not None and ours != theirs:
-            log(f"NOTE: {flag(name)}={ours} overrides pretrained value of {theirs}")
-        else:
-            log(f"Using {name}={ours}")
-    return cfg
+            log(f"NOTE: {flag(name)}={ours} overrides the {theirs} that {model} was trained with")
+    if inherited:
+        log(f"Inherited from {model}: {_listed(inherited)}")
+    if fallbacks:
+        log(f"Using the default of what {model} does not record: {_listed(fallbacks)}")
+    return dataclasses.replace(cfg, **inherited, **fallbacks)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    """The settings with their values, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def resumed_settings[T](cfg: T, recorded: Mapping[str, Any], another: str, log: Callable) -> T:
@@ -189,13 +202,14 @@ def resumed_settings[T](cfg: T, recorded: Mapping[str, Any], another: str, log: 
             continue
         if name not in cfg.given and ours == field.default:
             restored[name] = theirs
-            log(f"Inherited {name}={recorded[name]} from the checkpoint")
         elif on_resume in ("free", "longer"):
             log(f"NOTE: {flag(name)}={_to_json(ours)} overrides the checkpoint's value of {recorded[name]}")
         else:
             changed.append(f"{flag(name)} was {recorded[name]} and is {_to_json(ours)}")
     if changed:
         raise ValueError(f"--resume goes on with the same run, but {'; '.join(changed)}; use another {another}")
+    if restored:
+        log(f"Inherited from the checkpoint: {_listed({name: recorded[name] for name in restored})}")
     return dataclasses.replace(cfg, **restored)
 
 

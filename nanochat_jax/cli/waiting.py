@@ -1,4 +1,4 @@
-"""Long phases in which nothing is seen: a line says what is going on, and afterwards how long it took."""
+"""Long phases in which nothing is seen: lines say what is going on, and afterwards how long it took."""
 
 import contextlib
 import threading
@@ -8,6 +8,22 @@ from collections.abc import Callable, Iterator
 from nanochat_jax.distributed.processes import print0
 
 PATIENCE = 2.0  # seconds that nothing need be said
+INTERVAL = 20.0  # seconds between two lines about work that goes on, where there is no terminal
+
+
+class Silence:
+    """How long nothing has been said: `over` where it is time for another line about work that goes on."""
+
+    def __init__(self):
+        self.begin()
+
+    def begin(self) -> None:
+        """Something has been said just now."""
+        self._began = time.monotonic()
+
+    def over(self) -> bool:
+        """Whether nothing has been said for INTERVAL."""
+        return time.monotonic() > self._began + INTERVAL
 
 
 @contextlib.contextmanager

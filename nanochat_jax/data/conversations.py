@@ -110,6 +110,7 @@ class ConversationRows(PackedRows):
             )
 
     def rows_in_epoch(self, epoch: int) -> int:
+        """How many rows an epoch, counted from 0, is packed into."""
         return self.plan(epoch).n_rows
 
     def fingerprint(self) -> str:
@@ -146,6 +147,7 @@ class Chosen:
 
     @property
     def name(self) -> str:
+        """That of the task."""
         return self.task.name
 
     def __len__(self) -> int:
@@ -155,6 +157,7 @@ class Chosen:
         return self.task[int(self.numbers[i])]
 
     def fingerprint(self) -> str:
+        """Hash of the task and of which of its conversations these are."""
         return digest_of(self.task.fingerprint(), hashlib.sha256(self.numbers.tobytes()).hexdigest())
 
 

@@ -74,6 +74,7 @@ class Plan:
 
     @property
     def n_rows(self) -> int:
+        """How many rows are planned."""
         return len(self.row_offsets) - 1
 
     @property

@@ -58,10 +58,12 @@ class PackedRows(ABC):
         return {"data": self.fingerprint()}
 
     def section(self, number: int) -> Section:
+        """The section of this number, planned now where it is not yet."""
         with self._lock:  # else two threads could plan the same one
             return self._section(number)
 
     def plan(self, section: int) -> Plan:
+        """How the section of this number is packed."""
         return self.section(section).plan
 
     def locate(self, row: int) -> tuple[int, int]:

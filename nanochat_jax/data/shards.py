@@ -66,6 +66,7 @@ class Documents:
         return text
 
     def fingerprint(self) -> str:
+        """Hash of the file and of how its texts are rendered."""
         return digest_of(RENDERING, file_digest(self.path))
 
     @functools.cached_property

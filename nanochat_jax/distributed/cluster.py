@@ -30,6 +30,7 @@ class ClusterInfo:
 
     @property
     def host(self) -> str:
+        """The coordinator's name or address, without its port."""
         return self.coordinator.rpartition(":")[0].strip("[]")
 
     @property

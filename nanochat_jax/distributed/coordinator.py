@@ -50,6 +50,7 @@ class Peer:
         self._sending = threading.Lock()
 
     def send(self, **message: Any) -> None:
+        """Send a message of JSON values; nothing where the connection is closed."""
         with self._sending, contextlib.suppress(OSError):  # `receive` finds out that a connection is closed
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
@@ -109,6 +110,7 @@ class Coordinator(threading.Thread):
             ctypes.CDLL(None).signal(int(signal.SIGABRT), self._abort_handler)
 
     def exchange(self, what: str, value: Any) -> list[Any]:
+        """See `processes.exchange`."""
         number, self._exchange_number = self._exchange_number, self._exchange_number + 1
         self._request(exchange=number, what=what, value=value)
         with self._changed:
@@ -117,6 +119,7 @@ class Coordinator(threading.Thread):
 
     @contextlib.contextmanager
     def stopping_in_order(self) -> Iterator[None]:
+        """See `processes.stopping_in_order`."""
         self._in_order = True
         yield
         # A signal must not end the processes that are still inside, so all wait for each other here.
@@ -124,6 +127,7 @@ class Coordinator(threading.Thread):
         self._in_order = False
 
     def stop_here(self) -> bool:
+        """See `processes.stop_here`."""
         with self._changed:
             self._stop_calls += 1
             if not self.signal_number:
@@ -139,6 +143,7 @@ class Coordinator(threading.Thread):
         os._exit(1)
 
     def run(self) -> None:
+        """The thread: receive what the other processes send, and find out which of them is lost."""
         last_beat = 0.0
         while True:
             processes = {peer.socket: i for i, peer in self._peers.items() if not peer.closed}

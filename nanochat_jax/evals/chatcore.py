@@ -1,5 +1,6 @@
 """ChatCORE, nanochat's one number for a chat model: how far its accuracies are from guessing (0) to perfect (1)."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -48,9 +49,9 @@ def make_chatcore(
 
     measure gives chatcore, chatcore_cat (of the multiple-choice tasks alone), chatcore_with_spelling, and each task's
     accuracy as chatcore/<task>; of the means only those whose tasks can all be run, `log` says which cannot. All
-    processes must call it together. progress(problems done, problems in all) is called several times during a task; if
-    it raises Interrupted on one process, measure raises it on all. ValueError: a task is there on one process only, or
-    with fewer problems.
+    processes must call it together. progress(problems done, problems of the task, part=its name) is called several
+    times during a task; if it raises Interrupted on one process, measure raises it on all. ValueError: a task is there
+    on one process only, or with fewer problems.
     """
     eval_sets, problems = [], {}
     for name in WITH_SPELLING:
@@ -77,10 +78,13 @@ def make_chatcore(
     categorical = {name: baseline for name, baseline in BASELINES.items() if baseline}
     means = {"chatcore": BASELINES, "chatcore_cat": categorical, "chatcore_with_spelling": WITH_SPELLING}
 
-    def measure(params, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    def measure(params, progress: Callable[[int, int, str], None] | None = None) -> dict[str, float]:
+        results = {}
         with jax.set_mesh(own):
             params = own_copy(params, mesh, dtype)
-            results = {x.name: evaluator.evaluate(params, x, sampling, progress=progress) for x in eval_sets}
+            for eval_set in eval_sets:
+                of_task = functools.partial(progress, part=eval_set.name) if progress else None
+                results[eval_set.name] = evaluator.evaluate(params, eval_set, sampling, progress=of_task)
         accuracies = {name: result.accuracy.value for name, result in results.items()}
         found = {name: chatcore(accuracies, baselines) for name, baselines in means.items()}
         found |= {f"chatcore/{name}": accuracies.get(name) for name in WITH_SPELLING}

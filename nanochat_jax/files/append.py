@@ -22,6 +22,7 @@ class AppendedFile:
         return self.size > 0 and os.pread(self._descriptor, 1, self.size - 1) != b"\n"
 
     def truncate(self, size: int) -> None:
+        """Leave the first `size` bytes."""
         os.ftruncate(self._descriptor, size)
         self.size = size
 

@@ -171,13 +171,6 @@ def list_objects(folder: Any) -> dict[str, ObjectInfo]:
     return found
 
 
-def modified(folder: Any) -> int:
-    """When something in the folder changed last, in nanoseconds since 1970."""
-    if not in_bucket(folder):
-        return folder.stat().st_mtime_ns
-    return max((info.changed_ns for info in list_objects(folder).values()), default=0)
-
-
 def md5(path: Any) -> str:
     """The hash of a file here or there: "md5:" and what ObjectInfo has."""
     with path.open("rb") as file:

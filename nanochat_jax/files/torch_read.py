@@ -77,6 +77,7 @@ class Archive:
         self.arrays = {}
 
     def has(self, name: str) -> bool:
+        """Whether the archive has a record of this name."""
         return f"{self.root}/{name}" in self.infos
 
     def record(self, name: str, limit: int | None = None) -> memoryview:

@@ -41,6 +41,7 @@ class Pickle:
         self.storages: list[Tensor] = []
 
     def add(self, value: object) -> None:
+        """Append a value, see the class."""
         out = self.out
         if value is None or isinstance(value, bool):
             out += {None: b"N", True: b"\x88", False: b"\x89"}[value]

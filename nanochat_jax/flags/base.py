@@ -45,7 +45,11 @@ class BaseConfig(StageConfig):
     )
     max_seq_len: int = setting(2048, "tokens in a row", group=MODEL)
     num_iterations: int = setting(
-        -1, "optimizer steps", between(-1, LARGEST, "from 1 to 2147483647, or -1"), group=LENGTH
+        -1,
+        "optimizer steps; with --resume more than before",
+        between(-1, LARGEST, "from 1 to 2147483647, or -1"),
+        resume="longer",
+        group=LENGTH,
     )
     target_flops: float = setting(-1.0, "floating-point operations of the whole training", FINITE, group=LENGTH)
     target_param_data_ratio: float = setting(12.0, "tokens per parameter of matrices and lm_head", FINITE, group=LENGTH)

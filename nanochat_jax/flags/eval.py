@@ -34,7 +34,12 @@ class EvalConfig:
     step: Annotated[Maybe[int], short("-s", "--model-step")] = setting(
         None, "step of the model; default: its last", group=RUN
     )
-    json: Maybe[Path] = setting(None, "new file for all numbers", group=RUN)
+    json: Maybe[Path] = setting(
+        None, "new file for all numbers; they are also kept in a new file in the model's folder", group=RUN
+    )
+    output_dir: Maybe[Path] = setting(
+        None, "base directory that this and downloads are written to; default: the one that is read", group=RUN
+    )
     config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", group=RUN)
     task_name: Annotated[Maybe[str], short("-a")] = setting(
         None, 'such as "ARC-Easy|my_module:MyTask"; default: all tasks', group=DATA

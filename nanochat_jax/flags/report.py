@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from nanochat_jax.cli.settings import Maybe, between, setting, with_optional_value
+from nanochat_jax.cli.settings import OUTPUT, RUN, Maybe, between, setting, with_optional_value
 
 PORT = 8765
 Watch = with_optional_value(PORT, "[PORT]", int)
@@ -20,10 +20,13 @@ class ReportConfig:
     python -m nanochat_jax.report --watch                            # in the browser, and kept up to date
     """
 
-    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # of runs; default: all in the base directory
-    output: Maybe[Path] = None  # the page; default: report.html in the base directory
+    folders: tyro.conf.Positional[tuple[Path, ...]] = setting(
+        (), "of runs; default: all in the base directory", group=RUN
+    )
+    output: Maybe[Path] = setting(None, "the page; default: report.html in the base directory", group=OUTPUT)
     watch: Watch = setting(
         None,
         f"instead of writing the page serve it to this machine, as runs go on; at port {PORT}, or at any for 0",
         between(0, 65535, "a port from 0 to 65535"),
+        group=OUTPUT,
     )

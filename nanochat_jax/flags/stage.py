@@ -59,7 +59,7 @@ class StageConfig:
     )
     verbose: bool = setting(
         False,
-        "print how every parameter is split over the devices, and the time of every attention backend",
+        "print the parameters by kind, how each is split over the devices, and the time of every attention backend",
         resume="own",
         group=DEVICES,
     )

@@ -45,6 +45,7 @@ class ChatModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The model's."""
         return self.engine.tokenizer
 
     def prompt(self, question: str | Sequence[dict]) -> list[int]:

@@ -66,6 +66,7 @@ class SampleInProgress:
 
     @property
     def finished(self) -> bool:
+        """Whether it has ended, or has no room for a further token."""
         return self.ended or self.remaining == 0
 
     def extend(self, tokens: list[int], logprobs: list[float], policy_logprobs: list[float]) -> None:
@@ -100,6 +101,7 @@ class SampleInProgress:
             self.block.append(token)
 
     def finish(self) -> Sample:
+        """What there is of it, as arrays."""
         return Sample(
             np.asarray(self.tokens, np.int32),
             np.asarray(self.mask, np.uint8),

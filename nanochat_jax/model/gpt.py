@@ -72,10 +72,12 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
+        """H, the width of an attention head."""
         return self.n_embd // self.n_head
 
     @property
     def kv_dim(self) -> int:
+        """K x H, the width of a token's keys."""
         return self.n_kv_head * self.head_dim
 
     def has_value_embed(self, layer: int) -> bool:

@@ -17,6 +17,13 @@ FINE = 1000  # a curve's coordinates are whole numbers, so many to a unit: short
 DOTS = 30  # a curve with so few points shows each of them
 TINY = 1e-300  # smaller values are drawn as 0
 STYLES = 4  # strokes that tell a run's metrics apart
+MARKS = (  # shapes around points of a curve, which tell runs of one colour apart; in the style sheet --mark<n>
+    "",
+    "m-2600 0a2600 2600 0 1 0 5200 0a2600 2600 0 1 0-5200 0z",
+    "m0-3400l3200 5600h-6400z",
+    "m0-3400l3400 3400-3400 3400-3400-3400z",
+)
+MARKED = 6  # points of a curve that have one
 
 Points = Sequence[tuple[int, float]]
 
@@ -30,6 +37,7 @@ class Curve(NamedTuple):
     style: int = 0  # stroke: 0 solid, others dashed
     faint: bool = False  # the background of another curve
     interval: Sequence[tuple[int, float, float]] = ()  # (step, low, high), shaded
+    mark: int = 0  # index in MARKS
 
 
 class Axis(NamedTuple):
@@ -83,6 +91,9 @@ def chart(title: str, curves: Sequence[Curve], log: bool = False) -> str:
         if len(points) <= DOTS:
             dots = "".join(f"M{across} {down}h0" for across, down in points)
             shapes[1 if curve.faint else 2] += f"<path class='{kind} dots' d='{dots}'/>"
+        if curve.mark and not curve.faint:
+            marks = "".join(f"M{across} {down}{MARKS[curve.mark]}" for across, down in spread(points, curve.run))
+            shapes[2] += f"<path class='run{curve.run} marks' d='{marks}'/>"
     scale = f"translate({left:.1f} {TOP}) scale({1 / FINE})"
     axes = f"data-x='{x.low} {x.high}' data-y='{y.low} {y.high}' data-size='{width * FINE:.0f} {height * FINE}'"
     return (
@@ -99,6 +110,12 @@ def path(points: Iterable[tuple[int, int]]) -> str:
         data.append(f"{' ' if n else 'l'}{next_across - across} {next_down - down}")
         across, down = next_across, next_down
     return "".join(data)
+
+
+def spread(points: Sequence[tuple[int, int]], run: int) -> list[tuple[int, int]]:
+    """Those of a curve's points that are marked, evenly; of neighbouring runs others, as their curves may be close."""
+    first, count = 0.25 * (run % 4), min(MARKED, len(points))
+    return [points[int((n + first) * len(points) / count)] for n in range(count)]
 
 
 def thinned(points: Points, columns: int) -> Points:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_jax.reports.charts import STYLES, Curve, Points, chart, smoothed
+from nanochat_jax.reports.charts import MARKS, STYLES, Curve, Points, chart, smoothed
 from nanochat_jax.reports.runs import STAGES, Log, Run, read_run
 from nanochat_jax.reports.tables import Shown, differing_settings, evaluations, label, last_answers, samples, words
 
 HERE = Path(__file__).parent
 STYLE, SCRIPT = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 TITLES = dict(zip(STAGES, ("Base models", "Supervised fine-tuning (SFT)", "Reinforcement learning (RL)")))
-COLOURS = 8  # in the style sheet; more runs begin again with the first
+COLOURS = 8  # in the style sheet; more runs begin again with the first, and have marks
 IN_FOLDERS = {STAGES[0]: ("model_tag",)}  # settings that name a stage's folders
 TASK = "chatcore/"  # the beginning of the names of ChatCORE's tasks, among the metrics
 MOST_TASKS = 20
@@ -77,11 +77,17 @@ def page(
             sections += section(stage, title, shown)
     table = f"<table class=overview>{overview}</table>" if overview else "<p>no run has begun yet</p>"
     rules = "".join(
-        f".run{n}{{--run:var(--colour{n % COLOURS})}}main:has(#show{n}:not(:checked)) svg .run{n}{{display:none}}"
+        f".run{n}{{--run:var(--colour{n % COLOURS});--mark:var(--mark{mark_of(n)})}}"
+        f"main:has(#show{n}:not(:checked)) svg .run{n}{{display:none}}"
         for n in range(number)
     )
     body = f"<body><main><h1>Runs</h1>{table}{sections}</main><script>{SCRIPT}</script>"
     return f"{head(STYLE + rules, version)}{body}\n"
+
+
+def mark_of(number: int) -> int:
+    """Index in MARKS of the marks on the curves of a run with this number."""
+    return number // COLOURS % len(MARKS)
 
 
 def head(style: str, version: str) -> str:
@@ -191,9 +197,10 @@ def curves_of(panel: Panel, shown: Shown, measured: dict[str, Points], window: i
         averaged = is_averaged(name, measured, window)
         faint = averaged or f"smoothed_{name}" in measured
         interval = interval_of(shown.run.numbers, name) if panel.interval else []
-        curves.append(Curve(shown.number, words(name), points, style, faint, interval))
+        mark = mark_of(shown.number)
+        curves.append(Curve(shown.number, words(name), points, style, faint, interval, mark))
         if averaged:
-            curves.append(Curve(shown.number, words(name), smoothed(points, window), style))
+            curves.append(Curve(shown.number, words(name), smoothed(points, window), style, mark=mark))
     return curves
 
 

@@ -21,7 +21,7 @@ Log = Callable[[str], None]
 
 
 class Evaluation(NamedTuple):
-    """A file that eval has written with --json."""
+    """A file that eval has written."""
 
     file: str
     step: int  # of the model
@@ -132,7 +132,8 @@ def is_rollout(record: object) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- results of eval
 def read_evaluations(folder: Path, log: Log = str) -> list[Evaluation]:
-    """The results of eval that lie in a run's folder, whatever their names are, in the order of their steps."""
+    """The results of eval that lie in a run's folder, whatever their names are, in the order of their steps; of a step
+    the newest last."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -144,7 +145,14 @@ def read_evaluations(folder: Path, log: Log = str) -> list[Evaluation]:
             found.append(Evaluation(path.name, facts["step"], facts["tasks"], facts))
         else:
             log(f"{path}: no result of eval")
-    return sorted(found, key=lambda one: one.step)
+    return sorted(found, key=lambda one: (one.step, when if is_number(when := one.facts.get("time")) else 0.0))
+
+
+def evaluated(folder: Path, checkpoint: str) -> dict[str, float]:
+    """Of a model, by its `find.identity`, the share of right answers to each task, where eval has kept it in the run's
+    folder; the newest of each."""
+    mine = [one for one in read_evaluations(folder) if one.facts.get("checkpoint") == checkpoint]
+    return {task: result["accuracy"]["value"] for one in mine for task, result in one.tasks.items()}
 
 
 def is_evaluation(facts: object) -> bool:

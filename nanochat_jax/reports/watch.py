@@ -101,9 +101,11 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        """Answer with the page."""
         self._answer(with_body=True)
 
     def do_HEAD(self) -> None:
+        """Answer without the page."""
         self._answer(with_body=False)
 
     def _answer(self, *, with_body: bool) -> None:

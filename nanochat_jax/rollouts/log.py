@@ -82,6 +82,7 @@ class RolloutLog:
         return self._file.size
 
     def close(self) -> None:
+        """Close the file, where one was opened."""
         if "_file" in vars(self):
             self._file.close()
 

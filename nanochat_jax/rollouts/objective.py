@@ -83,6 +83,7 @@ class Objective:
 
     @property
     def clips(self) -> bool:
+        """Whether the ratio of probabilities is bounded on a side."""
         return self.clip_low is not None or self.clip_high is not None
 
     @property

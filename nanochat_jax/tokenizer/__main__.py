@@ -1,33 +1,25 @@
-"""The tokenizer's commands.
+"""The tokenizer's commands. Their settings, with examples: flags/tokenizer.py."""
 
-python -m nanochat_jax.tokenizer train --download 8         # on shards that it fetches; without the flag, those there
-python -m nanochat_jax.tokenizer train --input my_texts/ --vocab-size 4096 --output my_tokenizer
-python -m nanochat_jax.tokenizer show conversations.jsonl   # what is trained, and what is not
-python -m nanochat_jax.tokenizer eval                       # how well it compresses
-"""
-
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
-from nanochat_jax.cli.settings import Maybe, flag, require
+from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.data.shards import FOLDERS, fetch_shards, find_shards
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.flags.commands import no_command, show_help
+from nanochat_jax.flags.tokenizer import COMMANDS, Eval, Show, Train
 from nanochat_jax.tasks import CustomJSON, Task
-from nanochat_jax.tasks.custom_json import LONGEST_LINE
 from nanochat_jax.tasks.registry import make_task
-from nanochat_jax.tokenizer.bpe import MAX_TOKENS, Tokenizer
+from nanochat_jax.tokenizer.bpe import Tokenizer
 from nanochat_jax.tokenizer.compression import compression_table
 from nanochat_jax.tokenizer.conversation import BadConversation
 from nanochat_jax.tokenizer.corpus import find_files, read_texts
@@ -40,24 +32,10 @@ PROG = "python -m nanochat_jax.tokenizer"
 SAMPLE_CHARS = 1_000_000  # of the training text, on which the new tokenizer's compression is measured
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a tokenizer and write tokenizer.json, and nanochat's tokenizer.pkl and token_bytes.pt."""
-
-    vocab_size: int = 32768  # tokens, the 9 special ones included
-    max_chars: int = 2_000_000_000  # characters to read; reading stops with the document that passes this number
-    doc_cap: int = 10_000  # characters of a document that count; plain text files are cut into documents of this length
-    input: tuple[Path, ...] = ()  # file or folder: parquet, JSON lines, text; default: <base dir>'s shards but the last
-    output: Maybe[Path] = None  # folder to write; default: <base dir>/tokenizer
-    overwrite: bool = False  # replace the tokenizer in that folder; models trained with it cannot be used any more
-    download: int = 0  # fetch this many shards of climbmix-400b-shuffle first, and one for validation, as for base
-
-
 def train(cfg: Train) -> int:
     """Train and save a tokenizer -> the exit code, 0."""
     check_vocab_size(cfg.vocab_size)
-    require_at_least(1, cfg, "max_chars", "doc_cap")
-    require_at_least(0, cfg, "download")
+    check_bounds(cfg)
     require(not (cfg.download and cfg.input), "--download is for the shards of the base directory: leave out --input")
     kept = bucket.as_path(cfg.output) if cfg.output else kept_dir() / "tokenizer"
     folder = bucket.fetch(kept, exact=True)
@@ -104,25 +82,10 @@ def train_with_progress(cfg: Train, files: list[Path], console: Console) -> tupl
     return tokenizer, sample, chars, documents
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Show:
-    """Print conversations as tokens: those that are trained green and in [ ], the others grey, | between tokens."""
-
-    file: tyro.conf.Positional[Maybe[Path]] = None  # JSON lines, a JSON array or parquet; or hub:owner/dataset:split
-    task: Maybe[str] = None  # a task to show instead, by its name in eval or as module:Class
-    max_conversations: int = 10  # to print; 0 = all
-    max_tokens: int = MAX_TOKENS  # tokens of each; SFT cuts at 2048, or at its longer rows; 0 = all
-    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
-    data_dir: Maybe[Path] = None  # where datasets are looked for first, as of sft
-    longest_line: int = LONGEST_LINE  # bytes of a conversation in its JSON, as of sft
-    allow_empty: bool = False  # take conversations with empty answers, as of sft
-
-
 def show(cfg: Show) -> int:
     """Print conversations as tokens -> the exit code, 0."""
     require((cfg.file is None) != (cfg.task is None), "name one file of conversations, or one --task module:Class")
-    require_at_least(0, cfg, "max_conversations", "max_tokens")
-    require_at_least(1, cfg, "longest_line")
+    check_bounds(cfg)
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
     console = Console()
     task, place = conversations(cfg, console)
@@ -159,19 +122,9 @@ def conversations(cfg: Show, console: Console) -> tuple[Task, Callable[[int], st
     return task, lambda i: f"{task.name} {i}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Print how many bytes a token stands for, on samples of several kinds and on files of your own."""
-
-    input: tuple[Path, ...] = ()  # file or folder, as of train
-    max_chars: int = 10_000_000  # characters of each file to read
-    doc_cap: int = 10_000  # as of train
-    tokenizer: Maybe[Path] = None  # folder; default: <base dir>/tokenizer
-
-
 def evaluate(cfg: Eval) -> int:
     """Print how well a tokenizer compresses, beside others -> the exit code, 0."""
-    require_at_least(1, cfg, "max_chars", "doc_cap")
+    check_bounds(cfg)
     tokenizer = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer")
     files = find_files(cfg.input)
     texts = {visible(str(path), ""): list(read_texts([path], cfg.doc_cap, cfg.max_chars)) for path in files}
@@ -179,33 +132,22 @@ def evaluate(cfg: Eval) -> int:
     return 0
 
 
-def require_at_least(smallest: int, cfg: Train | Show | Eval, *names: str) -> None:
-    """ValueError where one of these settings is smaller."""
-    for name in names:
-        value = getattr(cfg, name)
-        require(value >= smallest, f"{flag(name)} must be at least {smallest}, got {value}")
-
-
 def say(console: Console, sentence: str, style: str = "") -> None:
     """Print without markup or line breaks, and with what a path may bring to a terminal made visible."""
     console.print(Text(visible(sentence, ""), style), soft_wrap=True)
 
 
-COMMANDS = {"train": (Train, train), "show": (Show, show), "eval": (Eval, evaluate)}
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-)
+RUN = {"train": train, "show": show, "eval": evaluate}
 
 
 def main(argv: list[str]) -> None:
     """The command that the first argument names."""
-    name = argv[0] if argv else "--help"
-    if name not in COMMANDS:
-        parse(Command, [name], PROG)  # prints the commands, or what is wrong, and exits
-    cls, run = COMMANDS[name]
-    cli_main.run_stage(run, parse(cls, argv[1:], f"{PROG} {name}"))
+    name, *flags = argv or ["--help"]
+    if name in ("-h", "--help"):
+        show_help("tokenizer", [name])
+    if name not in RUN:
+        sys.exit(no_command(name, RUN, PROG))
+    cli_main.run_stage(RUN[name], parse(COMMANDS[name], flags, f"{PROG} {name}"))
 
 
 if __name__ == "__main__":

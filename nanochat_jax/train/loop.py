@@ -135,12 +135,13 @@ class Run:
             self.reporter.say(text)
 
     def progress(self, what: str, in_step: bool = False) -> Progress:
-        """For long work inside a step or a measurement: the bar shows "what done/all", a signal raises Interrupted.
+        """For long work inside a step or a measurement: the bar shows "what: part done of all", a signal raises
+        Interrupted.
 
         in_step: as in Measurement."""
 
-        def report(done: int, total: int) -> None:
-            self.reporter.doing(f"{what} {done:,}/{total:,}")
+        def report(done: int, total: int, part: str = "") -> None:
+            self.reporter.doing(f"{what}: {part}{' ' * bool(part)}{done:,} of {total:,}")
             if in_step and self.signals.stop():
                 raise Interrupted
             if not in_step:

@@ -2,13 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from nanochat_jax.checkpoints.ownership import FolderLost
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.signals import FailedTogether, Interrupted
 
-Progress = Callable[[int, int], None]  # (done, all): shows it, and raises Interrupted where a signal has come
+
+class Progress(Protocol):
+    """Shows how far a measurement is, and raises Interrupted where a signal has come."""
+
+    def __call__(self, done: int, total: int, part: str = "") -> None:
+        """part: of the measurement that `done` of `total` is about, such as a task; default: the whole."""
 
 
 def all_numbers(numbers: Mapping[str, float]) -> str:

@@ -13,14 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from nanochat_jax.checkpoints.ownership import FolderLost
+from nanochat_jax.cli.waiting import Silence
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.append import AppendedFile
 from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.train.wandb_log import WandbLog
-
-INTERVAL = 20.0  # seconds between two lines about work that goes on, where there is no terminal
 
 
 class SmoothedAverage:
@@ -176,7 +175,7 @@ class Reporter:
 
     def __init__(self, total: int, done: int = 0):
         self.total, self.enabled, self.progress = total, not processes.index(), None
-        self.quiet_until = time.monotonic() + INTERVAL
+        self.silence = Silence()
         if self.enabled and sys.stdout.isatty():
             numbers = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what gives way on a narrow terminal
             self.progress = Progress(
@@ -199,17 +198,18 @@ class Reporter:
         """In the middle of long work: what the bar shows meanwhile, or a line now and then."""
         if self.progress:
             self.progress.update(self.task, description=text)
-        elif self.enabled and time.monotonic() > self.quiet_until:
+        elif self.enabled and self.silence.over():
             self.say(text)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.quiet_until = time.monotonic() + INTERVAL
+        self.silence.begin()
         if self.progress:
             self.progress.console.print(text, markup=False, highlight=False)
         elif self.enabled:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Take the bar away."""
         if self.progress:
             self.progress.stop()

@@ -39,10 +39,12 @@ class BatchShape(NamedTuple):
 
     @property
     def rows_per_step(self) -> int:
+        """Rows of all passes together."""
         return self.micro_batches * self.rows
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of all passes together, padding included."""
         return self.rows_per_step * self.T
 
 
@@ -76,6 +78,7 @@ class Plan:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of these groups and this compute type."""
         return make_optimizer(self.groups, self.dtype)
 
     @functools.cached_property

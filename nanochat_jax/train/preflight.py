@@ -72,8 +72,8 @@ def model_for(cfg: StageConfig, source: str, find_start: Callable[[], Start]) ->
             vocab_size=vocabulary(),
         )
         print0(f"NOTE: there is no {source} model {cfg.model_tag} here: nanochat's model of this depth is assumed")
-        return model, inherit(cfg, {}, print0)
-    cfg = inherit_from(cfg, find.peek_meta(found), print0)
+        return model, inherit(cfg, {}, f"the {source} model", print0)
+    cfg = inherit_from(cfg, find.peek_meta(found), source, print0)
     print0(f"Model: {found}")
     return find.load_config(found), cfg
 
@@ -106,6 +106,7 @@ class Phase(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Bytes of all parts together."""
         return sum(self.parts.values())
 
 

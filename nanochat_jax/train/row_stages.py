@@ -38,8 +38,7 @@ def row_batch_shape(cfg: Any, mesh: Mesh, log: Callable = print0) -> BatchShape:
             f"{cfg.device_batch_size} x --max-seq-len={T} x {row_shards(mesh)} devices that rows are split over); "
             f"nearest: {nearest}"
         )
-    log(f"Tokens per micro-batch: {rows} x {T} = {per_pass:,}")
-    log(f"Total batch size {total:,} => gradient accumulation steps: {total // per_pass}")
+    log(f"Total batch size: {total:,} tokens, as {total // per_pass} micro-batches of {rows} x {T}")
     return BatchShape(total // per_pass, rows, T)
 
 

@@ -62,6 +62,7 @@ class Start:
 
     @property
     def resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
         return bool(self.record)
 
     @property
@@ -105,12 +106,14 @@ class Start:
                 what += " with that version"
             raise ValueError(f"--resume: the data of {self.folder} {what}, or {otherwise}")
 
-    def stretches(self, total: int, steady_until: Callable[[int, int], int], name: str) -> list[list[int]]:
+    def stretches(
+        self, total: int, steady_until: Callable[[int, int], int], name: str, log: Callable
+    ) -> list[list[int]]:
         """The stretches [first step, last] of the run, each with a schedule of its own; the last one ends at `total`.
 
         A run that goes on with another total gets a new stretch, which is possible where it has ended, or while its
         rates have not begun to fall. steady_until: (first, last) of a stretch -> the step from which they fall. name:
-        of the setting that `total` comes from, for the ValueError where it is not possible."""
+        of the setting that `total` comes from, for the ValueError where it is not possible. log: is told of several."""
         if not self.resumed:
             return [[0, total]]
         found = [
@@ -118,7 +121,7 @@ class Start:
         ]
         (first, last), done = found[-1], self.first_step
         if total == last:
-            return found
+            return _told(found, log)
         steady = steady_until(first, last)
         if total <= done or not (done == last or done <= steady):
             where = f"before step {steady}, from which its rates fall, or " if steady > first else ""
@@ -126,7 +129,7 @@ class Start:
                 f"{flag(name)}: the run in {self.folder} has {done} of {last} steps and cannot be made one of {total}: "
                 f"it can be made longer {where}when it has ended, at step {last}"
             )
-        return [*found[:-1], *([[first, done]] if done > first else []), [done, total]]
+        return _told([*found[:-1], *([[first, done]] if done > first else []), [done, total]], log)
 
     def recorded(self, plan: Plan, total_steps: int) -> dict:
         """What every checkpoint of the run records, beside its step and its place in the data."""
@@ -140,6 +143,14 @@ class Start:
             "versions": store.versions(),
             "packing": PACKING,
         }
+
+
+def _told(stretches: list[list[int]], log: Callable) -> list[list[int]]:
+    """The stretches of a run, of which `log` is told where there are several."""
+    if stretches[:-1]:
+        steps = ", ".join(f"{first} to {last}" for first, last in stretches)
+        log(f"Stretches of the run, each with its own schedule: steps {steps}")
+    return stretches
 
 
 # ------------------------------------------------------------------------------------------------- from metadata alone
@@ -165,7 +176,7 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
     )
     meta = find.peek_meta(found)
     find.check_tokenizer(tokenizer, meta)
-    cfg = inherit_from(dataclasses.replace(cfg, model_tag=found.tag, model_step=found.step), meta, log)
+    cfg = inherit_from(dataclasses.replace(cfg, model_tag=found.tag, model_step=found.step), meta, source, log)
     limit = 10 * meta["model_config"]["sequence_len"]
     fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
     require(fits, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
@@ -214,10 +225,10 @@ def changed_versions(recorded: Any) -> str:
     return ", ".join(f"{n} {recorded.get(n, '?')} to {now[n]}" for n in now if recorded.get(n) != now[n])
 
 
-def inherit_from(cfg: StageConfig, meta: dict, log: Callable) -> StageConfig:
-    """The settings with what they inherit from a model's meta."""
+def inherit_from(cfg: StageConfig, meta: dict, source: str, log: Callable) -> StageConfig:
+    """The settings with what they inherit from the meta of a model of the stage `source`."""
     settings = meta.get("user_config")
-    return inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, log)
+    return inherit(cfg, {**(settings if isinstance(settings, dict) else {}), **meta}, f"the {source} model", log)
 
 
 def check_agreement(start: Start) -> Start:

@@ -32,9 +32,11 @@ def describe_run(start: Start, plan: Plan, total: int) -> None:
     notes += pages_note(plan.mesh.devices.flat[0].platform)
     for line in [*(lines if cfg.verbose else []), *(f"NOTE: {note}" for note in notes)]:
         print0(line)
-    counts = [f"{name} {count:,}" for name, count in parameter_counts(plan.model).items()]
+    counts = parameter_counts(plan.model)
+    if cfg.verbose:
+        print0(f"Parameters by kind: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
     flops = flops_per_token(plan.model, plan.batch.T)
-    print0(f"Parameters: {', '.join(counts)} | FLOPs per token: {flops:e} | steps: {total}")
+    print0(f"Parameters: {counts['total']:,} | FLOPs per token: {flops:.3e} | steps: {total}")
 
 
 def end_lines(records: Sequence[Mapping[str, Any]], folder: Path, step: int, seconds: float) -> list[str]:
@@ -51,7 +53,7 @@ def end_lines(records: Sequence[Mapping[str, Any]], folder: Path, step: int, sec
         best = (min if name in LOWER_IS_BETTER else max)(by_step, key=lambda at: by_step[at][name])
         last = max(by_step)
         line = f"{title}: {_number(by_step[last], name)} at step {last:,}"
-        if len(by_step) > 1:
+        if best != last:
             line += f", best {_number(by_step[best], name)} at step {best:,}"
         lines.append(line)
     lines.append(f"The model is in {folder / str(step)}")

@@ -64,27 +64,29 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path):
 def test_the_four_levels_of_precedence_in_one_run(tmp_path):
     said = []
     recorded = {"matrix_lr": 0.1, "steps": 5, "load": 3}
-    assert settings.inherit(parsed(), recorded, said.append).matrix_lr == 0.1
+    assert settings.inherit(parsed(), recorded, "the base model", said.append).matrix_lr == 0.1
     file = toml(tmp_path, "matrix_lr = 0.2")
-    assert settings.inherit(parsed(file), recorded, said.append).matrix_lr == 0.2
-    cfg = settings.inherit(parsed(file, "--matrix-lr", "0.3"), recorded, said.append)
+    assert settings.inherit(parsed(file), recorded, "the base model", said.append).matrix_lr == 0.2
+    cfg = settings.inherit(parsed(file, "--matrix-lr", "0.3"), recorded, "the base model", said.append)
     assert (cfg.matrix_lr, cfg.tag, cfg.steps) == (0.3, "fallback", 10)  # steps are not inherited
     assert said == [
-        "Inherited matrix_lr=0.1 from pretrained checkpoint",
-        "Using tag=fallback (not recorded in pretrained checkpoint)",
-        "NOTE: --matrix-lr=0.2 overrides pretrained value of 0.1",
-        "Using tag=fallback (not recorded in pretrained checkpoint)",
-        "NOTE: --matrix-lr=0.3 overrides pretrained value of 0.1",
-        "Using tag=fallback (not recorded in pretrained checkpoint)",
+        "Inherited from the base model: matrix_lr 0.1",
+        "Using the default of what the base model does not record: tag fallback",
+        "NOTE: --matrix-lr=0.2 overrides the 0.1 that the base model was trained with",
+        "Using the default of what the base model does not record: tag fallback",
+        "NOTE: --matrix-lr=0.3 overrides the 0.1 that the base model was trained with",
+        "Using the default of what the base model does not record: tag fallback",
     ]
     said.clear()
-    assert settings.inherit(parsed("--matrix-lr=0.1", "--tag=a"), recorded, said.append).matrix_lr == 0.1
-    assert said == ["Using matrix_lr=0.1", "Using tag=a"]
+    assert settings.inherit(parsed("--matrix-lr=0.1", "--tag=a"), recorded, "it", said.append).matrix_lr == 0.1
+    assert said == []
+    assert settings.inherit(parsed(), {"matrix_lr": 0.1, "tag": "b"}, "it", said.append).tag == "b"
+    assert said == ["Inherited from it: matrix_lr 0.1, tag b"]  # one line
 
 
 @pytest.mark.parametrize("recorded", [None, "0.1", [0.1], {}, True])
 def test_a_recorded_value_that_is_no_number_does_not_count(recorded):
-    assert settings.inherit(parsed(), {"matrix_lr": recorded}, str).matrix_lr == 0.9
+    assert settings.inherit(parsed(), {"matrix_lr": recorded}, "it", str).matrix_lr == 0.9
 
 
 def test_underscores_and_dashes_are_the_same_in_flags_and_files(tmp_path):
@@ -105,7 +107,7 @@ def test_booleans_have_a_flag_to_switch_them_off_and_zero_is_not_none(tmp_path):
     assert parsed("--no-mask").mask is False
     assert parsed(toml(tmp_path, "mask = false\nload = 0")).mask is False
     assert parsed(toml(tmp_path, "load = false")).load == 0
-    cfg = settings.inherit(parsed("--matrix-lr", "0"), {"matrix_lr": 0.1}, str)
+    cfg = settings.inherit(parsed("--matrix-lr", "0"), {"matrix_lr": 0.1}, "it", str)
     assert cfg.matrix_lr == 0.0
 
 

@@ -180,7 +180,7 @@ def test_a_process_with_another_setting_is_refused_by_name_on_both_before_anythi
 def test_a_signal_while_the_data_are_read_ends_both_with_its_code(base, flags):
     slow = ["--task", "tests.support.process_tasks:Slow", "--output-tag", "early"]
     with started(base, "sft", [*flags["sft"], *slow], SLOW_SECONDS=5) as runs:
-        runs.wait_for("gradient accumulation")
+        runs.wait_for("Total batch size")
         runs.signal(1, TERM)
         assert runs.wait() == [143, 143], runs.all_output()
         for i in range(2):
@@ -190,7 +190,7 @@ def test_a_signal_while_the_data_are_read_ends_both_with_its_code(base, flags):
 def test_a_process_that_hangs_is_lost_too(base, flags):
     slow = ["--task", "tests.support.process_tasks:Slow", "--output-tag", "hanging"]
     with started(base, "sft", [*flags["sft"], *slow], SLOW_SECONDS=9, NANOCHAT_LOST_SECONDS=3) as runs:
-        runs.wait_for("gradient accumulation")
+        runs.wait_for("Total batch size")
         runs.signal(1, signal.SIGSTOP)
         runs.all[0].wait(30)
         runs.signal(1, signal.SIGCONT)

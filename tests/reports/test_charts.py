@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_jax.reports.charts import Axis, Curve, axis_of, chart, labelled, smoothed, thinned, ticks
+from nanochat_jax.reports.charts import MARKED, Axis, Curve, axis_of, chart, labelled, smoothed, spread, thinned, ticks
 
 FINITE = st.floats(-1e299, 1e299)
 STEPS = st.integers(0, 2**53 - 1)
@@ -62,6 +62,14 @@ def test_raw_values_are_drawn_under_the_smoothed_ones_of_all_runs():
 def test_a_curve_of_few_points_shows_each_of_them_and_a_long_one_does_not():
     assert "dots" in chart("a", [Curve(0, "a", [(5, 1.0)])])
     assert "dots" not in chart("a", [Curve(0, "a", [(n, 1.0) for n in range(100)])])
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 400])
+def test_marks_are_on_points_of_the_curve_and_on_others_of_a_neighbouring_run(length):
+    points = [(n, n * n) for n in range(length)]
+    found = [spread(points, run) for run in range(4)]
+    assert all(len({*marked}) == len(marked) == min(MARKED, length) and {*marked} <= {*points} for marked in found)
+    assert length < 400 or len({point for marked in found for point in marked}) == 4 * MARKED
 
 
 @given(st.lists(st.tuples(STEPS, FINITE), min_size=1, max_size=30, unique_by=lambda point: point[0]), st.booleans())

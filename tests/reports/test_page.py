@@ -8,6 +8,7 @@ import random
 import re
 import xml.etree.ElementTree as ET
 
+from nanochat_jax.reports.charts import MARKS
 from nanochat_jax.reports.page import page
 from nanochat_jax.reports.runs import find_runs
 from tests.reports.folders import RL, Elements, answer, checkpoint, write
@@ -48,6 +49,18 @@ def test_runs_of_a_stage_share_their_charts_and_have_one_colour_everywhere(tmp_p
     assert [a["id"] for tag, a in found.tags if tag == "input"] == ["show0", "show1", "show2"]
     for n, name in enumerate(("d2", "d4", "d2")):
         assert shown.count(f"<span class='run{n} swatch'></span>{name}<") == 2  # in the overview and in the legend
+
+
+def test_24_runs_are_told_apart_by_colour_and_mark_on_their_curves_and_in_the_legend(tmp_path):
+    shown = page([write(tmp_path / f"{n:02}", long_run(40 if n else 3)) for n in range(24)])
+    looks = re.findall(r"\.run\d+\{--run:var\((--colour\d)\);--mark:var\((--mark\d)\)\}", shown)
+    assert len(looks) == len({*looks}) == 24
+    assert all(f"{name}:" in shown for look in looks for name in look)  # in the style sheet
+    assert ".swatch" in shown and "clip-path: var(--mark)" in shown
+    (loss,) = re.findall(r"aria-label='loss'.*?</svg>", shown)
+    marks = dict(re.findall(r"class='run(\d+) marks' d='M\d+ \d+(\D[^M]*)M", loss))
+    assert [*map(int, marks)] == [*range(8, 24)]
+    assert {marks[f"{n}"] for n in range(8, 16)} == {MARKS[1]} and {marks[f"{n}"] for n in range(16, 24)} == {MARKS[2]}
 
 
 def test_what_the_run_does_not_smooth_the_page_does(tmp_path):

@@ -111,6 +111,13 @@ def test_results_of_eval_are_a_table_of_tasks_and_steps(tmp_path):
     ]
 
 
+def test_of_a_step_the_newest_result_is_last(tmp_path):
+    for name, when in (("a", 3.0), ("b", 1.0), ("c", 2.0), ("d", "no time")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(1, A=0.5) | {"time": when}))
+    (tmp_path / "e.json").write_text(json.dumps(result(0, A=0.5) | {"time": 9.0}))
+    assert [one.file[0] for one in read_evaluations(tmp_path)] == ["e", "d", "b", "c", "a"]
+
+
 @pytest.mark.parametrize("change", [{"step": "1"}, {"tasks": []}, {"tasks": {"A": {"accuracy": 1}}}, {"tasks": None}])
 def test_files_of_another_form_are_left_out_and_named(tmp_path, change):
     (tmp_path / "good.json").write_text(json.dumps(result(1, A=0.5)))

@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from nanochat_jax.flags.tokenizer import Show
+from nanochat_jax.tasks.custom_json import LONGEST_LINE
 from nanochat_jax.tasks.task import AdaptedTask
-from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from nanochat_jax.tokenizer import MAX_TOKENS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from nanochat_jax.tokenizer.__main__ import main
 from nanochat_jax.tokenizer.compression import SAMPLES, compression_table, offline_encoding
 from nanochat_jax.tokenizer.corpus import MAX_LINE, read_texts
@@ -50,6 +52,10 @@ def call(capsys, *argv):
     with pytest.raises(SystemExit) as end:
         main([str(arg) for arg in argv])
     return end.value.code, capsys.readouterr().out
+
+
+def test_conversations_are_cut_and_read_as_sft_does():
+    assert (Show().max_tokens, Show().longest_line) == (MAX_TOKENS, LONGEST_LINE)
 
 
 def write_shards(folder, n=3):

@@ -286,6 +286,22 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
         training.train()
 
 
+def test_a_long_measurement_tells_the_part_and_how_much_of_it_is_done_in_a_line_now_and_then(
+    tmp_path, monkeypatch, capsys
+):
+    def tell(count):
+        progress = Training(tmp_path).run.progress("ChatCORE")
+        for done in range(count):
+            progress(done, 1400, part="MMLU")
+        progress(7, 9)
+
+    tell(3)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("nanochat_jax.cli.waiting.INTERVAL", -1.0)
+    tell(2)
+    assert capsys.readouterr().out == "ChatCORE: MMLU 0 of 1,400\nChatCORE: MMLU 1 of 1,400\nChatCORE: 7 of 9\n"
+
+
 def test_a_signal_in_the_middle_of_a_batch_gives_it_up_and_saves_what_was_before(tmp_path):
     def interrupted(k):
         if k == 5:
