@@ -4,8 +4,7 @@ The mathematics is FlashAttention-2's (arXiv 2307.08691), with one kernel for th
 A program computes a block of rows of its result and walks over the blocks of blocks.py, of which it masks only those
 that need it. There are no atomics: every element has one writer, so results repeat bit for bit.
 
-All three kernels take q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; lse, delta float32 [B,N,T]; T a multiple
-of BLOCK. Scores are in base 2: `scale` holds log2(e), and lse is a base-2 logarithm.
+What kernels take and return: flash.py.
 
 Why Triton, although JAX means to drop this way to it: its compiler places copies and barriers itself, so a kernel that
 is right in the interpreter, on any CPU, has no race left that only a GPU could show, and the same lines compile for all
@@ -15,18 +14,16 @@ backend and says so.
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 
-from nanochat_jax.model.attention.hopper.blocks import key_ranges, query_ranges, visit_blocks
-from nanochat_jax.model.attention.residuals import LSE, OUT
+from nanochat_jax.model.attention.blocks import key_ranges, query_ranges, visit_blocks
+from nanochat_jax.model.attention.flash import FlashKernels, flash_attention, lower_once
 
 BLOCK = 128  # rows are padded to a multiple of it, which every block below divides
 
@@ -81,38 +78,10 @@ def triton(q, k, v, k_start, scale, window, *, interpret: bool = False):
     del window
     if why := triton_refuses(q.shape, k.shape[2], q.dtype):
         raise ValueError(why)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one type, got {q.dtype}, {k.dtype} and {v.dtype}")
-    T = q.shape[1]
-    pad = -T % BLOCK
-    # A padded query sees its own padded key only: a finite softmax, whose zero gradient reaches nothing.
-    k_start = jnp.minimum(jnp.pad(k_start, ((0, 0), (0, pad)), constant_values=T + pad), jnp.arange(T + pad)[None])
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    return _attend(float(scale) * math.log2(math.e), interpret, q, k, v, k_start)[:, :T]
+    return flash_attention(KERNELS, q, k, v, k_start, scale, interpret)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale, interpret, q, k, v, k_start):
-    return _forward(scale, interpret, q, k, v, k_start)[0]
-
-
-def _forward(scale, interpret, q, k, v, k_start):
-    o, lse = forward(q, k, v, k_start, scale, interpret)
-    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
-    return o, (q, k, v, k_start, o, lse)
-
-
-def _backward(scale, interpret, residuals, do):
-    q, k, v, k_start, o, lse = residuals
-    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32)
-    arguments = (q, k, v, k_start, do, lse, delta, scale, interpret)
-    return grad_queries(*arguments), *grad_keys(*arguments), None
-
-
-_attend.defvjp(_forward, _backward)
-
-
-@partial(jax.jit, static_argnames=("scale", "interpret"))  # all layers are lowered as one function
+@lower_once
 def forward(q, k, v, k_start, scale, interpret):
     """-> (o [B,T,N,H] in q's type, lse float32 [B,N,T], the base-2 logarithm of each query's sum of exponentials)."""
     tiles = _tiles(q).forward
@@ -155,7 +124,7 @@ def forward(q, k, v, k_start, scale, interpret):
     return kernel(q, k, v, k_start, *key_ranges(k_start, tiles.own, tiles.step))
 
 
-@partial(jax.jit, static_argnames=("scale", "interpret"))
+@lower_once
 def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
     """-> dq [B,T,N,H] in q's type. do is the output's gradient, delta [B,N,T] its products with the output."""
     tiles = _tiles(q).dq
@@ -194,7 +163,7 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
     return kernel(q, k, v, k_start, do, lse, delta, *key_ranges(k_start, tiles.own, tiles.step))
 
 
-@partial(jax.jit, static_argnames=("scale", "interpret"))
+@lower_once
 def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
     """-> dk and dv [B,T,K,H] in k's type, each summed over its group of query heads in float32."""
     B, T, N, H = q.shape
@@ -295,3 +264,6 @@ def _product(a, b):
 def _mask(s, query, key, start):
     """Scores with -inf where the query, which sees the keys start..query, does not see the key."""
     return jnp.where((key <= query) & (key >= start), s, -jnp.inf)
+
+
+KERNELS = FlashKernels(BLOCK, forward, grad_queries, grad_keys)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanochat_jax.model.attention.blocks import key_ranges, query_ranges
 from nanochat_jax.model.attention.hopper import primitives
-from nanochat_jax.model.attention.hopper.blocks import key_ranges, query_ranges
 from nanochat_jax.model.attention.hopper.forward import mosaic_gpu, mosaic_gpu_refuses
 from nanochat_jax.model.attention.reference import reference
 from nanochat_jax.model.attention.residuals import LSE, OUT

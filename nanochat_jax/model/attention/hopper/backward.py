@@ -8,12 +8,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanochat_jax.model.attention.blocks import key_ranges, query_ranges
+from nanochat_jax.model.attention.flash import lower_once
 from nanochat_jax.model.attention.hopper import primitives as hopper
-from nanochat_jax.model.attention.hopper.blocks import key_ranges, query_ranges
 from nanochat_jax.model.attention.hopper.primitives import BLOCK, DKV, DQ, PER_COLUMN, PER_ROW, ROWS, WARPGROUPS
 
 
-@hopper.lower_once
+@lower_once
 def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
     """-> dq [B,T,N,H] in q's type. do is the output's gradient, delta [B,N,T] its products with the output."""
     B, T, N, H = q.shape
@@ -90,7 +91,7 @@ def grad_queries(q, k, v, k_start, do, lse, delta, scale, interpret):
     return kernel(q, k, v, k_start, do, lse, delta, *ranges)
 
 
-@hopper.lower_once
+@lower_once
 def grad_keys(q, k, v, k_start, do, lse, delta, scale, interpret):
     """-> dk and dv [B,T,K,H] in k's type, each summed over its group of query heads in float32."""
     B, T, N, H = q.shape

@@ -3,30 +3,25 @@
 The mathematics is FlashAttention-2's (arXiv 2307.08691). As in FlashAttention-3 (arXiv 2407.08608), TMA copies run
 ahead into a ring of shared memory, and of a program's two warpgroups one multiplies (wgmma) while the other does its
 softmax in registers. There is no third that copies, see primitives.py: one of the two starts the copies. Each kernel
-visits only the blocks of hopper/blocks.py and masks only those that need it. There are no atomics: every output element
+visits only the blocks of blocks.py and masks only those that need it. There are no atomics: every output element
 has one writer, so results repeat bit for bit.
 
-All three kernels take q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; lse, delta float32 [B,N,T]; T a multiple
-of BLOCK. Scores are in base 2: `scale` > 0 holds log2(e), and lse is a base-2 logarithm. `interpret` runs the same
-programs, warpgroups and barriers included, on a CPU. Names end in _gm for arrays in global and _sm for those in shared
-memory; other scratch names are barriers: *_in, ready: the data has arrived; free: it is no longer needed.
+What kernels take and return: flash.py; `scale` must be above 0. `interpret` runs the same programs, warpgroups and
+barriers included, on a CPU. Names end in _gm for arrays in global and _sm for those in shared memory; other scratch
+names are barriers: *_in, ready: the data has arrived; free: it is no longer needed.
 """
-
-import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanochat_jax.model.attention.blocks import key_ranges
+from nanochat_jax.model.attention.flash import FlashKernels, flash_attention, lower_once
 from nanochat_jax.model.attention.hopper import primitives as hopper
 from nanochat_jax.model.attention.hopper.backward import grad_keys, grad_queries
-from nanochat_jax.model.attention.hopper.blocks import key_ranges
 from nanochat_jax.model.attention.hopper.primitives import BLOCK, FORWARD, ROWS, WARPGROUPS
-from nanochat_jax.model.attention.residuals import LSE, OUT
 
 
 def mosaic_gpu_refuses(q_shape, kv_heads: int, dtype) -> str | None:
@@ -52,33 +47,15 @@ def mosaic_gpu(q, k, v, k_start, scale, window, *, interpret=False):
     del window
     if why := mosaic_gpu_refuses(q.shape, k.shape[2], q.dtype):
         raise ValueError(why)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one type, got {q.dtype}, {k.dtype} and {v.dtype}")
     scale = float(scale)
     if not scale > 0:  # the kernels take the largest score before they scale it
         q, scale = q * jnp.sign(scale).astype(q.dtype), abs(scale) or 1.0
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()
-    T = q.shape[1]
-    pad = -T % BLOCK
-    # A padded query sees its own padded key only: a finite softmax, whose zero gradient reaches nothing.
-    k_start = jnp.minimum(jnp.pad(k_start, ((0, 0), (0, pad)), constant_values=T + pad), jnp.arange(T + pad)[None])
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    return _attend(scale * math.log2(math.e), interpret, q, k, v, k_start)[:, :T]
+    return flash_attention(KERNELS, q, k, v, k_start, scale, interpret)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale, interpret, q, k, v, k_start):
-    return _forward(scale, interpret, q, k, v, k_start)[0]
-
-
-def _forward(scale, interpret, q, k, v, k_start):
-    o, lse = output(q, k, v, k_start, scale, interpret)
-    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
-    return o, (q, k, v, k_start, o, lse)
-
-
-@hopper.lower_once
+@lower_once
 def output(q, k, v, k_start, scale, interpret):
     """-> (o [B,T,N,H] in q's type, lse [B,N,T], the base-2 logarithm of each query's sum of exponentials)."""
     B, T, N, H = q.shape
@@ -180,11 +157,4 @@ def output(q, k, v, k_start, scale, interpret):
     return kernel(q, k, v, k_start, *ranges)
 
 
-def _backward(scale, interpret, residuals, do):
-    q, k, v, k_start, o, lse = residuals
-    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32)
-    arguments = (q, k, v, k_start, do, lse, delta, scale, interpret)
-    return grad_queries(*arguments), *grad_keys(*arguments), None
-
-
-_attend.defvjp(_forward, _backward)
+KERNELS = FlashKernels(BLOCK, output, grad_queries, grad_keys)

@@ -10,10 +10,8 @@ come from registers (`left_operand` puts it into shared memory), and an accumula
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -45,10 +43,6 @@ class Blocks(NamedTuple):
 FORWARD = {64: Blocks(128, 2), 128: Blocks(128, 2)}
 DQ = {64: Blocks(128, 4), 128: Blocks(64, 4)}
 DKV = {64: Blocks(64, 4), 128: Blocks(64, 4)}
-
-
-# For functions of arrays, scale and interpret. Lowering a kernel takes seconds: so it is done once, not in every layer.
-lower_once = partial(jax.jit, static_argnames=("scale", "interpret"))
 
 
 def hopper_kernel(body, out_type, grid, memory, interpreter_memory, interpret):
