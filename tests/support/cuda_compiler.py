@@ -24,7 +24,7 @@ LAYERS, WIDTH_OF_DEPTH = 2, 12  # two layers, of which one has a window, as wide
 
 def compile_for(device: str, program: str) -> dict:
     """Bytes of the program's arguments over those that are known without it, and what it needs beside them."""
-    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), RECORDED, lambda line: None)
+    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), RECORDED, "the test")
     model = scaling_laws.config_of_depth(
         WIDTH_OF_DEPTH, aspect_ratio=64, head_dim=128, window_pattern="SL", max_seq_len=512, vocab_size=1024
     )

@@ -120,7 +120,7 @@ def alive(device) -> int:
 
 def test_what_is_alive_while_answers_are_generated_is_what_was_predicted():
     """On 8 devices: parameters split over all, their copy whole on each."""
-    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), tiny.SETTINGS, print)
+    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), tiny.SETTINGS, "the test")
     plan = sft.plan_of(cfg, tiny.CONFIG, mesh := make_mesh("data=8"))
     answers = preflight.Answers(16, 1, 16, 44, prompt_tokens=32, chunk=4)
     phase = preflight.generation_phase("answers", plan, answers, "")
