@@ -352,12 +352,12 @@ def initial_state(start: Start, plan: Plan, log: Callable) -> Initial:
     _, params, _ = find.load_params(start.base)
     if cfg.load_optimizer and (warm := find.load_optimizer(start.base, plan.model, plan.groups)):
         groups, arrays = warm
-        log("Loaded the base model's optimizer state (rates are this run's own)")
+        log(f"Loaded the optimizer state of the {start.cfg.source} model (rates are this run's own)")
         if cfg.weight_decay is not None:
             groups["matrix"] = dataclasses.replace(groups["matrix"], weight_decay=cfg.weight_decay)
         plan = dataclasses.replace(plan, groups=groups)
     elif cfg.load_optimizer:
-        log("WARNING: the base model came without optimizer state, so it starts empty")
+        log(f"WARNING: the {start.cfg.source} model came without optimizer state, so it starts empty")
     like, tx = plan.abstract_state, plan.optimizer
     with plan.scope():
         params = place(params, like.params)
