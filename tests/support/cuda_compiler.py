@@ -24,12 +24,12 @@ LAYERS, WIDTH_OF_DEPTH = 2, 12  # two layers, of which one has a window, as wide
 
 def compile_for(device: str, program: str) -> dict:
     """Bytes of the program's arguments over those that are known without it, and what it needs beside them."""
-    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), RECORDED, "the test")
     model = scaling_laws.config_of_depth(
         WIDTH_OF_DEPTH, aspect_ratio=64, head_dim=128, window_pattern="SL", max_seq_len=512, vocab_size=1024
     )
     model = dataclasses.replace(model, n_layer=LAYERS, windows=window_sizes("SL", LAYERS, 512))
     with contextlib.redirect_stdout(sys.stderr):
+        cfg = inherit(parse(sft.SFTConfig, [], prog="test"), RECORDED, "the test")
         plan = sft.plan_of(cfg, model, make_mesh("", compile_only.devices(device), model.n_embd))
     if program == "sft":
         compiled, known = plan.compile_train_step(), sum(preflight.state_bytes(plan).values())
