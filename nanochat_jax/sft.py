@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a base model becomes a chat model. Its settings, with examples: flags/sft.py."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -53,7 +54,7 @@ def main(cfg: SFTConfig) -> int:
     check_attention_backend(cfg.attention, mesh, packed=cfg.document_mask)
     model = start.model_config()
     mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
-    plan = plan_of(cfg, model, mesh, start.recorded_groups())
+    plan = plan_of(cfg, model, mesh, start.recorded_groups(), start.recorded_attention())
 
     # Data: conversations once through the tokenizer, packed into rows by plan
     with processes.process_zero_first("the data"):
@@ -116,7 +117,13 @@ def steady_until(cfg: SFTConfig, first: int, last: int) -> int:
     return first + math.floor((1 - cfg.warmdown_ratio) * (last - first))
 
 
-def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None = None) -> Plan:
+def plan_of(
+    cfg: SFTConfig,
+    model: GPTConfig,
+    mesh: Mesh,
+    groups: Groups | None = None,
+    attention: Mapping[str, str] | None = None,
+) -> Plan:
     """What is compiled for these settings; groups: of the optimizer, default: as the settings say.
 
     ValueError: sizes that do not fit together."""
@@ -128,6 +135,7 @@ def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None 
         loss=TokenLoss(),
         scalars=tuple(schedule(cfg, 0, 0, 1)),
         groups=groups or fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
+        attention=attention,
         packed=cfg.document_mask,
     )
 

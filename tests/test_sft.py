@@ -134,6 +134,7 @@ def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
     assert integrity.steps(folder) == [2, 3]
     meta = store.read_meta(folder / "3")
     assert (meta["step"], meta["rows_consumed"], meta["total_steps"]) == (3, 24, 3)
+    assert meta["attention"] == {"backend": "chunked", "device": "cpu"}
     assert meta["user_config"]["matrix_lr"] == 0.03 and meta["user_config"]["max_seq_len"] == 64
     assert meta["user_config"]["scalar_lr"] == 0.25  # from the file
     assert meta["model_config"]["n_layer"] == 2 and "jax" in meta["versions"]

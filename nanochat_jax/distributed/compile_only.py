@@ -134,6 +134,7 @@ def load_cuda_compiler() -> None:
     if not _is_package():
         sys.path.append(os.fspath(CUDA_FOLDER))
         importlib.import_module(CUDA_PLUGIN).initialize()
+    _tell_pallas_triton_the_capabilities()
 
 
 def has_cuda_compiler() -> bool:
@@ -147,6 +148,20 @@ def _is_package() -> bool:
         return importlib.util.find_spec(CUDA_PLUGIN) is not None
     except ModuleNotFoundError:  # no plugin at all
         return False
+
+
+def _tell_pallas_triton_the_capabilities() -> None:
+    """Let Pallas lower Triton kernels for GPUs that its own table lacks, such as the RTX 5090; it would ask the device,
+    which is not here. Where this JAX has moved the function, such kernels do not compile for these GPUs."""
+    from jax._src.pallas.triton import gpu_info
+
+    original = gpu_info._get_device_arch_name
+
+    def capability(kind: str) -> str:
+        gpu = next((gpu for gpu in GPUS.values() if gpu.kind == kind), None)
+        return f"{gpu.capability[0]}.{gpu.capability[1]}" if gpu else original(kind)
+
+    gpu_info._get_device_arch_name = capability
 
 
 def _target(gpu: GPU) -> str:

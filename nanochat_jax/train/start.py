@@ -18,6 +18,7 @@ from filelock import Timeout
 
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.checkpoints.ownership import Lock, Token, own
+from nanochat_jax.cli.device import attention_record
 from nanochat_jax.cli.settings import (
     AUTO,
     flag,
@@ -82,6 +83,10 @@ class Start:
         """The optimizer's groups that a fine-tuning run goes on with; None for a new run."""
         return groups_from_meta(self.record["optimizer_groups"]) if self.resumed else None
 
+    def recorded_attention(self) -> dict | None:
+        """What the checkpoint says of the run's attention; None for a new run, or where an earlier version wrote it."""
+        return self.record.get("attention")
+
     def check_data(self, fingerprint: str) -> None:
         """ValueError where a run that goes on does not see the data it began with, or a process sees other data."""
         processes.agree("the data", {"data": fingerprint})
@@ -133,6 +138,7 @@ class Start:
             "user_config": recorded_settings(dataclasses.replace(self.cfg, remat=plan.remat)),
             "optimizer_groups": {name: dataclasses.asdict(group) for name, group in plan.groups.items()},
             "tokenizer": self.tokenizer_digest,
+            "attention": attention_record(plan.attention, plan.mesh),
             "total_steps": total_steps,
             "versions": store.versions(),
             "packing": PACKING,
