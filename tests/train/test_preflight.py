@@ -93,7 +93,7 @@ def test_sft_is_checked_without_data_and_leaves_nothing_behind(alone):
 
 
 def test_parameters_are_split_over_devices(home, alone, capsys):
-    run(sft, sft.SFTConfig, *SFT, "--mesh", "data=8")
+    run(sft, sft.SFTConfig, "--mesh", "data=8", "--chatcore-every", "-1")
     assert table(capsys.readouterr().out)["optimizer"] < 0.2 * table(alone[1])["optimizer"]
 
 
@@ -120,7 +120,7 @@ def alive(device) -> int:
 
 def test_what_is_alive_while_answers_are_generated_is_what_was_predicted():
     """On 8 devices: parameters split over all, their copy whole on each."""
-    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), tiny.SETTINGS, print)
+    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), tiny.SETTINGS, "the test")
     plan = sft.plan_of(cfg, tiny.CONFIG, mesh := make_mesh("data=8"))
     answers = preflight.Answers(16, 1, 16, 44, prompt_tokens=32, chunk=4)
     phase = preflight.generation_phase("answers", plan, answers, "")
