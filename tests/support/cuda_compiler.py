@@ -7,6 +7,7 @@ python -m tests.support.cuda_compiler a100 sft h100 decode
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 
 from nanochat_jax import sft
@@ -23,7 +24,8 @@ LAYERS, WIDTH_OF_DEPTH = 2, 12  # two layers, of which one has a window, as wide
 
 
 def compile_for(device: str, program: str) -> dict:
-    """Bytes of the program's arguments over those that are known without it, and what it needs beside them."""
+    """Bytes of the program's arguments over those that are known without it, what it needs beside them, and where it
+    adds floats in an order that nobody knows."""
     model = scaling_laws.config_of_depth(
         WIDTH_OF_DEPTH, aspect_ratio=64, head_dim=128, window_pattern="SL", max_seq_len=512, vocab_size=1024
     )
@@ -43,6 +45,7 @@ def compile_for(device: str, program: str) -> dict:
         "program": program,
         "arguments": arguments / known,
         "beside_them": beside_arguments(compiled),
+        "float_scatters": re.findall(r"= b?f\d+\S* scatter\(.*", compiled.as_text()),
     }
 
 
