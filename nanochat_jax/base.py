@@ -1,6 +1,7 @@
 """Pretraining: from documents to a base model. Its settings, with examples: flags/base.py."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -69,7 +70,7 @@ def main(cfg: BaseConfig) -> int:
     cfg = settings_of(start)
     cfg = sized(cfg, recipe_of(cfg, model).total_batch_size, row_shards(mesh))
     recipe = recipe_of(cfg, model)
-    plan = plan_of(cfg, model, mesh, recipe)
+    plan = plan_of(cfg, model, mesh, recipe, start.recorded_attention())
     print_model(model, plan.groups, recipe)
     total = recipe.iterations
     stretches = start.stretches(total, lambda first, last: steady_until(cfg, first, last), "num_iterations", print0)
@@ -136,7 +137,13 @@ def steady_until(cfg: BaseConfig, first: int, last: int) -> int:
     return last - round(cfg.warmdown_ratio * (last - first))
 
 
-def plan_of(cfg: BaseConfig, model: GPTConfig, mesh: Mesh, recipe: scaling_laws.Recipe) -> Plan:
+def plan_of(
+    cfg: BaseConfig,
+    model: GPTConfig,
+    mesh: Mesh,
+    recipe: scaling_laws.Recipe,
+    attention: Mapping[str, str] | None = None,
+) -> Plan:
     """What is compiled for these settings. ValueError: sizes that do not fit together."""
     return make_plan(
         cfg,
@@ -146,6 +153,7 @@ def plan_of(cfg: BaseConfig, model: GPTConfig, mesh: Mesh, recipe: scaling_laws.
         loss=TokenLoss(),
         scalars=tuple(schedule(cfg, 0, 0, 1)),
         groups=groups_of(cfg, model.n_embd, recipe),
+        attention=attention,
         packed=cfg.document_mask,
     )
 
@@ -159,7 +167,12 @@ def preflight_of(cfg: BaseConfig) -> int:
     mesh = make_mesh(cfg.mesh or "", devices, model.n_embd)
     cfg = sized(cfg, recipe_of(cfg, model).total_batch_size, row_shards(mesh))
     plan = plan_of(cfg, model, mesh, recipe_of(cfg, model))
-    return preflight.report(plan, [preflight.update_phase(plan)])
+    phases = [preflight.update_phase(plan)]
+    if cfg.sample_every > 0:
+        longest = 1 + max(map(len, PROMPTS))  # a token is a character at least
+        answers = preflight.Answers(len(PROMPTS), 1, len(PROMPTS), SAMPLE_TOKENS, longest)
+        phases.append(preflight.generation_phase("samples", plan, answers, "leave them out: --sample-every -1"))
+    return preflight.report(plan, phases)
 
 
 def tag_of(cfg: BaseConfig) -> str:

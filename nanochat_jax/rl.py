@@ -86,7 +86,7 @@ def main(cfg: RLConfig) -> int:
     longest = max(map(len, [*prompts.prompts, *(eval_set.prompts if eval_set else [])]))
     check_context(longest, cfg.max_new_tokens, model.sequence_len)
     mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
-    plan = plan_of(cfg, model, mesh, longest, start.recorded_groups())
+    plan = plan_of(cfg, model, mesh, longest, start.recorded_groups(), start.recorded_attention())
     flags = f"--examples-per-step={cfg.examples_per_step} or --num-samples={cfg.num_samples}"
     check_room("the batch of a step", bytes_on_device(plan.abstract_batch), mesh.local_devices[0], flags)
     print0(
@@ -202,7 +202,14 @@ def main(cfg: RLConfig) -> int:
     return exit_code(run)
 
 
-def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int, groups: Groups | None = None) -> Plan:
+def plan_of(
+    cfg: RLConfig,
+    model: GPTConfig,
+    mesh: Mesh,
+    longest: int,
+    groups: Groups | None = None,
+    attention: Mapping[str, str] | None = None,
+) -> Plan:
     """What is compiled for these settings; longest: tokens of the longest prompt; groups: of the optimizer, default: as
     the settings say. ValueError: sizes that do not fit together."""
     return make_plan(
@@ -213,6 +220,7 @@ def plan_of(cfg: RLConfig, model: GPTConfig, mesh: Mesh, longest: int, groups: G
         loss=token_loss_of(objective_of(cfg), cfg.objective),
         scalars=tuple(rl_scalars(0, 1)),
         groups=groups or fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
+        attention=attention,
         packed=True,
         logprobs=True,
     )
@@ -226,12 +234,16 @@ def preflight_of(cfg: RLConfig) -> int:
     )
     print0(f"NOTE: without data, prompts of up to {preflight.PROMPT_TOKENS} tokens are assumed")
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd), preflight.PROMPT_TOKENS)
-    rollouts = preflight.Rollouts(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)
+    answers = {"rollouts": preflight.Answers(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)}
+    if cfg.eval_every > 0:
+        held_out = preflight.Answers(cfg.eval_examples, cfg.eval_samples, cfg.slots, cfg.max_new_tokens)
+        answers["held-out answers"] = held_out
     extra = {"reference model": bytes_on_device(plan.abstract_state.params)} if cfg.kl_coef else {}
     updated = cfg.updates_per_batch > 1  # the later updates need most
     last = dataclasses.replace(plan, loss=token_loss_of(objective_of(cfg), cfg.objective, updated))
-    phases = [preflight.rollout_phase(plan, rollouts, extra), preflight.update_phase(last, extra)]
-    return preflight.report(plan, phases)
+    advice = f"lower --slots (now {cfg.slots}) or --max-new-tokens"
+    phases = [preflight.generation_phase(name, plan, sizes, advice, extra) for name, sizes in answers.items()]
+    return preflight.report(plan, [*phases, preflight.update_phase(last, extra)])
 
 
 def check(cfg: RLConfig) -> SamplingParams:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a base model becomes a chat model. Its settings, with examples: flags/sft.py."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -15,7 +16,7 @@ from nanochat_jax.data.token_cache import open_caches
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.evals.chatcore import make_chatcore
+from nanochat_jax.evals.chatcore import NEW_TOKENS, SLOTS, make_chatcore
 from nanochat_jax.files.paths import base_dir, cache_dir, write_to
 from nanochat_jax.flags.sft import SFTConfig
 from nanochat_jax.model.attention import check_attention_backend
@@ -53,7 +54,7 @@ def main(cfg: SFTConfig) -> int:
     check_attention_backend(cfg.attention, mesh, packed=cfg.document_mask)
     model = start.model_config()
     mesh = make_mesh(cfg.mesh or "", n_embd=model.n_embd)
-    plan = plan_of(cfg, model, mesh, start.recorded_groups())
+    plan = plan_of(cfg, model, mesh, start.recorded_groups(), start.recorded_attention())
 
     # Data: conversations once through the tokenizer, packed into rows by plan
     with processes.process_zero_first("the data"):
@@ -116,7 +117,13 @@ def steady_until(cfg: SFTConfig, first: int, last: int) -> int:
     return first + math.floor((1 - cfg.warmdown_ratio) * (last - first))
 
 
-def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None = None) -> Plan:
+def plan_of(
+    cfg: SFTConfig,
+    model: GPTConfig,
+    mesh: Mesh,
+    groups: Groups | None = None,
+    attention: Mapping[str, str] | None = None,
+) -> Plan:
     """What is compiled for these settings; groups: of the optimizer, default: as the settings say.
 
     ValueError: sizes that do not fit together."""
@@ -128,6 +135,7 @@ def plan_of(cfg: SFTConfig, model: GPTConfig, mesh: Mesh, groups: Groups | None 
         loss=TokenLoss(),
         scalars=tuple(schedule(cfg, 0, 0, 1)),
         groups=groups or fine_tuning_groups(cfg, model, abstract_gpt(model)[1]),
+        attention=attention,
         packed=cfg.document_mask,
     )
 
@@ -139,7 +147,13 @@ def preflight_of(cfg: SFTConfig) -> int:
         cfg, cfg.source, lambda: find_start(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), print0, cfg.source)
     )
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd))
-    return preflight.report(plan, [preflight.update_phase(plan)])
+    phases = [preflight.update_phase(plan)]
+    if cfg.chatcore_every > 0:
+        problems = cfg.chatcore_max_sample if cfg.chatcore_max_sample >= 0 else SLOTS
+        answers = preflight.Answers(problems, 1, SLOTS, NEW_TOKENS)
+        advice = f"lower --chatcore-max-sample (now {cfg.chatcore_max_sample}), or leave it out: --chatcore-every -1"
+        phases.append(preflight.generation_phase("ChatCORE", plan, answers, advice))
+    return preflight.report(plan, phases)
 
 
 def training_tasks(cfg: SFTConfig) -> list:

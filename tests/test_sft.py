@@ -96,7 +96,7 @@ def test_the_console_tells_what_was_inherited_and_how_the_run_goes(base, trained
         "Inherited from the base model: max_seq_len 64, device_batch_size 1, total_batch_size 512, embedding_lr 0.25",
         "NOTE: --matrix-lr=0.03 overrides the 0.01 that the base model was trained with",  # flag > file > checkpoint
         "Using the default of what the base model does not record: unembedding_lr 0.004",
-        "Loaded the base model's optimizer state (rates are this run's own)",
+        "Loaded the optimizer state of the base model (rates are this run's own)",
         "Total batch size: 512 tokens, as 8 micro-batches of 1 x 64",
         f"step 00003 | saving {trained[0]}/3",
     ):
@@ -134,6 +134,7 @@ def test_the_checkpoint_records_everything_the_next_step_depends_on(trained):
     assert integrity.steps(folder) == [2, 3]
     meta = store.read_meta(folder / "3")
     assert (meta["step"], meta["rows_consumed"], meta["total_steps"]) == (3, 24, 3)
+    assert meta["attention"] == {"backend": "chunked", "device": "cpu"}
     assert meta["user_config"]["matrix_lr"] == 0.03 and meta["user_config"]["max_seq_len"] == 64
     assert meta["user_config"]["scalar_lr"] == 0.25  # from the file
     assert meta["model_config"]["n_layer"] == 2 and "jax" in meta["versions"]

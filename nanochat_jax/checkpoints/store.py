@@ -9,7 +9,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from nanochat_jax.checkpoints import integrity
+from nanochat_jax.distributed.processes import versions as versions
 
 MEASURED = "measured.json"  # in a checkpoint's folder, beside what the manifest lists
 SOURCES = {
@@ -92,8 +92,3 @@ def read_arrays(folder: Path, item: str) -> dict[str, np.ndarray]:
     with orbax():
         stored = ocp.checkpointables_metadata(folder).metadata[item]
     return restore(folder, {item: {name: np.empty(array.shape, array.dtype) for name, array in stored.items()}})[item]
-
-
-def versions() -> dict[str, str]:
-    """Of what a number may depend on."""
-    return {name: version(name) for name in ("nanochat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,43 @@ def choose_attention(
     *,
     mesh: Mesh,
     dtype: Any,
+    rows: int = 1,
     packed: bool = True,
     training: bool = True,
+    recorded: Mapping[str, str] | None = None,
+    verbose: bool = False,
     log: Callable = print0,
 ) -> str:
-    """The backend for --attention in rows of T tokens; see `choose_attention_backend`, also for ValueError. Where
-    there is a fast one that cannot do it, a warning tells why."""
-    shapes = AttentionShapes.of(model, T)
-    choice = choose_attention_backend(wanted, mesh, dtype, shapes, packed=packed, training=training)
+    """The backend for --attention in `rows` rows of T tokens a device; see `choose_attention_backend`, also for
+    ValueError. Where there is a fast one that cannot do it, a warning tells why.
+
+    recorded: what `attention_record` made of the choice of a run that goes on, None for another run; on devices of the
+    same kind "auto" is this choice. verbose: print the times of all backends, where times are taken."""
+    shapes, kind, before = AttentionShapes.of(model, T, rows), mesh.devices.flat[0].device_kind, None
+    if recorded and wanted == "auto":
+        if recorded["device"] == kind:
+            before = recorded["backend"]
+        else:
+            began = f"the run's attention was {recorded['backend']} on {recorded['device']}"
+            log(f"NOTE: {began}; on this {kind} it is chosen anew, so what follows may differ in the last bits")
+    choice = choose_attention_backend(
+        wanted,
+        mesh,
+        dtype,
+        shapes,
+        packed=packed,
+        training=training,
+        before=before,
+        tell=log if verbose else None,
+    )
     if choice.why:
         log(f"WARNING: attention is {choice.name}: {choice.why}")
     return choice.name
+
+
+def attention_record(backend: str, mesh: Mesh) -> dict[str, str]:
+    """What a checkpoint records of the attention of its run."""
+    return {"backend": backend, "device": mesh.devices.flat[0].device_kind}
 
 
 # Peak dense bf16 FLOP/s of one device, from the vendors' data sheets; the first key contained in the name decides.

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.distributed.mesh import row_axes, row_shards
 from nanochat_jax.distributed.sharding import fit_param_spec, param_spec, without_data
+from nanochat_jax.distributed.table_rows import table_rows
 
 _replicated = contextvars.ContextVar("replicated_parameters", default=False)
 
@@ -82,7 +83,7 @@ def look_up_embedding(table: jax.Array, ids: jax.Array, dtype: Any, path: str) -
     axis splits (see `fit_param_spec`) is gathered."""
     spec = spec_in_force(path, table.shape)
     if not any(spec) or spec[-1] == "model" or len(ids) % row_shards():
-        return constrain_batch(table[ids]).astype(dtype)
+        return constrain_batch(table_rows(table, ids)).astype(dtype)
     vocabulary_axis, channel_axis = spec
 
     def local(table, ids):
@@ -93,7 +94,7 @@ def look_up_embedding(table: jax.Array, ids: jax.Array, dtype: Any, path: str) -
         if vocabulary_axis == "model":
             ids = ids - jax.lax.axis_index("model") * len(table)
             held = ((ids >= 0) & (ids < len(table)))[..., None]
-        x = table[ids].astype(dtype)
+        x = table_rows(table, ids).astype(dtype)
         if vocabulary_axis == "model":
             x = jax.lax.psum(jnp.where(held, x, 0), "model")
         return jax.lax.all_to_all(x, "data", 0, x.ndim - 1, tiled=True) if channel_axis == "data" else x

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nanochat_jax.distributed import compile_only
 from nanochat_jax.distributed.mesh import make_mesh
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -24,6 +25,8 @@ def device_memory(device) -> int | None:
         return None
     if device in jax.devices():
         return (device.memory_stats() or {}).get("bytes_limit")
+    if gpu := compile_only.gpu_of(device):
+        return compile_only.usable_memory(gpu)
     whole = NamedSharding(make_mesh("data=1", [device]), PartitionSpec())
     too_large = jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32, sharding=whole)  # 4 TiB
     try:

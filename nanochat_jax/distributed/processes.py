@@ -25,7 +25,6 @@ from nanochat_jax.distributed.rendezvous import accept_processes, connect, descr
 
 # Settings that may differ between processes; `given` is which of them the user has set.
 PER_PROCESS = {"process_id", "coordinator", "config", "data_dir", "json", "verbose"}
-VERSIONS = ("nanochat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 _coordinator: Coordinator | None = None  # set by `join`; None in a run of one process
 
@@ -68,7 +67,7 @@ def join(settings: Mapping[str, Any], *, platform: str | None = None) -> None:
         return
     import jax
 
-    facts = {name: version(name) for name in VERSIONS} | {"code": code_hash(), **compared_settings(settings)}
+    facts = versions() | {"code": code_hash(), **compared_settings(settings)}
     _coordinator = connect(cluster, facts) if cluster.process_index else accept_processes(cluster, facts)
     _coordinator.start()
     jax.config.update("jax_enable_preemption_service", False)  # `stop_here` answers every signal
@@ -174,6 +173,11 @@ def _is_device_failure(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a number may depend on."""
+    return {name: version(name) for name in ("nanochat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
 
 
 def code_hash() -> str:

@@ -21,6 +21,7 @@ from nanochat_jax.tasks.registry import make_task
 BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0}
 WITH_SPELLING = BASELINES | {"SpellingBee": 0.0}
 NEW_TOKENS = 512  # of a generated answer, as in nanochat
+SLOTS = 256  # answers that are generated together
 
 
 def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float] = BASELINES) -> float | None:
@@ -73,7 +74,7 @@ def make_chatcore(
     # The longest prompts come first: the engine's caches then have room for the others, and it compiles once.
     eval_sets.sort(key=lambda eval_set: -max(map(len, eval_set.prompts)))
     own = own_devices(mesh)  # each process evaluates its part of the problems by itself
-    evaluator = Evaluator(model_config, tokenizer, own, dtype=dtype, attention=attention)
+    evaluator = Evaluator(model_config, tokenizer, own, dtype=dtype, attention=attention, slots=SLOTS)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
     categorical = {name: baseline for name, baseline in BASELINES.items() if baseline}
     means = {"chatcore": BASELINES, "chatcore_cat": categorical, "chatcore_with_spelling": WITH_SPELLING}

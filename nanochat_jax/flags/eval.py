@@ -71,7 +71,7 @@ class EvalConfig:
         "auto", "compute type: float32 or bfloat16; auto = float32 on CPU", group=DEVICES
     )
     attention: str = setting(
-        "auto", "backend by name, see docs/training.md; auto = the best that passes a trial here", group=DEVICES
+        "auto", "backend by name, see docs/training.md; auto = the fastest that passes a trial here", group=DEVICES
     )
     mesh: Maybe[str] = setting(None, "devices by axis, such as data=4,model=2; default: all on data", group=DEVICES)
     coordinator: Maybe[str] = setting(

@@ -31,7 +31,7 @@ class StageConfig:
     )
     attention: str = setting(
         "auto",
-        "backend by name, see docs/training.md; auto = the best that passes a trial here",
+        "backend by name, see docs/training.md; auto = the fastest that passes a trial here",
         resume="own",
         group=DEVICES,
     )
@@ -43,7 +43,7 @@ class StageConfig:
         group=DEVICES,
     )
     preflight: Preflight = setting(
-        None, "compile only and say whether it fits: here, or on a TPU slice such as v5e-8", resume="own", group=DEVICES
+        None, "compile only and say whether it fits: here, or on v5e-8, h100, a100-8, ...", resume="own", group=DEVICES
     )
     mesh: Maybe[str] = setting(
         None,
@@ -58,7 +58,10 @@ class StageConfig:
         group=DEVICES,
     )
     verbose: bool = setting(
-        False, "print the parameters by kind, and how each is split over the devices", resume="own", group=DEVICES
+        False,
+        "print the parameters by kind, how each is split over the devices, and the time of every attention backend",
+        resume="own",
+        group=DEVICES,
     )
     coordinator: Maybe[str] = setting(
         None,

@@ -167,16 +167,30 @@ class GenerationPrograms:
     def compile_decode(self, params, groups: int, rows_of_group: int, prompt_size: int, continuation_size: int):
         """The program of `decode` with caches of up to these sizes, compiled without an array; params: abstract, in any
         types and shardings."""
-
-        def abstract(tree, spec):
-            sharding = NamedSharding(self.mesh, spec)
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
         caches = self._caches(groups, rows_of_group, prompt_size, continuation_size)
         slots = empty_slots(groups * rows_of_group, self.chunk)
         settings = DecodeSettings(np.uint32(0), np.bool(False))
         args = jax.eval_shape(self._cast, params), *caches, slots, settings
-        return self._program(self._decode, self.decode_specs, *map(abstract, args, self.decode_specs))
+        return self._program(self._decode, self.decode_specs, *map(self._abstract, args, self.decode_specs))
+
+    def compile_prefill(self, params, groups: int, prompt_size: int, prompts: int, T: int):
+        """The program of `prefill` of so many prompts, all devices together, of up to T tokens; else as
+        `compile_decode`."""
+        batch = PrefillBatch(np.zeros((prompts, T), np.int32), *np.zeros((2, prompts), np.int32))
+        specs = (P(), self.rows, self.rows)
+        args = jax.eval_shape(self._cast, params), self.layout.prompt(groups, prompt_size), batch
+        return self._program(self._prefill, specs, *map(self._abstract, args, specs), donate=(1,))
+
+    def compile_append(self, rows: int, size: int):
+        """The program of `append` for so many rows and a cache of `size` tokens, compiled without an array."""
+        caches = self.layout.continuation(rows, size), self.layout.continuation(rows, self.chunk)
+        args = *caches, np.zeros(rows, np.int32)
+        specs = (self.rows,) * 3
+        return self._program(self.layout.append, specs, *map(self._abstract, args, specs), donate=(0,))
+
+    def compile_cast(self, params):
+        """The program of `cast_params`; params: abstract."""
+        return self._cast.lower(params).compile()
 
     def cache_bytes(self, groups: int, rows_of_group: int, prompt_size: int, continuation_size: int) -> int:
         """Bytes of the two caches of `compile_decode`, all devices together."""
@@ -187,6 +201,10 @@ class GenerationPrograms:
         return self.layout.prompt(groups, prompt_size), self.layout.continuation(
             groups * rows_of_group, continuation_size
         )
+
+    def _abstract(self, tree, spec):
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     def _program(self, function, in_specs, *args, donate=(), name: str | None = None):
         """`function` compiled for arguments of these shapes, of which each device gets its part."""

@@ -10,9 +10,7 @@ import numpy as np
 from nanochat_jax.inference.decode import DecodeSettings, GenerationPrograms, PrefillBatch, empty_slots
 from nanochat_jax.inference.samples import ControlTokens, SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, coarse_size, padded_size
-
-PREFILL_TOKENS = 2048  # of one prefill, per device
+from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, coarse_size, padded_size, prefill_prompts
 
 
 @dataclass(eq=False)
@@ -218,8 +216,7 @@ class SlotScheduler:
         while any(queues):
             longest = max(len(queue[0][1]) for queue in queues if queue)
             T = coarse_size(longest, self._most, 2) if self.follows else padded_size(longest, PROMPT_STEP)
-            most = min(max(map(len, queues)), max(1, PREFILL_TOKENS // T))
-            count = min(local_groups, 4 ** -(-(most - 1).bit_length() // 2))  # 1, 4, 16, ...: few programs for each T
+            count = prefill_prompts(max(map(len, queues)), T, local_groups)
             ids = np.zeros((devices, count, T), np.int32)
             lengths = np.zeros((devices, count), np.int32)
             groups = np.full((devices, count), local_groups, np.int32)

@@ -2,6 +2,7 @@
 
 PROMPT_STEP, CONTINUATION_STEP = 16, 32  # tokens; the smallest cache of a prompt and of a continuation
 COARSE_STEP = 64  # the same where prompts come and go
+PREFILL_TOKENS = 2048  # of one prefill, per device
 MIN_GROUP = 4  # rows of a group where there are more samples than slots: a long sample then delays 3 others at most
 
 
@@ -11,6 +12,13 @@ def arrange_slots(prompts: int, samples: int, slots: int) -> tuple[int, int]:
         return samples, max(prompts, 1)
     rows = min(samples, max(MIN_GROUP, slots // prompts), slots)
     return rows, min(prompts, max(1, slots // rows))
+
+
+def prefill_prompts(waiting: int, T: int, groups: int) -> int:
+    """How many prompts of up to T tokens a device fills in one prefill, of those that are waiting and with room for so
+    many groups: 1, 4, 16, ..., so that there are few programs for each T."""
+    most = min(waiting, max(1, PREFILL_TOKENS // T))
+    return min(groups, 4 ** -(-(most - 1).bit_length() // 2))
 
 
 def padded_size(n: int, step: int = 1) -> int:

@@ -49,12 +49,12 @@ class Throughput:
     flops_per_token: int
     peak_flops: float | None  # of all devices together; None: unknown
 
-    def of(self, seconds: float) -> dict[str, float]:
-        """tokens_per_second and mfu (NaN where the peak is unknown) of a step that took so long."""
+    def of(self, seconds: float) -> dict[str, float | None]:
+        """tokens_per_second and mfu (None where the peak is unknown) of a step that took so long."""
         tokens = self.tokens_per_step / seconds
         return {
             "tokens_per_second": tokens,
-            "mfu": tokens * self.flops_per_token / self.peak_flops if self.peak_flops else float("nan"),
+            "mfu": tokens * self.flops_per_token / self.peak_flops if self.peak_flops else None,
         }
 
 

@@ -150,20 +150,32 @@ def make_plan(
     scalars: tuple[str, ...],
     groups: Groups,
     packed: bool,
+    attention: Mapping[str, str] | None = None,
     logprobs: bool = False,
     log: Callable = print0,
 ) -> Plan:
     """The plan of a stage with these settings: dtype, attention and rematerialisation are chosen and printed here.
 
-    mesh: of real or compile-only devices. packed: rows hold documents that do not see each other. ValueError: a backend
-    that was asked for cannot do it."""
+    mesh: of real or compile-only devices. packed: rows hold documents that do not see each other. attention: what the
+    checkpoint of a run that goes on records of it. ValueError: a backend that was asked for cannot do it."""
     dtype = compute_dtype(cfg.dtype, mesh.devices.flat[0].platform)
-    attention = choose_attention(cfg.attention, model, batch.T, mesh=mesh, dtype=dtype, packed=packed, log=log)
+    backend = choose_attention(
+        cfg.attention,
+        model,
+        batch.T,
+        mesh=mesh,
+        dtype=dtype,
+        rows=batch.rows // row_shards(mesh),
+        packed=packed,
+        recorded=attention,
+        verbose=cfg.verbose,
+        log=log,
+    )
     plan = Plan(
         model=model,
         mesh=mesh,
         dtype=dtype,
-        attention=attention,
+        attention=backend,
         remat="none",
         replicate=cfg.replicate,
         batch=batch,
@@ -174,5 +186,5 @@ def make_plan(
     )
     remat, why = choose_remat(cfg.remat, model, plan.abstract_state, dtype, plan.rows_per_device, batch.T)
     remat, why = processes.exchange("rematerialisation", [remat, why])[0]  # it depends on a machine's memory
-    log(f"{dtype.name}, attention {attention}, rematerialisation {remat} ({why})")
+    log(f"{dtype.name}, attention {backend}, rematerialisation {remat} ({why})")
     return dataclasses.replace(plan, remat=remat)

@@ -38,8 +38,9 @@ def row_batch_shape(cfg: Any, mesh: Mesh, log: Callable = print0) -> BatchShape:
             f"{cfg.device_batch_size} x --max-seq-len={T} x {row_shards(mesh)} devices that rows are split over); "
             f"nearest: {nearest}"
         )
-    log(f"Total batch size: {total:,} tokens, as {total // per_pass} micro-batches of {rows} x {T}")
-    return BatchShape(total // per_pass, rows, T)
+    passes = total // per_pass
+    log(f"Total batch size: {total:,} tokens, as {passes} micro-batch{'es' * (passes > 1)} of {rows} x {T}")
+    return BatchShape(passes, rows, T)
 
 
 def rows_before(start: Start, plan: Plan, step: int) -> int:
@@ -126,7 +127,7 @@ def validation(
 def throughput_line(record: Mapping[str, float]) -> str:
     """The console's line of a step."""
     mfu = record["mfu"]
-    shown = "   -  " if np.isnan(mfu) else f"{100 * mfu:5.1f}%"
+    shown = "   -  " if mfu is None else f"{100 * mfu:5.1f}%"
     return (
         f"loss {record['smoothed_loss']:.4f} | lrm {record['lr_multiplier']:.3f} | "
         f"{record['tokens_per_second']:,.0f} tok/s | mfu {shown} | {record['percent']:.1f}% | epoch {record['epoch']}"

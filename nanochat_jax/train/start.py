@@ -18,6 +18,7 @@ from filelock import Timeout
 
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.checkpoints.ownership import Lock, Token, own
+from nanochat_jax.cli.device import attention_record
 from nanochat_jax.cli.settings import (
     AUTO,
     flag,
@@ -82,6 +83,10 @@ class Start:
         """The optimizer's groups that a fine-tuning run goes on with; None for a new run."""
         return groups_from_meta(self.record["optimizer_groups"]) if self.resumed else None
 
+    def recorded_attention(self) -> dict | None:
+        """What the checkpoint says of the run's attention; None for a new run, or where an earlier version wrote it."""
+        return self.record.get("attention")
+
     def check_data(self, fingerprint: str) -> None:
         """ValueError where a run that goes on does not see the data it began with, or a process sees other data."""
         processes.agree("the data", {"data": fingerprint})
@@ -133,6 +138,7 @@ class Start:
             "user_config": recorded_settings(dataclasses.replace(self.cfg, remat=plan.remat)),
             "optimizer_groups": {name: dataclasses.asdict(group) for name, group in plan.groups.items()},
             "tokenizer": self.tokenizer_digest,
+            "attention": attention_record(plan.attention, plan.mesh),
             "total_steps": total_steps,
             "versions": store.versions(),
             "packing": PACKING,
@@ -352,12 +358,12 @@ def initial_state(start: Start, plan: Plan, log: Callable) -> Initial:
     _, params, _ = find.load_params(start.base)
     if cfg.load_optimizer and (warm := find.load_optimizer(start.base, plan.model, plan.groups)):
         groups, arrays = warm
-        log("Loaded the base model's optimizer state (rates are this run's own)")
+        log(f"Loaded the optimizer state of the {start.cfg.source} model (rates are this run's own)")
         if cfg.weight_decay is not None:
             groups["matrix"] = dataclasses.replace(groups["matrix"], weight_decay=cfg.weight_decay)
         plan = dataclasses.replace(plan, groups=groups)
     elif cfg.load_optimizer:
-        log("WARNING: the base model came without optimizer state, so it starts empty")
+        log(f"WARNING: the {start.cfg.source} model came without optimizer state, so it starts empty")
     like, tx = plan.abstract_state, plan.optimizer
     with plan.scope():
         params = place(params, like.params)

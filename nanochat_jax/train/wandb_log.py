@@ -51,7 +51,9 @@ class WandbLog:
         try:
             self._run = wandb.init(**names, resume="allow", config=config)
         except wandb.Error as e:
-            raise ValueError(f"wandb cannot start: {e}; set WANDB_MODE=offline, or leave out --run") from e
+            raise ValueError(
+                f"wandb cannot start: {str(e).rstrip('. ')}; set WANDB_MODE=offline, or leave out --run"
+            ) from e
         self._run.define_metric("*", step_metric="step")
         for record in before:
             if record["step"] <= resumed_at and record.get("event") != "wandb":

@@ -400,6 +400,12 @@ def test_a_missing_file_warns_and_stops_with_a_hint_for_known_files(tmp_path):
         CustomJSON(tmp_path)
 
 
+def test_a_missing_file_is_told_with_the_one_that_is_most_like_it(tmp_path):
+    (tmp_path / "messages.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match=r"mesages.jsonl does not exist; did you mean .*/messages.jsonl[?]"):
+        CustomJSON(tmp_path / "mesages.jsonl")
+
+
 def test_an_empty_file_is_an_empty_task_and_the_fingerprint_follows_the_content(tmp_path):
     empty = custom(tmp_path, "")
     assert len(empty) == 0

@@ -31,6 +31,7 @@ echo 'home = {PYTHON.parent}' >.venv/pyvenv.cfg
 cat >.venv/bin/python <<'END'
 #!/bin/sh
 if [ "$1 $2" = "-m pip" ] && [ "$3" = "--version" ]; then exit 0; fi
+case "$*" in *" --target "*) mkdir -p "$8" ;; esac
 if [ "$1 $2" = "-m pip" ]; then echo "$@" >>"$LOG"; sleep "${{INSTALL_SECONDS:-0}}"; exit "${{INSTALL_STATUS:-0}}"; fi
 exec "${{0%/*}}/real" "$@"
 END
@@ -58,8 +59,8 @@ class Machine:
         self.repo, self.bin, self.pyenv = folder / "a repo", folder / "bin", folder / "pyenv"
         self.log_file, self.venv = folder / "log", self.repo / ".venv"
         (self.repo / "tools").mkdir(parents=True)
-        for name in ("tools/setup.sh", "pyproject.toml", "requirements.lock", "requirements-gcs.lock"):
-            shutil.copy(ROOT / name, self.repo / name)
+        for path in (ROOT / "tools/setup.sh", ROOT / "pyproject.toml", *ROOT.glob("requirements*.lock")):
+            shutil.copy(path, self.repo / path.relative_to(ROOT))
         self.bin.mkdir()
         for name in TOOLS:
             if found := shutil.which(name):
@@ -166,7 +167,7 @@ def test_a_second_run_does_nothing(machine):
     assert machine.log() == []
 
 
-@pytest.mark.parametrize("changed", ["pyproject.toml", "requirements.lock", "requirements-gcs.lock"])
+@pytest.mark.parametrize("changed", ["pyproject.toml", *(path.name for path in ROOT.glob("requirements*.lock"))])
 def test_a_changed_file_installs_again_into_the_same_environment(machine, changed):
     machine.has(python3=WORKS).setup()
     machine.log()
@@ -223,6 +224,26 @@ def test_extras_are_constrained_by_the_lock_file_and_stay(machine):
     assert machine.log()[1:] == [LOCKED, all_three]
 
 
+def test_the_cuda_compiler_has_a_folder_of_its_own_and_is_fetched_once(machine):
+    folder, lock = machine.venv / "compilers" / "cuda13", "requirements-cuda13-aot.lock"
+    fetch = f"-m pip install --quiet --no-compile --no-deps --target .venv/compilers/cuda13.new -r {lock}"
+    gcs = "-m pip install --quiet --no-compile -c requirements.lock -c requirements-gcs.lock -e .[gcs]"
+    machine.has(python3=WORKS).setup("--extra", "cuda13-aot", "--extra", "gcs")
+    assert machine.log()[1:] == [LOCKED, gcs, fetch]
+    (folder / "kept").touch()
+    with (machine.repo / "requirements.lock").open("a") as file:
+        file.write("# other packages\n")
+    machine.setup()
+    assert machine.log() == [LOCKED, gcs] and (folder / "kept").exists()
+    with (machine.repo / lock).open("a") as file:
+        file.write("# another compiler\n")
+    machine.setup()
+    assert machine.log() == [LOCKED, gcs, fetch] and not (folder / "kept").exists()
+    (machine.repo / lock).write_text("# one that cannot be fetched\n")
+    assert machine.setup(INSTALL_STATUS="1")[0] == 1
+    assert not (machine.venv / "stamp").exists()
+
+
 def test_uv_is_used_where_it_runs(machine):
     machine.has(python313=SHIM, python312=WORKS, uv=UV).setup("--extra", "tpu")
     assert machine.log() == [
@@ -261,6 +282,8 @@ def test_the_lock_files_pin_every_dependency_and_nothing_heavy():
         return dict(line.split("==") for line in lines)
 
     pins, gcs = pins_of("requirements.lock"), pins_of("requirements-gcs.lock")
+    compiler = pins_of("requirements-cuda13-aot.lock")
+    assert compiler["jax-cuda13-plugin"] == compiler["jax-cuda13-pjrt"] == pins["jax"]
     assert not set(pins) & set(gcs)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

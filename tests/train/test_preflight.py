@@ -5,22 +5,28 @@ Run: python -m pytest tests/train/test_preflight.py
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from nanochat_jax import base, rl, sft
 from nanochat_jax.cli.command_line import parse
+from nanochat_jax.cli.settings import inherit
 from nanochat_jax.distributed import sharding
 from nanochat_jax.distributed.device_memory import bytes_on_device, device_memory, parse_memory_error
 from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.train import preflight
 from nanochat_jax.train.plan import TokenLoss
 from tests.support import tiny
@@ -31,7 +37,7 @@ TPU = pytest.mark.skipif(
 )
 
 
-SFT = ("--mesh", "data=1", "--device-batch-size", "4")  # one program for three tests
+SFT = ("--mesh", "data=1", "--device-batch-size", "4", "--chatcore-every", "-1")  # one program for three tests
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def run(stage, cls, *flags):
 
 def table(text):
     """Name -> number of the last table's lines."""
-    lines = text.split("nothing was run")[1].splitlines()
+    lines = text.split("nothing was run")[1].splitlines()  # of a part: two spaces, its name, its size
     parts = [line.rsplit(maxsplit=1) for line in lines if line.startswith("  ") and " total " not in line]
     return {name.strip(): float(number) for name, number in parts}
 
@@ -87,17 +93,51 @@ def test_sft_is_checked_without_data_and_leaves_nothing_behind(alone):
 
 
 def test_parameters_are_split_over_devices(home, alone, capsys):
-    run(sft, sft.SFTConfig, "--mesh", "data=8")
+    run(sft, sft.SFTConfig, "--mesh", "data=8", "--chatcore-every", "-1")
     assert table(capsys.readouterr().out)["optimizer"] < 0.2 * table(alone[1])["optimizer"]
 
 
-def test_rl_shows_the_cache_too(home, capsys):
+def test_rl_shows_what_its_answers_take_too(home, capsys):
     sizes = ("--examples-per-step", "2", "--num-samples", "4", "--slots", "8", "--max-new-tokens", "16")
-    assert run(rl, rl.RLConfig, "--source", "base", "--mesh", "data=1", *sizes) == 0
+    sizes += ("--eval-every", "-1")
+    assert run(rl, rl.RLConfig, "--source", "base", "--mesh", "data=2", *sizes) == 0
     text = capsys.readouterr().out
-    found = table(text)
-    assert text.index("rollouts  ") < text.index("training  ")
-    assert found["cache"] > 0 and found["copy of the weights"] == found["parameters"]
+    rollouts, training = re.findall(r"^\w.* +MiB on a device\n((?:  .*\n)+)", text, re.M)
+    found = [dict(re.findall(r"  (\w.*?) +([\d.]+)\n", part)) for part in (rollouts, training)]
+    assert float(found[0]["copy of the weights"]) == pytest.approx(4 * 159798 / 2**20, abs=1e-3)  # whole, float32
+    assert float(found[0]["caches"]) > 0
+    for name, of in zip(("rollouts", "training"), found):
+        (line,) = re.findall(rf"^{name} +([\d.]+) +([\d.]+) +([\d.]+) of [\d.]+: fits$", text, re.M)
+        assert sum(map(float, line[:2])) == pytest.approx(float(line[2]), abs=0.002)
+        assert line[2] == of["total"]
+
+
+def alive(device) -> int:
+    """Bytes of the arrays on a device."""
+    gc.collect()
+    return bytes_on_device([x for x in jax.live_arrays() if device in x.sharding.device_set])
+
+
+def test_what_is_alive_while_answers_are_generated_is_what_was_predicted():
+    """On 8 devices: parameters split over all, their copy whole on each."""
+    cfg = inherit(parse(sft.SFTConfig, [], prog="test"), tiny.SETTINGS, "the test")
+    plan = sft.plan_of(cfg, tiny.CONFIG, mesh := make_mesh("data=8"))
+    answers = preflight.Answers(16, 1, 16, 44, prompt_tokens=32, chunk=4)
+    phase = preflight.generation_phase("answers", plan, answers, "")
+    before = alive(mesh.devices.flat[0])
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), plan.abstract_state)
+    with_state = alive(mesh.devices.flat[0])
+    assert with_state - before == sum(phase.resident.values())
+
+    engine = Engine(plan.model, tiny.tokenizer(), mesh, attention=plan.attention, slots=16, chunk=4, prompt_tokens=32)
+    seen = []
+    with engine.holding(state.params, mesh) as held:
+        prompts = [[1] * 32] * 16
+        watch = lambda done, of: seen.append(alive(mesh.devices.flat[0]) - with_state)  # noqa: E731
+        ((sample,), *_) = engine.generate(held, prompts, SamplingParams(0.0, 0, 44), progress=watch)
+    assert len(sample.tokens) == 44
+    predicted = phase.adds["copy of the weights"] + phase.adds["caches"]
+    assert max(seen) == pytest.approx(predicted, rel=0.01)
 
 
 def test_base_needs_neither_model_nor_tokenizer(tmp_path, monkeypatch, capsys):
@@ -151,12 +191,6 @@ def test_the_program_that_is_compiled_is_the_runs_own(home, monkeypatch, capsys)
         del batch["margin"]
         with pytest.raises(ValueError, match=r"a batch must hold .*'margin'.* as its plan says"):
             plan.make_train_step()(zeros(plan.abstract_state), batch, scalars)
-
-
-def test_an_unknown_slice_is_a_sentence():
-    for name in ("v5e-7", "h100", "v5e", "v4-8", "", "v5e:2by4"):
-        with pytest.raises(ValueError, match=r"--preflight must name no device .* or a TPU slice \(v5e-\{1,4,8"):
-            preflight.slice_devices(name)
 
 
 def test_memory_is_read_from_what_compilers_say():

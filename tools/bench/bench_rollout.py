@@ -70,7 +70,7 @@ class Bench:
     tools: bool = True
     repeats: int = 3
     dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU
-    attention: str = "auto"  # of the prefill: reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
+    attention: str = "auto"  # of the prefill: reference, chunked, mosaic_gpu, triton, splash or cudnn
     mesh: str = ""
 
 

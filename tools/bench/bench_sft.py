@@ -66,7 +66,7 @@ class Bench:
     window_pattern: str = "SSSL"
     steps: int = 12  # timed steps, after two that are not
     dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU
-    attention: str = "auto"  # reference, chunked, mosaic_gpu, splash or cudnn; auto = the fastest here
+    attention: str = "auto"  # reference, chunked, mosaic_gpu, triton, splash or cudnn
     remat: str = "auto"  # computed again instead of kept: none, elementwise or block; auto = the least that fits
     mesh: str = ""
 

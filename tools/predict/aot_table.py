@@ -76,7 +76,7 @@ def measure(table: Table, case: str, program: str) -> dict[str, Any]:
     model, batch, mesh, training = plan.model, plan.batch, dict(plan.mesh.shape), program == "sft"
     device = plan.mesh.devices.flat[0]
     chip, memory = device.device_kind, device_memory(device)
-    rollouts = preflight.Rollouts(max(1, table.slots // 16), 16, table.slots, table.max_new_tokens)
+    rollouts = preflight.Answers(max(1, table.slots // 16), 16, table.slots, table.max_new_tokens)
     line = {
         "case": case,
         "program": program,

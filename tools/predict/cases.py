@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from nanochat_jax import sft
 from nanochat_jax.cli.settings import require
+from nanochat_jax.distributed import compile_only
 from nanochat_jax.distributed.mesh import make_mesh, row_shards
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.train import preflight, scaling_laws
+from nanochat_jax.train import scaling_laws
 from nanochat_jax.train.plan import Plan
 
 WINDOW_PATTERN = "SSSL"  # nanochat's
@@ -57,7 +58,7 @@ def model_of_depth(depth: int, max_seq_len: int, vocab_size: int) -> GPTConfig:
 
 def slice_mesh(case: Case, model: GPTConfig) -> Mesh:
     """The mesh of the case's compile-only devices. ValueError: no such slice or mesh, or no TPU compiler is here."""
-    return make_mesh(case.mesh, preflight.slice_devices(case.slice), model.n_embd)
+    return make_mesh(case.mesh, compile_only.devices(case.slice), model.n_embd)
 
 
 def sft_plan(

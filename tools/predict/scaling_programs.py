@@ -67,10 +67,10 @@ def model_of(work: Workload, depth: int, layers: int | None = None) -> GPTConfig
     return dataclasses.replace(model, n_layer=layers, windows=window_sizes(WINDOW_PATTERN, layers, work.max_seq_len))
 
 
-def rollouts_of(work: Workload, slots: int, chips: int, new_tokens: int) -> preflight.Rollouts:
+def rollouts_of(work: Workload, slots: int, chips: int, new_tokens: int) -> preflight.Answers:
     """With this many slots a chip."""
     prompts = max(1, slots * chips // work.samples)
-    return preflight.Rollouts(prompts, work.samples, prompts * work.samples, new_tokens)
+    return preflight.Answers(prompts, work.samples, prompts * work.samples, new_tokens)
 
 
 # ------------------------------------------------------------------------------------------------- from shapes alone

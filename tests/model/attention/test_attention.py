@@ -12,6 +12,7 @@ from nanochat_jax.model.attention import attention, decode_attention
 from nanochat_jax.model.attention.cudnn import cudnn
 from nanochat_jax.model.attention.residuals import LSE, OUT
 from nanochat_jax.model.attention.splash import block_and_padded_length, document_numbers, splash
+from nanochat_jax.model.attention.triton import triton
 
 
 def draw(B=2, T=40, N=4, K=2, H=8, seed=0, documents=True):
@@ -137,11 +138,15 @@ def test_what_cudnn_is_asked_for_is_attention_within_one_document(window):
     assert_equal_to_the_definition(attend, *draw(documents=False), window)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "splash"])
+@pytest.mark.parametrize("impl", ["chunked", "splash", "triton"])
 def test_a_rematerialisation_policy_finds_the_residuals_by_name(impl):
     """With the output and the log-sum-exp kept, the backward pass has no reason to run the forward one again."""
     q, k, v, k_start = draw(T=128, H=64)
-    attend = {"chunked": partial(attention, impl="chunked"), "splash": on_cpu}[impl]
+    attend = {
+        "chunked": partial(attention, impl="chunked"),
+        "splash": on_cpu,
+        "triton": lambda *x, window: triton(*x, 0.1, window, interpret=True),
+    }[impl]
 
     def kernels(*names):
         policy = jax.checkpoint_policies.save_only_these_names(*names)

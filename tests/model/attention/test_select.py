@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import eval as eval_stage
@@ -44,6 +44,7 @@ def machine(platform, kind, capability=""):
 
 
 A100 = machine("gpu", "NVIDIA A100-SXM4-40GB", "8.0")
+V100 = machine("gpu", "Tesla V100-SXM2-16GB", "7.0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,10 +55,22 @@ def test_a_cpu_takes_the_blocks_of_xla_without_a_warning_as_it_has_no_kernel():
     assert choose_attention_backend("auto", ONE, "float32", SHAPES) == ("chunked", None)
 
 
-def test_a_gpu_before_hopper_takes_the_blocks_of_xla_and_says_what_would_be_needed():
-    name, why = choose_attention_backend("auto", A100, "bfloat16", SHAPES)
+def test_a_gpu_before_ampere_takes_the_blocks_of_xla_and_says_what_would_be_needed():
+    name, why = choose_attention_backend("auto", V100, "bfloat16", SHAPES)
     assert name == "chunked"
-    assert why.startswith("mosaic_gpu needs a Hopper GPU (H100, H200), this is NVIDIA A100-SXM4-40GB: ")
+    assert why.startswith("mosaic_gpu needs a Hopper GPU (H100, H200), this is Tesla V100-SXM2-16GB; triton needs ")
+    assert "compute capability 8.0 or newer, this is Tesla V100-SXM2-16GB: attention runs in blocks of plain" in why
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "10.0", "12.0", "9.0"])
+def test_a_kernel_that_other_gpus_have_is_no_reason_for_a_warning(monkeypatch, capability):
+    monkeypatch.setattr(select, "refuses", lambda *_: None)
+    expected = "mosaic_gpu" if capability == "9.0" else "triton"
+    assert choose_attention_backend("auto", machine("gpu", "a GPU", capability), "bfloat16", SHAPES) == (expected, None)
+
+
+def test_a_gpu_of_another_maker_has_no_compute_capability():
+    assert "triton needs a" in select.device_refuses("triton", machine("gpu", "MI300X", "gfx942").devices[0, 0], True)
 
 
 def test_what_is_asked_for_by_name_needs_no_reason():
@@ -71,6 +84,7 @@ def test_what_is_asked_for_by_name_needs_no_reason():
         ("splash", ONE, True, "--attention=splash cannot be used: splash needs a TPU, this is a CPU"),
         ("mosaic_gpu", ONE, True, "--attention=mosaic_gpu cannot be used: mosaic_gpu needs a GPU, this is a CPU"),
         ("mosaic_gpu", A100, True, "mosaic_gpu needs a Hopper GPU .*, this is NVIDIA A100"),
+        ("triton", V100, True, "triton needs an NVIDIA GPU of compute capability 8.0 or newer, this is Tesla V100"),
         ("cudnn", A100, True, "cudnn takes one document a row, .*--no-document-mask"),
         ("magic", ONE, True, "--attention must be auto, reference, .* or cudnn, got 'magic'"),
     ],
@@ -86,6 +100,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(wanted, mesh, packed, said):
     ("name", "dtype", "said"),
     [
         ("mosaic_gpu", "float32", "float32"),
+        ("triton", "float8_e4m3fn", "triton takes bfloat16, float16 or float32, got float8_e4m3fn"),
         ("cudnn", "float32", "cudnn takes bfloat16, this is float32"),
         ("splash", "float16", "splash takes bfloat16 or float32, this is float16"),
     ],
@@ -135,6 +150,7 @@ def test_a_kernel_must_give_the_values_of_the_definition_where_it_can_be_run(mon
     monkeypatch.setattr(
         "nanochat_jax.model.attention.splash.splash", lambda *args: factor * splash(*args, interpret=True)
     )
+    monkeypatch.setattr(select.timing, "time_backends", lambda attends, *_: dict.fromkeys(attends, 1.0))
     name, why = choose_attention_backend("auto", ONE, "float32", SHAPES)
     assert name == chosen
     assert (why is None) == (chosen == "splash")
@@ -145,10 +161,12 @@ def test_cudnn_is_only_taken_for_single_documents_and_without_training(monkeypat
     monkeypatch.setattr(select, "refuses", lambda name, *_: None if name == "cudnn" else f"no {name}")
     for packed, training in ((True, True), (False, True), (True, False)):
         name, why = choose_attention_backend("auto", A100, "bfloat16", SHAPES, packed=packed, training=training)
-        assert name == "chunked" and why.startswith("no mosaic_gpu: attention runs in blocks")
+        assert name == "chunked" and why.endswith(
+            "no triton: attention runs in blocks of plain XLA (exact, but slower)"
+        )
     assert choose_attention_backend("auto", A100, "bfloat16", SHAPES, packed=False, training=False) == (
         "cudnn",
-        "no mosaic_gpu: cudnn is used",
+        "no triton: cudnn is used",
     )
 
 
@@ -189,7 +207,8 @@ def test_a_backend_is_a_module_and_a_row_of_the_table(monkeypatch):
 
 
 def test_kernels_are_not_imported_before_they_are_used():
-    code = "import sys, nanochat_jax.model.gpt; print([m for m in sys.modules if m.endswith(('splash', 'hopper'))])"
+    kernels = "('splash', 'hopper', 'attention.triton')"
+    code = f"import sys, nanochat_jax.model.gpt; print([m for m in sys.modules if m.endswith({kernels})])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -283,10 +302,12 @@ def test_without_a_mesh_and_where_a_device_is_alone_the_kernel_is_called_as_it_i
         ("chunked", "tpu", ""),
         ("splash", "tpu", "tpu_custom_call"),
         ("mosaic_gpu", "cuda", "mosaic_gpu"),
+        ("triton", "cuda", "xla.gpu.triton"),
         ("cudnn", "cuda", "cudnn$fmha"),
     ],
 )
 @pytest.mark.parametrize("window", [-1, 128])
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_every_backend_is_lowered_with_its_gradients(monkeypatch, impl, platform, kernel, window):
     if impl == "cudnn":  # it asks the library for its version; the one here is nowhere
         monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
@@ -297,5 +318,9 @@ def test_every_backend_is_lowered_with_its_gradients(monkeypatch, impl, platform
 
     f = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     k_start = jax.ShapeDtypeStruct((2, 300), jnp.int32)
-    text = f.trace(q, k, k, k_start).lower(lowering_platforms=(platform,)).as_text()
+    # Triton wants to know the GPU
+    a100 = AbstractDevice(device_kind=A100.devices[0, 0].device_kind, num_cores=108, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), abstract_device=a100) if impl == "triton" else AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = f.trace(q, k, k, k_start).lower(lowering_platforms=(platform,)).as_text()
     assert kernel in text and ("custom_call" in text) >= bool(kernel)

@@ -1,31 +1,27 @@
 """Flash attention on Hopper GPUs with our own kernels (Pallas, Mosaic GPU), forward and backward.
 
-The mathematics is FlashAttention-2's (arXiv 2307.08691), the division of labour FlashAttention-3's (arXiv 2407.08608):
-of a program's three warpgroups one only issues TMA copies into a ring of shared memory, two multiply (wgmma) and do the
-softmax in registers. Each kernel visits only the blocks of hopper/blocks.py and masks only those that need it. There
-are no atomics: every output element has one writer, so results repeat bit for bit.
+The mathematics is FlashAttention-2's (arXiv 2307.08691). As in FlashAttention-3 (arXiv 2407.08608), TMA copies run
+ahead into a ring of shared memory, and of a program's two warpgroups one multiplies (wgmma) while the other does its
+softmax in registers. There is no third that copies, see primitives.py: one of the two starts the copies. Each kernel
+visits only the blocks of blocks.py and masks only those that need it. There are no atomics: every output element
+has one writer, so results repeat bit for bit.
 
-All three kernels take q, o, do [B,T,N,H]; k, v [B,T,K,H]; k_start int32 [B,T]; lse, delta float32 [B,N,T]; T a multiple
-of BLOCK. Scores are in base 2: `scale` > 0 holds log2(e), and lse is a base-2 logarithm. `interpret` runs the same
-programs, warpgroups and barriers included, on a CPU. Names end in _gm for arrays in global and _sm for those in shared
-memory; other scratch names are barriers: *_in, ready: the data has arrived; *_free, free: it is no longer needed.
+What kernels take and return: flash.py; `scale` must be above 0. `interpret` runs the same programs, warpgroups and
+barriers included, on a CPU. Names end in _gm for arrays in global and _sm for those in shared memory; other scratch
+names are barriers: *_in, ready: the data has arrived; free: it is no longer needed.
 """
-
-import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nanochat_jax.model.attention.blocks import key_ranges
+from nanochat_jax.model.attention.flash import FlashKernels, flash_attention, lower_once
 from nanochat_jax.model.attention.hopper import primitives as hopper
 from nanochat_jax.model.attention.hopper.backward import grad_keys, grad_queries
-from nanochat_jax.model.attention.hopper.blocks import key_ranges
 from nanochat_jax.model.attention.hopper.primitives import BLOCK, FORWARD, ROWS, WARPGROUPS
-from nanochat_jax.model.attention.residuals import LSE, OUT
 
 
 def mosaic_gpu_refuses(q_shape, kv_heads: int, dtype) -> str | None:
@@ -51,120 +47,114 @@ def mosaic_gpu(q, k, v, k_start, scale, window, *, interpret=False):
     del window
     if why := mosaic_gpu_refuses(q.shape, k.shape[2], q.dtype):
         raise ValueError(why)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one type, got {q.dtype}, {k.dtype} and {v.dtype}")
     scale = float(scale)
     if not scale > 0:  # the kernels take the largest score before they scale it
         q, scale = q * jnp.sign(scale).astype(q.dtype), abs(scale) or 1.0
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()
-    T = q.shape[1]
-    pad = -T % BLOCK
-    # A padded query sees its own padded key only: a finite softmax, whose zero gradient reaches nothing.
-    k_start = jnp.minimum(jnp.pad(k_start, ((0, 0), (0, pad)), constant_values=T + pad), jnp.arange(T + pad)[None])
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    return _attend(scale * math.log2(math.e), interpret, q, k, v, k_start)[:, :T]
+    return flash_attention(KERNELS, q, k, v, k_start, scale, interpret)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale, interpret, q, k, v, k_start):
-    return _forward(scale, interpret, q, k, v, k_start)[0]
-
-
-def _forward(scale, interpret, q, k, v, k_start):
-    """-> (o [B,T,N,H] in q's type, residuals with lse, the base-2 logarithm of each query's sum of exponentials)."""
+@lower_once
+def output(q, k, v, k_start, scale, interpret):
+    """-> (o [B,T,N,H] in q's type, lse [B,N,T], the base-2 logarithm of each query's sum of exponentials)."""
     B, T, N, H = q.shape
     G = N // k.shape[2]
     step, stages = FORWARD[H]
     ranges = key_ranges(k_start, BLOCK, step)
 
-    def attention_forward(*arrays, q_sm, k_sm, v_sm, lse_sm, q_in, k_in, v_in, k_free, v_free, turns, p_sm=None):
+    def attention_forward(*arrays, q_sm, k_sm, v_sm, lse_sm, q_in, k_in, v_in, turns, p_sm=None):
         q_gm, k_gm, v_gm, start_gm, *ranges_gm, o_gm, lse_gm = arrays
         b, n, w = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("warpgroup")
         i = T // BLOCK - 1 - lax.axis_index("i")  # the longest first: causality gives block i i + 1 blocks of keys
         visited = tuple(x[b, i] for x in ranges_gm)
         first, last = visited[0], visited[-1]
 
-        def copy():
+        def copy(j, source, ring, arrived):
+            here, slot = (b, pl.ds(j * step, step), lax.div(n, G)), lax.rem(j - first, stages)
+            plgpu.copy_gmem_to_smem(source.at[here], ring.at[slot], arrived.at[slot])
+
+        def copy_keys(j):
+            copy(j, k_gm, k_sm, k_in)
+
+        def copy_values(j):
+            copy(j, v_gm, v_sm, v_in)
+
+        def refill(j, copy):
+            """Copy into block j's slot when the second warpgroup has read it: the first, a turn ahead, has too."""
+            pl.when((w == 1) & (j + stages < last))(lambda: copy(j + stages))
+
+        @pl.when(w == 1)
+        def _():
             for other in range(WARPGROUPS):
                 plgpu.copy_gmem_to_smem(q_gm.at[b, hopper.rows(i, other), n], q_sm.at[other], q_in.at[other])
 
-            @pl.loop(first, last)
+            @pl.loop(first, jnp.minimum(first + stages, last))
             def _(j):
-                here = (b, pl.ds(j * step, step), lax.div(n, G))
-                hopper.fill_slot(j - first, stages, [(k_gm.at[here], k_sm)], k_in, k_free)
-                hopper.fill_slot(j - first, stages, [(v_gm.at[here], v_sm)], v_in, v_free)
+                copy_keys(j)
+                copy_values(j)
 
         def take_turns():
             plgpu.barrier_arrive(turns)
             plgpu.barrier_wait(turns)
 
-        def compute():
-            start = plgpu.load(start_gm.at[b, hopper.rows(i, w)], layout=hopper.PER_ROW, optimized=False)
+        start = plgpu.load(start_gm.at[b, hopper.rows(i, w)], layout=hopper.PER_ROW, optimized=False)
 
-            def visit(j, carry, masked):
-                o, top, total = carry  # sum of values, largest score, sum of exponentials so far
-                slot = lax.rem(j - first, stages)
-                plgpu.barrier_wait(k_in.at[slot])
+        def visit(j, carry):
+            o, top, total = carry  # sum of values, largest score, sum of exponentials so far
+            slot = lax.rem(j - first, stages)
+            plgpu.barrier_wait(k_in.at[slot])
 
-                def scores(acc):
-                    plgpu.wgmma(acc, q_sm.at[w], k_sm.at[slot].transpose((1, 0)))
-                    take_turns()  # the other warpgroup multiplies while this one is at its softmax
-                    return acc[...]
+            def scores(acc):
+                plgpu.wgmma(acc, q_sm.at[w], k_sm.at[slot].transpose((1, 0)))
+                take_turns()  # the other warpgroup multiplies while this one is at its softmax
+                return acc[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((ROWS, step), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-                if masked:
-                    query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
-                    s = hopper.mask(s, query, key, hopper.per_row(start, step))
-                new_top = jnp.maximum(top, s.max(axis=1) * scale)
-                p = jnp.exp2(s * scale - hopper.per_row(new_top, step))
-                shrink = jnp.exp2(top - new_top)
-                total = total * shrink + p.sum(axis=1)
-                # all of the softmax before the other warpgroup's turn, none of it after
-                softmax = (p.astype(q.dtype), o * hopper.per_row(shrink, H), total, new_top)
-                p, o, total, top = lax.optimization_barrier(softmax)
-                plgpu.barrier_arrive(turns)
-                plgpu.barrier_wait(v_in.at[slot])
-                plgpu.barrier_wait(turns)
-                o = hopper.accumulate(o, hopper.left_operand(p, p_sm, w), v_sm.at[slot], interpret)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return o, top, total
+            s = pl.run_scoped(scores, plgpu.ACC((ROWS, step), jnp.float32))
+            refill(j, copy_keys)
 
-            plgpu.barrier_wait(q_in.at[w])
-            pl.when(w == 1)(take_turns)  # half a step behind the first
-            o = hopper.full((ROWS, H), 0.0, hopper.WGMMA)
-            top, total = hopper.full((ROWS,), -1e30, hopper.PER_ROW), hopper.full((ROWS,), 0.0, hopper.PER_ROW)
-            o, top, total = hopper.visit_blocks(visited, visit, (o, top, total))
-            pl.when(w == 0)(take_turns)
-            q_sm[w] = (o / hopper.per_row(total, H)).astype(q.dtype)
-            lse_sm[w] = top + jnp.log2(total)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_sm.at[w], o_gm.at[b, hopper.rows(i, w), n])
-            plgpu.copy_smem_to_gmem(lse_sm.at[w], lse_gm.at[b, n, hopper.rows(i, w)])
-            plgpu.wait_smem_to_gmem(0)
+            def masked(s):
+                query, key = hopper.positions(s, 0, i * BLOCK + w * ROWS), hopper.positions(s, 1, j * step)
+                return hopper.mask(s, query, key, hopper.per_row(start, step))
 
-        hopper.split_roles(w, copy, compute)
+            s = lax.cond(hopper.is_partial(visited, j), masked, lambda s: s, s)
+            new_top = jnp.maximum(top, s.max(axis=1) * scale)
+            p = jnp.exp2(s * scale - hopper.per_row(new_top, step))
+            shrink = jnp.exp2(top - new_top)
+            total = total * shrink + p.sum(axis=1)
+            # all of the softmax before the other warpgroup's turn, none of it after
+            softmax = (p.astype(q.dtype), o * hopper.per_row(shrink, H), total, new_top)
+            p, o, total, top = lax.optimization_barrier(softmax)
+            plgpu.barrier_arrive(turns)
+            plgpu.barrier_wait(v_in.at[slot])
+            plgpu.barrier_wait(turns)
+            o = hopper.accumulate(o, hopper.left_operand(p, p_sm, w), v_sm.at[slot], interpret)
+            refill(j, copy_values)
+            return o, top, total
+
+        plgpu.barrier_wait(q_in.at[w])
+        pl.when(w == 1)(take_turns)  # half a step behind the first
+        o = hopper.full((ROWS, H), 0.0, hopper.WGMMA)
+        top, total = hopper.full((ROWS,), -1e30, hopper.PER_ROW), hopper.full((ROWS,), 0.0, hopper.PER_ROW)
+        o, top, total = lax.fori_loop(first, last, visit, (o, top, total))
+        pl.when(w == 0)(take_turns)
+        q_sm[w] = (o / hopper.per_row(total, H)).astype(q.dtype)
+        lse_sm[w] = top + jnp.log2(total)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_sm.at[w], o_gm.at[b, hopper.rows(i, w), n])
+        plgpu.copy_smem_to_gmem(lse_sm.at[w], lse_gm.at[b, n, hopper.rows(i, w)])
+        plgpu.wait_smem_to_gmem(0)
 
     own, ring = hopper.tiled(WARPGROUPS, ROWS, H, dtype=q.dtype), hopper.tiled(stages, step, H, dtype=q.dtype)
-    ready, free = hopper.ring_barriers(stages, copies=1)
-    barriers = {"k_in": ready, "v_in": ready, "k_free": free, "v_free": free}
+    ready = plgpu.Barrier(num_barriers=stages)
+    barriers = {"k_in": ready, "v_in": ready}
     barriers |= {"q_in": plgpu.Barrier(num_barriers=WARPGROUPS), "turns": plgpu.Barrier(num_arrivals=WARPGROUPS)}
     memory = {"q_sm": own, "k_sm": ring, "v_sm": ring, "lse_sm": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)}
     interpreter_memory = {"p_sm": hopper.tiled(WARPGROUPS, ROWS, step, dtype=q.dtype)}
     out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
     grid = {"b": B, "n": N, "i": T // BLOCK}
     kernel = hopper.hopper_kernel(attention_forward, out_type, grid, memory | barriers, interpreter_memory, interpret)
-    o, lse = kernel(q, k, v, k_start, *ranges)
-    o, lse = checkpoint_name(o, OUT), checkpoint_name(lse, LSE)
-    return o, (q, k, v, k_start, o, lse)
+    return kernel(q, k, v, k_start, *ranges)
 
 
-def _backward(scale, interpret, residuals, do):
-    q, k, v, k_start, o, lse = residuals
-    delta = jnp.einsum("BTNH,BTNH->BNT", do, o, preferred_element_type=jnp.float32)
-    arguments = (q, k, v, k_start, do, lse, delta, scale, interpret)
-    return grad_queries(*arguments), *grad_keys(*arguments), None
-
-
-_attend.defvjp(_forward, _backward)
+KERNELS = FlashKernels(BLOCK, output, grad_queries, grad_keys)

@@ -1,4 +1,8 @@
-"""What the three Hopper kernels of flash attention share: sizes, roles of warpgroups, the ring of shared memory, masks.
+"""What the three Hopper kernels of flash attention share: sizes, the ring of shared memory, masks.
+
+A program is two warpgroups: its 256 threads can have 255 registers each by themselves. With a third one that copies
+they could not, unless registers are handed over (setmaxnreg), which the compiler ignores in relocatable code, and
+spills. That is the code that JAX asks for wherever it finds nvJitLink, as in NVIDIA's wheels.
 
 Two things differ where a kernel is interpreted, because the interpreter lacks them: a product's left operand cannot
 come from registers (`left_operand` puts it into shared memory), and an accumulator cannot start from a value
@@ -6,7 +10,6 @@ come from registers (`left_operand` puts it into shared memory), and an accumula
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,13 +18,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-WARPGROUPS = 2  # that compute; one more copies
+WARPGROUPS = 2  # of a program
 ROWS = 64  # of the output that a warpgroup computes: the rows of a wgmma
 BLOCK = WARPGROUPS * ROWS  # queries (for dk and dv: keys) of a program
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have at compute capability 9.0
 REDUCTION_SCRATCH = 2048  # bytes of it that Pallas keeps for itself
 ALIGNMENT = 1024  # bytes that every buffer is rounded up to
-COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # a thread: 2 x 232 + 40 = 504 are the 3 x 168 that a program starts with
 
 WGMMA = plgpu.Layout.WGMMA  # of a matrix in registers
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)  # of a vector with one entry a row or column of such a matrix
@@ -34,17 +36,17 @@ class Blocks(NamedTuple):
     stages: int  # blocks that its ring of shared memory holds
 
 
-# By head size H, chosen by counting registers, not timed. A thread has 232; a float32 matrix of a warpgroup, 64 x n,
+# By head size H, chosen by counting registers, not timed. A thread has 255; a float32 matrix of a warpgroup, 64 x n,
 # takes n / 2 of each thread. The output needs H / 2 for itself, 64 for scores of 128 keys and 32 for their bf16
 # probabilities; dq needs H / 2, and step / 2 each for scores and their gradient; dk and dv need H together, step / 2
 # twice, step / 4 for bf16 probabilities, and as much for one of lse, delta and k_start at a time.
 FORWARD = {64: Blocks(128, 2), 128: Blocks(128, 2)}
-DQ = {64: Blocks(128, 2), 128: Blocks(64, 4)}
+DQ = {64: Blocks(128, 4), 128: Blocks(64, 4)}
 DKV = {64: Blocks(64, 4), 128: Blocks(64, 4)}
 
 
 def hopper_kernel(body, out_type, grid, memory, interpreter_memory, interpret):
-    """A kernel of three warpgroups over `grid` (name -> size, the last one fastest). Its body is called with the arrays
+    """A kernel of two warpgroups over `grid` (name -> size, the last one fastest). Its body is called with the arrays
     and, by name, with shared memory and barriers: `memory`, and where it is interpreted `interpreter_memory`."""
     used = REDUCTION_SCRATCH + sum(map(_bytes, memory.values()))
     if used > SHARED_MEMORY:
@@ -55,7 +57,7 @@ def hopper_kernel(body, out_type, grid, memory, interpreter_memory, interpret):
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         scratch_types=memory | interpreter_memory if interpret else memory,
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_SCRATCH),
         interpret=interpret,
@@ -75,23 +77,9 @@ def tiled(*shape, dtype):
 
 
 def ring_barriers(stages, copies):
-    """(ready, free) of a ring's slots: filled by so many copies, read by all warpgroups that compute."""
+    """(ready, free) of a ring's slots: filled by so many copies, read by all warpgroups."""
     ready = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     return ready, plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-
-
-def split_roles(w, copy, compute):
-    """Call copy() in the warpgroup that copies and compute() in the others, which take over most of its registers."""
-
-    def run(role, registers, change):
-        plgpu.set_max_registers(registers, action=change)
-        role()
-
-    copying, computing = (
-        partial(run, copy, COPY_REGISTERS, "decrease"),
-        partial(run, compute, COMPUTE_REGISTERS, "increase"),
-    )
-    lax.cond(w == WARPGROUPS, copying, computing)
 
 
 def rows(i, w):
@@ -99,25 +87,35 @@ def rows(i, w):
     return pl.ds(i * BLOCK + w * ROWS, ROWS)
 
 
-def fill_slot(count, stages, copies, ready, free):
-    """Copy the next block of each (source, ring) into its slot, once that is free; `count` blocks came before it."""
-    slot = lax.rem(count, stages)
-    pl.when(count >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
-    for source, ring in copies:
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], ready.at[slot])
+def fill_ring(stages, blocks, copy):
+    """copy(count) the first blocks of so many into the ring, as many as it holds; `count` blocks come before each."""
+    pl.loop(0, jnp.minimum(stages, blocks))(copy)
 
 
-def visit_blocks(ranges, visit, carry):
-    """Fold visit(block, carry, masked) over the blocks of one program's `blocks.Ranges`."""
-    first, full_first, full_last, last = ranges
-    carry = lax.fori_loop(first, full_first, partial(visit, masked=True), carry)
-    carry = lax.fori_loop(full_first, full_last, partial(visit, masked=False), carry)
-    return lax.fori_loop(full_last, last, partial(visit, masked=True), carry)
+def refill_ring(w, count, stages, blocks, free, copy):
+    """At the block that `count` blocks come before, let the first warpgroup copy one into the slot of an earlier block.
+
+    That is stages // 2 blocks back, so that the other warpgroup may be as far behind before the first one waits."""
+    earlier = count - stages // 2
+
+    @pl.when((w == 0) & (earlier >= 0) & (earlier + stages < blocks))
+    def _():
+        plgpu.barrier_wait(free.at[lax.rem(earlier, stages)])
+        copy(earlier + stages)
+
+
+def is_partial(ranges, block):
+    """Whether a block that one program visits, by its `blocks.Ranges`, has entries to mask."""
+    _, full_first, full_last, _ = ranges
+    return (block < full_first) | (block >= full_last)
 
 
 def positions(s, axis, first):
     """The query or the key of each entry of the scores s, int32: it counts from `first` along the axis."""
-    return plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=WGMMA) + first
+    layout, spread = ((PER_ROW, per_row), (PER_COLUMN, per_column))[axis]
+    # as a vector: of a matrix the compiler would keep many registers
+    numbers = plgpu.broadcasted_iota(jnp.int32, (s.shape[axis],), 0, layout=layout) + first
+    return spread(numbers, s.shape[1 - axis])
 
 
 def mask(s, query, key, start):

@@ -5,6 +5,7 @@ of key blocks [first, last) that hold something it sees, and in that a range [fu
 its queries see whole, where no mask is needed. For a block of keys it is the other way round.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -61,3 +62,11 @@ def query_ranges(k_start, block_q: int, block_k: int) -> Ranges:
     begin, end = begin[..., 0], end[..., 0]
     first = begin // block_q
     return _ranges(first, -(-(end - 1) // block_q), cut, jnp.maximum(last, first), last)
+
+
+def visit_blocks(ranges, visit, carry):
+    """Fold visit(block, carry, masked) over the blocks of one program's `Ranges`."""
+    first, full_first, full_last, last = ranges
+    carry = jax.lax.fori_loop(first, full_first, partial(visit, masked=True), carry)
+    carry = jax.lax.fori_loop(full_first, full_last, partial(visit, masked=False), carry)
+    return jax.lax.fori_loop(full_last, last, partial(visit, masked=True), carry)
