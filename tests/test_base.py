@@ -134,7 +134,7 @@ def test_sft_finds_it_goes_on_from_its_optimizer_and_keeps_the_last_decay(base, 
     argv = [*tiny.FLAGS, "--custom-json", str(base / "train.jsonl"), "--num-iterations", "2", "--eval-every", "-1"]
     assert run([*argv, "--mesh", "data=1"], sft, sft.SFTConfig) == 0
     said = capsys.readouterr().out
-    for line in (f"Base model: {trained[0]}/6", "total_batch_size 512", "Loaded the base model's optimizer"):
+    for line in (f"Base model: {trained[0]}/6", "total_batch_size 512", "Loaded the optimizer state of the base model"):
         assert line in said
     folder = base / "chatsft_checkpoints" / "d2"
     ours, theirs = (store.read_meta(f)["optimizer_groups"] for f in (folder / "2", trained[0] / "6"))

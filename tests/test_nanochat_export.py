@@ -350,7 +350,7 @@ def test_bad_flags_end_in_one_sentence_and_write_nothing(folder, tmp_path, monke
     file.write_text("mine")
     for argv, match in (
         (["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
-        (["--source", "middle"], "must be one of base, mid, sft, rl"),
+        (["--source", "middle"], "must be base, mid, sft or rl"),
         (["--source", "sft"], "no sft model"),
         (["--model-step", "8"], "--model-step=8 is not in"),
         (["--output-tag", "../d2"], "--output-tag must be the name of one folder"),
