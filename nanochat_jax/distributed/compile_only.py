@@ -30,6 +30,7 @@ LIBTPU = {  # so that libtpu compiles on any machine, beside another process tha
 
 CUDA_FOLDER = Path(sys.prefix) / "compilers" / "cuda13"  # where tools/setup.sh puts the CUDA compiler
 CUDA_PLUGIN = "jax_plugins.xla_cuda13"
+MOSAIC_RUNTIME = "libmosaic_gpu_runtime.so"
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 GPUS_A_HOST = 8
 
@@ -133,6 +134,8 @@ def load_cuda_compiler() -> None:
     jax.devices("cpu")  # JAX looks for plugins now, and never again: one among the packages is loaded
     if not _is_package():
         sys.path.append(os.fspath(CUDA_FOLDER))
+        # JAX looks for this library when Pallas is imported, which may have been before.
+        os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = os.fspath(CUDA_FOLDER / "jax_cuda13_plugin" / MOSAIC_RUNTIME)
         importlib.import_module(CUDA_PLUGIN).initialize()
     _tell_pallas_triton_the_capabilities()
 
