@@ -219,7 +219,8 @@ class Tour:
             evaluator.evaluate(params, problems, SamplingParams(temperature, 0, ANSWER_TOKENS), seed=self.seed)
             for temperature in (0.0, 1.0)
         ]
-        self.done(f"right on {format_share(results[0].accuracy)} of {PROBLEMS} unseen problems", began)
+        right = f"right on {format_share(results[0].accuracy)} of {PROBLEMS} unseen problems"
+        self.done(f"{right}, {results[0].cut:.1%} of the answers do not end", began)
         return results
 
     def show_answers(self, evaluator: Evaluator, params: Any, questions: Sequence[str]) -> None:
