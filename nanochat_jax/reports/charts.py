@@ -97,7 +97,7 @@ def chart(title: str, curves: Sequence[Curve], log: bool = False) -> str:
     scale = f"translate({left:.1f} {TOP}) scale({1 / FINE})"
     axes = f"data-x='{x.low} {x.high}' data-y='{y.low} {y.high}' data-size='{width * FINE:.0f} {height * FINE}'"
     return (
-        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title)}' {axes}"
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' tabindex='0' aria-label='{html.escape(title)}' {axes}"
         f"{' data-log' * y.log}>{drawn}<g transform='{scale}'>{''.join(shapes)}</g></svg>"
     )
 
