@@ -3,6 +3,7 @@
 const MOST_TOKENS = 4000; // of an answer that are shown at once
 const LONGEST_TEXT = 200; // characters of a token
 const MOST_CELLS = 4e6; // of a table that compares two answers
+const HINT = "Point at a token, or go to it with Tab, ← and →: its numbers stand here.";
 const at = (id) => document.getElementById(id);
 const { groups, prompts, tokens: texts, special } = JSON.parse(at("data").textContent);
 
@@ -60,7 +61,7 @@ function callsOf(ids) { // of each token, whether it is part of a tool call
 }
 
 // ---- Colours: [class, weight from 0 to 1] of a token
-const largest = (group) => Math.max(1e-9, ...group.answers.map((answer) => Math.abs(answer.advantage ?? 0)));
+const largest = (group) => Math.max(...group.answers.map((answer) => Math.abs(answer.advantage ?? 0)));
 const colours = {
   logprobs: (answer, n) => (answer.logprobs[n] === null ? null : ["low", 1 - Math.exp(Math.min(0, answer.logprobs[n]))]),
   advantage: (answer, n, group) => answer.advantage && [answer.advantage > 0 ? "high" : "low", Math.abs(answer.advantage) / largest(group)],
@@ -68,7 +69,7 @@ const colours = {
 };
 const scales = {
   logprobs: () => [["probability 100 %", "", 0], ["50 %", "low", 0.5], ["0 %", "low", 1]],
-  advantage: (group) => [[`advantage −${number(largest(group))}`, "low", 1], ["0", "", 0], [`+${number(largest(group))}`, "high", 1]],
+  advantage: (group) => !largest(group) ? [["no answer has an advantage", "", 0]] : [[`advantage −${number(largest(group))}`, "low", 1], ["0", "", 0], [`+${number(largest(group))}`, "high", 1]],
   mask: () => [["sampled: trained on", "high", 0.6]],
 };
 
@@ -126,6 +127,7 @@ function show() {
   const colour = at("colour").value;
   at("answers").replaceChildren();
   at("scale").replaceChildren();
+  at("numbers").textContent = HINT;
   at("prompt").textContent = chosen ? visibleLong(prompts[chosen.prompt]) : "";
   if (!chosen) {
     at("found").textContent = "No answer is like that.";

@@ -1,7 +1,7 @@
 
 // ---- Zoom: a stage's charts show some of the steps, drawn from what they were at first. Curves stay whole numbers on
 // the plot's scale, as charts.py draws them, so values are shown under the pointer as before.
-const LETTER = 6.2, DOT = 4000, LEAST_STEPS = 2, LEAST_DRAG = 6; // width of a label's letter; on the plot's scale; pixels
+const LETTER = 6.2, DOT = 2500, LEAST_STEPS = 2, LEAST_DRAG = 6; // width of a label's letter; on the plot's scale; pixels
 const zooms = new Map(); // id of a stage's section -> [first, last] step
 const originals = new WeakMap(); // chart -> what it was at first
 let drag = null; // {chart, from, to}, in steps
@@ -106,8 +106,10 @@ function redraw(section) {
     const original = originals.get(chart) ?? chart, focused = chart === document.activeElement;
     const fresh = zooms.has(section.id) ? zoomed(original, ...zooms.get(section.id)) : original;
     originals.set(fresh, original);
-    chart.replaceWith(fresh);
+    if (fresh === chart) continue;
+    chart.before(fresh); // what had the focus passes it on, and with it whether that is shown
     if (focused) fresh.focus({ preventScroll: true });
+    chart.remove();
   }
 }
 
@@ -137,8 +139,6 @@ function stepAt(chart, event) {
 document.addEventListener("pointerdown", (event) => {
   const chart = event.target.closest?.("figure > svg");
   if (!chart || event.pointerType === "touch" || event.button) return;
-  event.preventDefault(); // no text is selected
-  chart.focus({ preventScroll: true });
   drag = { chart, at: event.clientX, from: stepAt(chart, event), to: stepAt(chart, event) };
 });
 document.addEventListener("pointermove", (event) => {
