@@ -15,17 +15,24 @@ function add(parent, kind, className, text) { // texts of models are texts, and 
   return element;
 }
 
+function number(value) {
+  return value === null || value === undefined ? "–" : String(Number(value.toPrecision(4))).replace("-", "−");
+}
+
 // ---- What tokens look like
 const escaped = (c) => (c === "\n" ? "⏎\n" : c === "\t" ? "⇥\t" : `\\u{${c.codePointAt(0).toString(16)}}`);
-const visible = (text) => [...text.slice(0, LONGEST_TEXT)].join("").replace(/[\p{C}\u2028\u2029]/gu, escaped)
-  + (text.length > LONGEST_TEXT ? "…" : "");
+const UNSEEN = /[\p{C}\u2028\u2029]/gu;
+const start = (text, length) => (text.length > length ? `${text.slice(0, length)}…` : text);
+const visible = (text) => start(text, LONGEST_TEXT).replace(UNSEEN, escaped);
+const visibleLong = (text) => text.replace(UNSEEN, (c) => (c === "\n" || c === "\t" ? c : escaped(c)));
+const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const hex = (byte) => `\\x${byte.toString(16).padStart(2, "0")}`;
 
 function character(bytes) { // the one that they begin with, and its length in bytes; undefined where there is none
   const length = bytes[0] < 0x80 ? 1 : bytes[0] < 0xe0 ? 2 : bytes[0] < 0xf0 ? 3 : 4;
   if (bytes.length < length) return undefined;
   try {
-    return [new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(bytes.slice(0, length))), length];
+    return [UTF8.decode(Uint8Array.from(bytes.slice(0, length))), length];
   } catch {
     return undefined;
   }
@@ -37,7 +44,10 @@ function piecesOf(ids) { // [what each token shows]; a character of several toke
     if (!Array.isArray(pieces[n])) continue;
     const bytes = [], owners = []; // of a stretch of tokens that are no whole characters
     let end = n;
-    for (; Array.isArray(pieces[end]); end++) pieces[end].forEach((byte) => { bytes.push(byte); owners.push(end); });
+    for (; Array.isArray(pieces[end]); end++) {
+      bytes.push(...pieces[end]);
+      owners.push(...pieces[end].map(() => end));
+    }
     pieces.fill("", n, end);
     for (let i = 0; i < bytes.length;) {
       const [text, length] = character(bytes.slice(i, i + 4)) ?? [hex(bytes[i]), 1];
@@ -60,16 +70,24 @@ function callsOf(ids) { // of each token, whether it is part of a tool call
   });
 }
 
-// ---- Colours: [class, weight from 0 to 1] of a token
+// ---- Colours
 const largest = (group) => Math.max(...group.answers.map((answer) => Math.abs(answer.advantage ?? 0)));
-const colours = {
-  logprobs: (answer, n) => (answer.logprobs[n] === null ? null : ["low", 1 - Math.exp(Math.min(0, answer.logprobs[n]))]),
-  advantage: (answer, n, group) => answer.advantage && [answer.advantage > 0 ? "high" : "low", Math.abs(answer.advantage) / largest(group)],
+const colours = { // of a sampled token: [class, strength from 0 to 1], or nothing
+  logprobs({ logprobs }, n) {
+    return logprobs[n] === null ? null : ["low", 1 - Math.exp(Math.min(0, logprobs[n]))];
+  },
+  advantage({ advantage }, n, group) {
+    return advantage && [advantage > 0 ? "high" : "low", Math.abs(advantage) / largest(group)];
+  },
   mask: () => ["high", 0.6],
 };
-const scales = {
+const scales = { // what explains them: [text, class, strength]
   logprobs: () => [["probability 100 %", "", 0], ["50 %", "low", 0.5], ["0 %", "low", 1]],
-  advantage: (group) => !largest(group) ? [["no answer has an advantage", "", 0]] : [[`advantage −${number(largest(group))}`, "low", 1], ["0", "", 0], [`+${number(largest(group))}`, "high", 1]],
+  advantage(group) {
+    const most = number(largest(group));
+    if (most === "0") return [["no answer has an advantage", "", 0]];
+    return [[`advantage −${most}`, "low", 1], ["0", "", 0], [`+${most}`, "high", 1]];
+  },
   mask: () => [["sampled: trained on", "high", 0.6]],
 };
 
@@ -89,7 +107,6 @@ const mean = (group) => {
   const rewards = group.answers.map((answer) => answer.reward).filter((reward) => reward !== null);
   return rewards.length ? number(rewards.reduce((a, b) => a + b) / rewards.length) : "–";
 };
-const number = (value) => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(4))).replace("-", "−"));
 let chosen = groups[0], wanted = groups; // the group that is shown, and those that have an answer that is wanted
 
 function fill(select, options, value) { // options: [value, text]
@@ -99,22 +116,21 @@ function fill(select, options, value) { // options: [value, text]
 }
 
 function earlierOf(group) { // groups of the same problem, the newest first
-  return groups.filter((one) => one.step < group.step && one.prompt === group.prompt && one.example === group.example).reverse();
+  const isOfProblem = (one) => one.prompt === group.prompt && one.example === group.example;
+  return groups.filter((one) => one.step < group.step && isOfProblem(one)).reverse();
 }
 
-function choose(group, earlier = "") {
+function choose(group) {
   wanted = groups.filter((one) => one.answers.some(isWanted));
-  chosen = wanted.includes(group) ? group : wanted.find((one) => one.step >= group.step) ?? wanted.at(-1);
+  chosen = wanted.includes(group) ? group : wanted.find((one) => one.step >= group?.step) ?? wanted.at(-1);
   const steps = [...new Set(wanted.map((one) => one.step))];
   fill(at("step"), steps.map((step) => [step, step.toLocaleString("en")]), chosen?.step);
   const ofStep = wanted.filter((one) => one.step === chosen?.step);
-  fill(at("problem"), ofStep.map((one) => [
-    wanted.indexOf(one), `${one.example}: ${visible(prompts[one.prompt].replace(/<\|\w+\|>/g, "")).slice(0, 60)}`,
-  ]), wanted.indexOf(chosen));
+  const title = (one) => `${one.example}: ${visible(start(prompts[one.prompt].replace(/<\|\w+\|>/g, ""), 60))}`;
+  fill(at("problem"), ofStep.map((one) => [wanted.indexOf(one), title(one)]), wanted.indexOf(chosen));
   const others = chosen ? earlierOf(chosen) : [];
   const none = others.length ? "nothing" : "no earlier step has this problem";
-  fill(at("earlier"), [["", none], ...others.map((one) => [one.step, `step ${one.step.toLocaleString("en")}`])], earlier);
-  if (at("earlier").selectedIndex < 0) at("earlier").value = "";
+  fill(at("earlier"), [["", none], ...others.map((one) => [one.step, `step ${one.step.toLocaleString("en")}`])], "");
   at("earlier").disabled = !others.length;
   const place = wanted.indexOf(chosen);
   at("before").disabled = place <= 0;
@@ -124,22 +140,22 @@ function choose(group, earlier = "") {
 
 // ---- The answers to a problem
 function show() {
-  const colour = at("colour").value;
   at("answers").replaceChildren();
   at("scale").replaceChildren();
   at("numbers").textContent = HINT;
   at("prompt").textContent = chosen ? visibleLong(prompts[chosen.prompt]) : "";
   if (!chosen) {
-    at("found").textContent = "No answer is like that.";
+    at("found").textContent = groups.length ? "No answer is like that." : "The file has no answers yet.";
     return;
   }
   const shown = chosen.answers.filter(isWanted);
   const before = at("earlier").value && earlierOf(chosen).find((one) => one.step === Number(at("earlier").value));
-  at("found").textContent = `${chosen.answers.length} answers, mean reward ${mean(chosen)}`
+  const said = (group) => `${group.answers.length} answers, mean reward ${mean(group)}`;
+  at("found").textContent = said(chosen)
     + (shown.length < chosen.answers.length ? `; ${shown.length} of them shown` : "")
-    + (before ? `. At step ${before.step.toLocaleString("en")}: ${before.answers.length} answers, mean reward ${mean(before)}` : "");
+    + (before ? `. At step ${before.step.toLocaleString("en")}: ${said(before)}` : "");
   at("differences").hidden = !before;
-  for (const [text, className, weight] of scales[colour](chosen)) paint(add(at("scale"), "span", "", text), [className, weight]);
+  for (const [text, ...colour] of scales[at("colour").value](chosen)) paint(add(at("scale"), "span", "", text), colour);
   at("answers").append(...shown.map((answer) => card(answer, before)));
   try {
     const url = new URL(location);
@@ -147,8 +163,6 @@ function show() {
     history.replaceState(null, "", url);
   } catch { /* a frame whose address may not change */ }
 }
-
-const visibleLong = (text) => text.replace(/[\p{C}\u2028\u2029]/gu, (c) => (c === "\n" || c === "\t" ? c : escaped(c)));
 
 function card(answer, before) {
   const article = document.createElement("article");
@@ -162,10 +176,11 @@ function card(answer, before) {
   const line = add(article, "div", "tokens", "");
   line.answer = answer;
   fillTokens(line, answer, other, MOST_TOKENS);
-  if (other) add(article, "p", "", `compared with answer ${other.sample ?? "?"} of step ${before.step}, the most alike`);
-  for (const { tool, call, result } of answer.tools) {
-    const text = `${tool ? `${tool}: ` : ""}${visible(call ?? "")} ${result === null ? "has no result" : `= ${visible(result)}`}`;
-    add(article, "p", result === null ? "bad" : "", text);
+  const alike = `compared with the most alike of step ${before?.step}: answer ${other?.sample ?? "?"}`;
+  if (other) add(article, "p", "", alike);
+  for (const { call, result, late } of answer.tools) {
+    const outcome = result !== null ? `= ${visible(result)}` : late ? "took too long" : "has no result";
+    add(article, "p", result === null ? "bad" : "", `${visible(call ?? "")} ${outcome}`);
   }
   return article;
 }
@@ -266,7 +281,9 @@ for (const kind of ["pointerover", "focusin"]) {
     if (event.target.classList.contains("token")) showNumbers(event.target);
   });
 }
-at("answers").addEventListener("pointerdown", (event) => { if (event.target.classList.contains("token")) reach(event.target); });
+at("answers").addEventListener("pointerdown", (event) => {
+  if (event.target.classList.contains("token")) reach(event.target);
+});
 at("answers").addEventListener("keydown", (event) => {
   if (!event.target.classList.contains("token") || event.ctrlKey || event.metaKey || event.altKey) return;
   const all = [...event.target.parentElement.querySelectorAll(".token")], n = all.indexOf(event.target);
@@ -287,10 +304,9 @@ at("step").addEventListener("change", () => choose(wanted.find((one) => one.step
 at("problem").addEventListener("change", () => choose(wanted[Number(at("problem").value)]));
 at("before").addEventListener("click", () => choose(wanted[wanted.indexOf(chosen) - 1]));
 at("after").addEventListener("click", () => choose(wanted[wanted.indexOf(chosen) + 1]));
-for (const id of Object.keys(kinds)) at(id).addEventListener("change", () => groups.length && choose(chosen ?? groups[0]));
+for (const id of Object.keys(kinds)) at(id).addEventListener("change", () => choose(chosen ?? groups.at(-1)));
 for (const id of ["colour", "earlier"]) at(id).addEventListener("change", show);
 
 const linked = new URLSearchParams(location.hash.slice(1));
-const there = groups.find((one) => String(one.step) === linked.get("step") && String(one.example) === linked.get("problem"));
-if (groups.length) choose(there ?? groups.at(-1));
-else at("found").textContent = "The file has no answers yet.";
+const isLinked = (one) => `${one.step} ${one.example}` === `${linked.get("step")} ${linked.get("problem")}`;
+choose(groups.find(isLinked) ?? groups.at(-1));

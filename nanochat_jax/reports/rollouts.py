@@ -8,6 +8,7 @@ import contextlib
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,8 +94,9 @@ def kept_steps(path: Path) -> tuple[set[int], int]:
 
     OSError: the file cannot be read."""
     sizes: collections.Counter[int] = collections.Counter()
-    if path.stat().st_size > MOST_BYTES:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) > MOST_BYTES:
+            file.seek(0)
             for line in file:
                 if begin := STEP.match(line):
                     sizes[int(begin[1])] += len(line)
@@ -218,10 +220,9 @@ def short(value: float | None) -> float | None:
 
 
 def tool_calls(tools: Sequence[object]) -> Iterator[dict]:
-    """Calls as {tool, call, result}, each a text or null; a call without a result has failed."""
+    """Calls as {call, result, late}: texts or null, and whether the tool took too long; one without a result failed."""
     for call in tools:
         if isinstance(call, dict):
-            texts = [
-                text if isinstance(text := call.get(name), str) else None for name in ("tool", "expression", "result")
-            ]
-            yield dict(zip(("tool", "call", "result"), texts))
+            call, result, late = (call.get(name) for name in ("expression", "result", "timed_out"))
+            texts = {name: t if isinstance(t, str) else None for name, t in (("call", call), ("result", result))}
+            yield texts | {"late": late is True}

@@ -1,7 +1,10 @@
 
 // ---- Zoom: a stage's charts show some of the steps, drawn from what they were at first. Curves stay whole numbers on
 // the plot's scale, as charts.py draws them, so values are shown under the pointer as before.
-const LETTER = 6.2, DOT = 2500, LEAST_STEPS = 2, LEAST_DRAG = 6; // width of a label's letter; on the plot's scale; pixels
+const LETTER = 6.2; // width of a letter of a label
+const DOT = 2500; // half of a dot, on the plot's scale
+const LEAST_STEPS = 2; // that are shown
+const LEAST_DRAG = 6; // pixels
 const zooms = new Map(); // id of a stage's section -> [first, last] step
 const originals = new WeakMap(); // chart -> what it was at first
 let drag = null; // {chart, from, to}, in steps
@@ -30,12 +33,14 @@ function roundValues(low, high, whole) { // multiples of 1, 2 or 5 times a power
   const wanted = (high - low) / 5, power = 10 ** Math.floor(Math.log10(wanted));
   const unit = Math.max(whole ? 1 : 0, power * [1, 2, 5, 10].find((m) => m * power >= wanted * (1 - 1e-9)));
   const first = Math.ceil(low / unit - 1e-9), count = Math.floor(high / unit + 1e-9) - first + 1;
-  return Array.from({ length: Math.min(12, Math.max(0, count)) }, (_, n) => Number(((first + n) * unit).toPrecision(12)));
+  const length = Math.min(12, Math.max(0, count));
+  return Array.from({ length }, (_, n) => Number(((first + n) * unit).toPrecision(12)));
 }
 
 function ticksOf(low, high, log) { // [place on the axis, label]; log: the ends are logarithms
-  const label = (value) => (Math.abs(value) >= 1e4
-    ? value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 9 }).replace("K", "k") : String(value));
+  const compact = { notation: "compact", maximumSignificantDigits: 9 };
+  const large = (value) => value.toLocaleString("en", compact).replace("K", "k");
+  const label = (value) => (Math.abs(value) < 1e4 ? String(value) : large(value));
   if (!log) return roundValues(low, high).map((value) => [value, label(value)]);
   if (high - low >= 2) return roundValues(low, high, true).map((power) => [power, label(Number(`1e${power}`))]);
   return roundValues(10 ** low, 10 ** high).map((value) => [Math.log10(value), label(value)]);
@@ -44,15 +49,15 @@ function ticksOf(low, high, log) { // [place on the axis, label]; log: the ends 
 function zoomed(original, from, to) { // a chart of these steps; its values' axis fits the runs that are not hidden
   const chart = original.cloneNode(true), plot = chart.querySelector("g");
   const [width, height] = endsOf(chart.dataset.size), [first, last] = endsOf(chart.dataset.x);
-  const [, oldLeft, above, scale] = plot.getAttribute("transform").match(/(-?[\d.]+) (-?[\d.]+)\) scale\((.*)\)/).map(Number);
+  const [oldLeft, above, scale] = plot.getAttribute("transform").match(/[\d.]+/g).map(Number);
   const [left, right] = [from, to].map((step) => ((step - first) / (last - first)) * width);
 
   const isLine = (path) => !/dots|marks/.test(path.getAttribute("class"));
   const lines = new Map([...plot.querySelectorAll("path")].filter(isLine).map((path) => [path, pointsOf(path)]));
   const isShown = (path) => document.getElementById(`show${path.getAttribute("class").match(/\d+/)[0]}`)?.checked;
   const downs = [...lines].flatMap(([path, points]) => (isShown(path) ? heightsOf(points, left, right) : []));
-  let top = downs.reduce((a, b) => Math.min(a, b), Infinity), bottom = downs.reduce((a, b) => Math.max(a, b), -Infinity);
-  if (!downs.length) [top, bottom] = [0, height];
+  let [top, bottom] = downs.length ? [height, 0] : [0, height];
+  for (const down of downs) [top, bottom] = [Math.min(top, down), Math.max(bottom, down)];
   const margin = Math.max(0.04 * (bottom - top), height / 2000);
   [top, bottom] = [top - margin, bottom + margin];
 
@@ -147,7 +152,7 @@ document.addEventListener("pointermove", (event) => {
   drag.far ||= Math.abs(event.clientX - drag.at) >= LEAST_DRAG;
   const plot = drag.chart.querySelector("g"), [width, height] = endsOf(drag.chart.dataset.size);
   const [first, last] = endsOf(drag.chart.dataset.x);
-  const [left, right] = [drag.from, drag.to].sort((a, b) => a - b).map((step) => ((step - first) / (last - first)) * width);
+  const [left, right] = [drag.from, drag.to].map((step) => ((step - first) / (last - first)) * width);
   let chosen = plot.querySelector(".chosen");
   if (!chosen) {
     chosen = document.createElementNS(plot.namespaceURI, "path");

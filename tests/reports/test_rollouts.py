@@ -55,7 +55,7 @@ def test_answers_are_grouped_by_step_and_problem_in_the_order_of_the_steps(tmp_p
 
 
 def test_an_answer_has_its_numbers_and_each_tokens_text_stands_once(tmp_path):
-    calls = [{"expression": "2+2", "result": "4"}, {"expression": "2+", "result": None}]
+    calls = [{"expression": "2+2", "result": "4"}, {"expression": "2+", "result": None, "timed_out": True}]
     folder = run(tmp_path, [rollout(TOKENIZER, 5, "444", reward=-1.0, tools=calls, forced=(1,), ended=False)])
     assert answers(folder) == [
         {
@@ -65,7 +65,7 @@ def test_an_answer_has_its_numbers_and_each_tokens_text_stands_once(tmp_path):
             "ended": False,
             "tokens": [52, 52, 52],
             "mask": "101",
-            "tools": [{"tool": None, "call": "2+2", "result": "4"}, {"tool": None, "call": "2+", "result": None}],
+            "tools": [{"call": "2+2", "result": "4", "late": False}, {"call": "2+", "result": None, "late": True}],
             "logprobs": [-0.5, 0.0, -0.5],
             "policy": [-0.25, 0.0, -0.25],
         }
@@ -94,7 +94,7 @@ def test_no_text_ends_the_data_or_becomes_markup_and_all_arrive_as_they_are(tmp_
     assert inside.isascii() and "<" not in inside
     group = json.loads(inside)["groups"][0]
     assert group["answers"][0]["text"] == evil and json.loads(inside)["prompts"] == [evil]
-    assert group["answers"][0]["tools"] == [{"tool": None, "call": evil, "result": evil}]
+    assert group["answers"][0]["tools"] == [{"call": evil, "result": evil, "late": False}]
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_its_browser_is_told_so(tmp_path):

@@ -124,11 +124,11 @@ def test_a_tokens_numbers_are_shown_under_the_pointer_and_by_keys(tab, opened):
 
 
 def test_tool_calls_and_forced_tokens_are_marked(tab, opened):
-    tools = [{"tool": "calculator", "expression": "2+2", "result": "4"}, *FAILED]
+    tools = [{"expression": "2+2", "result": "4"}, *FAILED, FAILED[0] | {"timed_out": True}]
     opened([rollout(TOKENIZER, 0, ["a", *CALL, "b"], forced=(6, 7, 8), tools=tools)])
     assert all_of(tab, ".token.call") == ["<|python_start|>", "2", "+", "2", "<|python_end|>"]
     assert all_of(tab, ".token.forced") == ["<|output_start|>", "4", "<|output_end|>"]
-    assert all_of(tab, "article p")[1:] == ["calculator: 2+2 = 4", "2+ has no result"]
+    assert all_of(tab, "article p")[1:] == ["2+2 = 4", "2+ has no result", "2+ took too long"]
 
 
 def test_tokens_are_coloured_by_log_probability_advantage_or_mask(tab, opened):
@@ -175,7 +175,7 @@ def test_an_answer_is_compared_with_the_one_most_alike_of_an_earlier_step(tab, o
     choose(tab, "earlier", 1)
     assert all_of(tab, ".token.new") == ["X", "f"] and all_of(tab, ".tokens del") == ["c"]
     assert all_of(tab, ".tokens") == ["abcXdef<|assistant_end|>"]
-    assert "compared with answer 1 of step 1, the most alike" in all_of(tab, "article p")
+    assert "compared with the most alike of step 1: answer 1" in all_of(tab, "article p")
 
 
 def test_a_character_of_several_tokens_stands_in_the_last_and_broken_bytes_are_numbers(tab, opened):
