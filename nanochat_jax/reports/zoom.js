@@ -39,8 +39,10 @@ function roundValues(low, high, whole) { // multiples of 1, 2 or 5 times a power
 
 function ticksOf(low, high, log) { // [place on the axis, label]; log: the ends are logarithms
   const compact = { notation: "compact", maximumSignificantDigits: 9 };
-  const large = (value) => value.toLocaleString("en", compact).replace("K", "k");
-  const label = (value) => (Math.abs(value) < 1e4 ? String(value) : large(value));
+  const label = (value) => {
+    if (value && Math.abs(value) < 1e-3) return value.toExponential();
+    return Math.abs(value) < 1e4 ? String(value) : value.toLocaleString("en", compact).replace("K", "k");
+  };
   if (!log) return roundValues(low, high).map((value) => [value, label(value)]);
   if (high - low >= 2) return roundValues(low, high, true).map((power) => [power, label(Number(`1e${power}`))]);
   return roundValues(10 ** low, 10 ** high).map((value) => [Math.log10(value), label(value)]);
