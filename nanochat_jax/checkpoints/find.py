@@ -114,7 +114,11 @@ def find_model(
         raise ValueError(f"the source of a model must be one of {', '.join(SOURCES)}, got {source!r}")
     if base is None:
         return _find_in(kept_dir(), source, model_tag, step, optimizer)
-    located = locate(base, source, model_tag, step, optimizer=optimizer)
+    return found_at(locate(base, source, model_tag, step, optimizer=optimizer), optimizer)
+
+
+def found_at(located: Located, optimizer: bool = False) -> Found:
+    """The model that `locate` has found; optimizer: as of `find_model`."""
     if located.layout != TREE:
         return Found(located.folder, located.step, False, base=located)
     found = _find_in(located.folder, located.source, located.tag, located.step, optimizer)

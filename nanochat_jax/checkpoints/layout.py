@@ -100,7 +100,7 @@ def stages_in(paths: Iterable[str], place: Place) -> list[str]:
 def choose(
     paths: Iterable[str],
     place: Place,
-    source: str,
+    source: str | None,
     tag: str | None = None,
     step: int | None = None,
     *,

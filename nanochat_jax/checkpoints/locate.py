@@ -39,7 +39,7 @@ def is_on_hub(base: Any) -> bool:
 
 def locate(
     base: Any,
-    source: str,
+    source: str | None,
     tag: str | None = None,
     step: int | None = None,
     *,
@@ -49,8 +49,9 @@ def locate(
     """Where the model is that a user has named; of a repository it is on this disk then. A line says what was found.
 
     base: a folder or hub:OWNER/NAME[@REVISION][/PREFIX]. source: its stage, which gives way to what the metadata of a
-    single model says. optimizer: whether its state is going to be read. ValueError, OSError: it cannot be had, in a
-    sentence that begins with `flag` and what was named."""
+    single model says; None: what the folders or the metadata say, and nothing else. optimizer: whether its state is
+    going to be read. ValueError, OSError: it cannot be had, in a sentence that begins with `flag` and what was named.
+    """
     with naming(f"{flag}{base}"):
         if is_on_hub(base):
             with processes.process_zero_first("the model"):
@@ -71,7 +72,7 @@ def naming(named: str) -> Iterator[None]:
         raise DownloadError(f"{named}: {e}") from e
 
 
-def _on_disk(base: Any, source: str, tag: str | None, step: int | None) -> Located:
+def _on_disk(base: Any, source: str | None, tag: str | None, step: int | None) -> Located:
     folder = bucket.as_path(base)
     if bucket.in_bucket(folder):
         return Located(folder, TREE, source, tag, step, folder / "tokenizer", str(folder))
@@ -83,11 +84,13 @@ def _on_disk(base: Any, source: str, tag: str | None, step: int | None) -> Locat
     paths = [path.relative_to(folder).as_posix() for pattern in ("*", "tokenizer/*") for path in folder.glob(pattern)]
     place = layout.find_place(paths)
     choice = layout.choose(paths, place, source, step=step)
-    return _single(folder, folder / choice.tokenizer, place, choice, source, tag, folder.name, str(folder))
+    found = _single(folder, folder / choice.tokenizer, place, choice, source, tag, folder.name, str(folder))
+    print0(f"{folder}: {place.layout}, {found.source} model, step {found.step}")
+    return found
 
 
 @functools.cache  # asked once a process
-def _on_hub(text: str, source: str, tag: str | None, step: int | None, optimizer: bool) -> Located:
+def _on_hub(text: str, source: str | None, tag: str | None, step: int | None, optimizer: bool) -> Located:
     address, place, stage, named, commit, paths = _find_on_hub(text)
     source, tag = stage or source, named or tag
     name = "--".join([address.repo.replace("/", "--"), *PurePosixPath(place.folder).parts])
@@ -124,7 +127,14 @@ def stages_at(base: Any) -> list[str]:
 
 
 def _single(
-    folder: Path, tokenizer: Path, place: Place, choice: Choice, source: str, tag: str | None, name: str, origin: str
+    folder: Path,
+    tokenizer: Path,
+    place: Place,
+    choice: Choice,
+    source: str | None,
+    tag: str | None,
+    name: str,
+    origin: str,
 ) -> Located:
     """The one model of a folder. ValueError: another one is asked for."""
     if tag not in (None, name):
@@ -132,4 +142,6 @@ def _single(
     stage = None
     if place.layout == FLAT:
         stage = layout.stage_of(read_meta_file(meta_file(folder, choice.step)))
+    if stage is None and source is None:
+        raise ValueError("does not tell which stage made its model: name it with --source, such as --source base")
     return Located(folder, place.layout, stage or source, name, choice.step, tokenizer, origin)

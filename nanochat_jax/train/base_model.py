@@ -12,17 +12,23 @@ def base_model(cfg: StageConfig, source: str) -> find.Found:
 
 
 def run_tokenizer(cfg: StageConfig) -> Tokenizer:
-    """The tokenizer of a run that starts from a model: the base directory's, or that of the model which --base names.
+    """The tokenizer of a run that starts from a model: that of the model which --base names, else the base directory's.
 
-    FileExistsError: the directory that the run is written to has another one. FileNotFoundError: there is none."""
+    A run that goes on may have one where it is written only. FileNotFoundError: there is none."""
     written = output_dir() / "tokenizer"
     if cfg.base is None or (cfg.resume and written.exists()):
         has_own = not (kept_dir() / "tokenizer").exists() and written.exists()
         return Tokenizer.load(written if has_own else base_dir() / "tokenizer")
-    tokenizer = Tokenizer.load(base_model(cfg, cfg.source).tokenizer)
-    if written.exists() and Tokenizer.load(written).digest() != tokenizer.digest():
+    return Tokenizer.load(base_model(cfg, cfg.source).tokenizer)
+
+
+def check_written_tokenizer(found: find.Found) -> None:
+    """FileExistsError where a new run from a model that --base names would be written beside another tokenizer."""
+    written = output_dir() / "tokenizer"
+    if found.base is None or not written.exists():
+        return
+    if Tokenizer.load(written).digest() != Tokenizer.load(found.tokenizer).digest():
         raise FileExistsError(
-            f"{written} is another tokenizer than that of --base={cfg.base}, and models there need it: choose another "
-            "base directory for this run with --output-dir"
+            f"{written} is another tokenizer than that of --base={found.base.name}, and the models there need it: "
+            "choose another base directory for this run with --output-dir"
         )
-    return tokenizer

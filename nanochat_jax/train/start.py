@@ -44,7 +44,7 @@ from nanochat_jax.optim.groups import (
     with_state_arrays,
 )
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train.base_model import base_model
+from nanochat_jax.train.base_model import base_model, check_written_tokenizer
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.step import TrainState, place, random_state, restore_state
 
@@ -188,6 +188,7 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
         f"{found} is the model to start from: choose another folder for this run with --output-tag",
     )
     meta = find.peek_meta(found)
+    check_written_tokenizer(found)
     find.check_tokenizer(tokenizer, meta, found.tokenizer)
     cfg = dataclasses.replace(cfg, source=source, model_tag=found.tag, model_step=found.step)
     cfg = inherit_from(cfg, meta, source, log)
