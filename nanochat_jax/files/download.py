@@ -89,7 +89,7 @@ def fetch_parquet(repo: str, revision: str, files: Mapping[str, str], folder: Pa
 
 def fetch_model(repo: str, revision: str, commit: str, paths: Sequence[str], log: Callable = print0) -> Path:
     """Download files of a hub model into the library's own cache, a few at a time -> the folder there that has them
-    under their paths. What is in the cache already is not downloaded again, and half a file is gone on with.
+    under their paths. What is in the cache already is not downloaded again, and a transfer that breaks off goes on.
 
     commit: what `list_repository` has said of the revision. DownloadError: a file cannot be had; those that have
     arrived stay."""
