@@ -72,7 +72,7 @@ def transformers_config(model: GPTConfig, *, bos: int, eos: int, dtype: str) -> 
             f"{', '.join(unfit)}"
         )
     return {
-        **SETTLED,
+        **{field: value for field, value in SETTLED.items() if value is not None},
         **{theirs: getattr(model, ours) for theirs, ours in SIZES.items()},
         "intermediate_size": 4 * model.n_embd,
         "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
