@@ -121,7 +121,7 @@ def main(cfg: EvalConfig) -> int:
     )
 
     # One task after the other; after each, --json has the numbers so far
-    kept = place_beside(found)
+    kept = place_beside(found.source, found)
     report = {
         "model": str(found),
         "checkpoint": find.identity(found),
@@ -176,12 +176,12 @@ def main(cfg: EvalConfig) -> int:
     return 0
 
 
-def place_beside(found: find.Found) -> Any:
+def place_beside(source: str, found: find.Found) -> Any:
     """A new file for the result in the model's folder, of the directory that is written to; None, and said so, where
     that cannot be written. On process 0; None on others."""
     if processes.index():
         return None
-    folder = output_dir() / store.SOURCES[found.source] / found.tag
+    folder = output_dir() / store.SOURCES[source] / found.tag
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = bucket.in_bucket(folder) or os.access(folder, os.W_OK)

@@ -93,21 +93,22 @@ def fetch_model(repo: str, revision: str, commit: str, paths: Sequence[str], log
 
     commit: what `list_repository` has said of the revision. DownloadError: a file cannot be had; those that have
     arrived stay."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    what = f"model {repo} ({revision})"
 
     def fetch(path: str) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        found = Path(
-            _repeat(functools.partial(hf_hub_download, repo, path, revision=revision), f"{path} of {what}", log)
-        )
+        get = functools.partial(hf_hub_download, repo, path, revision=revision)
+        found = Path(_repeat(get, f"{path} of {what}", log))
         if found.parents[path.count("/")].name != commit:
             raise DownloadError(f"{what} has changed while it was downloaded: start again")
         return found
 
-    what = f"model {repo} ({revision})"
-    folder = fetch(paths[0]).parents[paths[0].count("/")]
-    _fetch_all(fetch, paths[1:], log)
-    return folder
+    missing = [path for path in paths if not isinstance(try_to_load_from_cache(repo, path, revision=commit), str)]
+    if missing:
+        log(f"downloading {what}, {len(missing)} files, to {constants.HF_HUB_CACHE}")
+        _fetch_all(fetch, missing, log)
+    return Path(try_to_load_from_cache(repo, paths[0], revision=commit)).parents[paths[0].count("/")]
 
 
 def cached_model(repo: str, revision: str) -> tuple[str, list[str]]:
