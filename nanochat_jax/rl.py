@@ -113,7 +113,7 @@ def main(cfg: RLConfig) -> int:
                 cfg.model_step,
                 start.record.get("reference"),
                 plan.abstract_state.params,
-                base=cfg.base,
+                base=start.started_from,
             )
         score = functools.partial(
             make_score(plan.model, params, plan.mesh, dtype=plan.dtype, attention=plan.attention), params
