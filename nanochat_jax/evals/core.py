@@ -159,6 +159,7 @@ def make_core(
     """-> measure(params, progress): core_metric, and each task's centred accuracy as centered_results/<label>.
 
     All processes must call it together. progress: as of `make_chatcore`."""
+    processes.agree("CORE's examples", {task.label: len(task.rows) for task in tasks})
     own = own_devices(mesh)
     evaluate = make_core_task(config, tokenizer, own, dtype=dtype, attention=attention)
 

@@ -39,7 +39,8 @@ class CoreTask(NamedTuple):
 def find_bundle(data_dir: Path | None = None, log: Callable = print0) -> Path:
     """The folder eval_bundle of `data_dir` or of the base directory; downloaded into that where neither has one.
     DownloadError: it cannot be had."""
-    for root in filter(None, dict.fromkeys([data_dir, kept_dir(), cache_dir()])):
+    given = [data_dir.expanduser()] if data_dir else []
+    for root in dict.fromkeys([*given, kept_dir(), cache_dir()]):
         folder = bucket.fetch(root / FOLDER)
         if folder.is_dir():
             return folder
