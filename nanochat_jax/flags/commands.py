@@ -29,6 +29,7 @@ COMMANDS = {  # in the order of use
     "eval": Command("right answers on tasks, with intervals, and ChatCORE", "EvalConfig"),
     "chat": Command("talk to a model in the terminal", "ChatConfig"),
     "serve": Command("a model behind OpenAI's interface, and a page to talk to it", "ServeConfig"),
+    "bench": Command("how fast a model is: generating, an SFT step, a step of RL", "BenchConfig"),
     "models": Command("list the models of the base directory", "ModelsConfig"),
     "report": Command(
         "curves, settings and results of all runs on one HTML page, also while they train", "ReportConfig"
