@@ -152,7 +152,7 @@ for part in "${parts[@]}"; do
         d20) size+=(--device-batch-size 8 --total-batch-size 65536) ;;
         d26) size+=(--device-batch-size 4 --total-batch-size 65536) ;;
       esac
-      [ -z "$quick" ] || size=("${tiny[@]}" --device-batch-size 2 --total-batch-size -1 --repeats 3)
+      [ -z "$quick" ] || size+=("${tiny[@]}" --device-batch-size 2 --total-batch-size -1 --repeats 3)
       run "$part" jsonl "$python" -m nanochat_jax.bench --what sft $(sizes "$model") ${size[@]+"${size[@]}"}
       ;;
     rl_*)
