@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from nanochat_jax.checkpoints import integrity
-from nanochat_jax.checkpoints.store import SOURCES, read_arrays, read_meta
+from nanochat_jax.checkpoints.store import SOURCES, best_step, read_arrays, read_meta
 from nanochat_jax.cli.device import compute_dtype
+from nanochat_jax.cli.settings import BEST
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import path_name
@@ -29,6 +30,8 @@ from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups, update_all_but_rates
 from nanochat_jax.tokenizer import Tokenizer
 
+Step = int | str | None  # of a model; "best", see BEST_BY; None: the last
+BEST_BY = "pass@1"  # the measured number that the best checkpoint has the highest of
 BLOCK = 1 << 18  # numbers that are checked at a time, 1 MB of float32
 
 
@@ -63,12 +66,13 @@ def identity(found: Found) -> str:
 def find_model(
     source: str,
     model_tag: str | None = None,
-    step: int | None = None,
+    step: Step = None,
     base: Path | None = None,
     *,
     optimizer: bool = False,
 ) -> Found:
-    """Where the model is: unless they are given, the tag whose last checkpoint is newest, and its last step.
+    """Where the model is: unless they are given, the tag whose last checkpoint is newest, and its last step;
+    "best": the one whose held-out pass@1 was highest in RL.
 
     optimizer: whether its optimizer state is going to be read too; what is not read is not compared with its hashes.
     FileNotFoundError says where was looked and what to do. A damaged checkpoint of ours is named and passed over, and
@@ -121,11 +125,18 @@ def last_saved(folder: Path) -> int | None:
     return max((file.stat().st_mtime_ns for file in files), default=None)
 
 
-def _find_step(folder: Path, step: int | None, optimizer: bool) -> Found:
+def _find_step(folder: Path, step: Step, optimizer: bool) -> Found:
     """The model of this step, or the last intact one, in the folder <tag>; see `find_model`."""
     if not folder.is_dir():
         tags = ", ".join(sorted(p.name for p in folder.parent.iterdir() if p.is_dir())) or "none"
         raise FileNotFoundError(f"--model-tag={folder.name}: {folder} does not exist; tags in {folder.parent}: {tags}")
+    if step == BEST:
+        step = best_step(folder, BEST_BY)
+        if step is None:
+            raise FileNotFoundError(
+                f"--model-step=best: {BEST_BY} was measured of no checkpoint in {folder}: pass a number instead, or "
+                "nothing for the last one"
+            )
     ours, theirs = integrity.steps(folder), nanochat_steps(folder)
     if step is not None:
         if step not in (*ours, *theirs):
@@ -216,7 +227,7 @@ def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Gro
     return update_all_but_rates(groups, recorded_groups(state.groups)), state.arrays
 
 
-def load_model(source: str, model_tag: str | None = None, step: int | None = None, *, dtype=None):
+def load_model(source: str, model_tag: str | None = None, step: Step = None, *, dtype=None):
     """-> (model, tokenizer, meta): model(ids int32 [B,T]) gives float32 logits [B,T,V].
 
     source: "base", "sft" or "rl". Finds the model as nanochat does and imports nanochat's own files where needed.
@@ -229,7 +240,7 @@ def load_model(source: str, model_tag: str | None = None, step: int | None = Non
     return model, Tokenizer.load(base_dir() / "tokenizer"), meta
 
 
-def load_chat_model(source: str, model_tag: str | None = None, step: int | None = None, *, dtype=None) -> ChatModel:
+def load_chat_model(source: str, model_tag: str | None = None, step: Step = None, *, dtype=None) -> ChatModel:
     """A model to talk with, on one device: `load_chat_model("sft").answer("What is 2+2?")`.
 
     Arguments as of `load_model`. ValueError: the base directory's tokenizer is not the model's."""

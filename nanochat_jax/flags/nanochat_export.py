@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from nanochat_jax.cli.settings import OUTPUT, RUN, SOURCES, Maybe, one_of, setting
+from nanochat_jax.cli.settings import OUTPUT, RUN, SOURCES, Maybe, ModelStep, one_of, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class ExportConfig:
 
     source: str = setting("base", "stage that made the model", SOURCES, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
-    model_step: Maybe[int] = setting(None, "its step; default: the last", group=RUN)
+    model_step: ModelStep = setting(None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN)
     output: Path = setting(
         dataclasses.MISSING,
         "nanochat base directory to write into; it is made where it does not exist",

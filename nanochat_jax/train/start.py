@@ -21,6 +21,7 @@ from nanochat_jax.checkpoints.ownership import Lock, Token, own
 from nanochat_jax.cli.device import attention_record
 from nanochat_jax.cli.settings import (
     AUTO,
+    BEST,
     flag,
     inherit,
     recorded_settings,
@@ -203,6 +204,8 @@ def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -
         log(f"Resuming {folder} from step {step}")
         if changed := changed_versions(record.get("versions")):
             log(f"NOTE: since then versions have changed ({changed}): what follows may differ in the last bits")
+        if getattr(cfg, "model_step", None) == BEST:  # which one that was is recorded
+            cfg = dataclasses.replace(cfg, model_step=None, given=cfg.given - {"model_step"})
         cfg = resumed_settings(cfg, record["user_config"], tag_flag(root), log)
         find.check_tokenizer(tokenizer, record)
         return Start(cfg, folder, tokenizer.digest(), record=record)
