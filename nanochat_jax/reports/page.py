@@ -35,6 +35,7 @@ PANELS = (
     Panel("reward", ("reward", "smoothed_reward")),
     Panel("held-out problems solved, pass@1 with 95 % interval", ("pass@1",), noisy=False, interval=True),
     Panel("held-out problems solved, pass@k", ("pass@2", "pass@4", "pass@8", "pass@16"), noisy=False),
+    Panel("CORE", ("core_metric",), noisy=False),
     Panel("ChatCORE", ("chatcore", "chatcore_cat", "chatcore_with_spelling"), noisy=False),
     Panel("difference of log-probabilities, sampler and trainer", ("delta_logp_mean", "delta_logp_max"), log=True),
     Panel("KL divergence from the first model (nats a token)", ("kl",)),
@@ -120,7 +121,7 @@ def summary(run: Run) -> str:
     facts = [f"{steps:,} steps", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"]
     if percent := run.numbers.get("percent"):
         facts[0] += f" ({percent[-1][1]:.0f} %)"
-    for name in ("smoothed_loss", "val_bpb", "smoothed_reward", "pass@1", "chatcore"):
+    for name in ("smoothed_loss", "val_bpb", "core_metric", "smoothed_reward", "pass@1", "chatcore"):
         if curve := run.numbers.get(name):
             facts.append(f"{words(name)} {curve[-1][1]:.4g}")
     if skipped := sum(record.get("event") == "skipped" for record in run.records):

@@ -17,6 +17,7 @@ from nanochat_jax.reports.charts import Points
 from nanochat_jax.train.metrics import is_step, read_metrics
 
 STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
+NUMBERS = ("core_metric", "val_bpb")  # in results of eval, of a base model
 TAIL_BYTES = 2_000_000  # of rollouts.jsonl are read, from its end
 Log = Callable[[str], None]
 
@@ -27,6 +28,7 @@ class Evaluation(NamedTuple):
     file: str
     step: int  # of the model
     tasks: dict[str, dict]  # see `is_result`
+    core: dict[str, dict]  # the same for CORE's tasks, with their centred accuracies too
     facts: dict[str, Any]  # all that the file holds
 
 
@@ -169,7 +171,7 @@ def read_evaluations(folder: Path, log: Log = str) -> list[Evaluation]:
             log(f"{path}: {e.strerror}")
             continue
         if is_evaluation(facts):
-            found.append(Evaluation(path.name, facts["step"], facts["tasks"], facts))
+            found.append(Evaluation(path.name, facts["step"], facts["tasks"], core_of(facts), facts))
         else:
             log(f"{path}: no result of eval")
     return sorted(found, key=lambda one: (one.step, when if is_number(when := one.facts.get("time")) else 0.0))
@@ -180,6 +182,21 @@ def evaluated(folder: Path, checkpoint: str) -> dict[str, float]:
     folder; the newest of each."""
     mine = [one for one in read_evaluations(folder) if one.facts.get("checkpoint") == checkpoint]
     return {task: result["accuracy"]["value"] for one in mine for task, result in one.tasks.items()}
+
+
+def evaluated_numbers(folder: Path, checkpoint: str) -> dict[str, float]:
+    """The same for the NUMBERS of a base model."""
+    mine = [one.facts for one in read_evaluations(folder) if one.facts.get("checkpoint") == checkpoint]
+    return {name: facts[name] for facts in mine for name in NUMBERS if is_number(facts.get(name))}
+
+
+def core_of(facts: dict[str, Any]) -> dict[str, dict]:
+    """CORE's tasks in a result of eval; {} where there are none, or in another form."""
+    tasks = facts.get("core")
+    whole = isinstance(tasks, dict) and all(
+        is_result(task) and is_number(task.get("centered")) for task in tasks.values()
+    )
+    return tasks if whole else {}
 
 
 def is_evaluation(facts: object) -> bool:

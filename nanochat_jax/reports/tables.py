@@ -16,7 +16,12 @@ NOT_COMPARED = {
     *("run", "output_tag", "config", "preflight", "resume", "overwrite", "verbose", "keep_checkpoints"),
     *("save_patience", "coordinator", "num_processes", "process_id"),
 }
-CHATCORE = {"chatcore": "ChatCORE", "chatcore_with_spelling": "ChatCORE with SpellingBee"}
+SCORES = {
+    "chatcore": "ChatCORE",
+    "chatcore_with_spelling": "ChatCORE with SpellingBee",
+    "core_metric": "CORE",
+    "val_bpb": "bits per byte of held-out text",
+}
 
 
 class Shown(NamedTuple):
@@ -85,7 +90,10 @@ def evaluations(shown: Shown) -> str:
     for task in dict.fromkeys(task for one in files for task in one.tasks):
         cells = "".join(f"<td>{result(one.tasks[task]) if task in one.tasks else '–'}</td>" for one in files)
         rows += f"<tr><th>{html.escape(task)}</th>{cells}</tr>"
-    for key, title in CHATCORE.items():
+    for task in dict.fromkeys(task for one in files for task in one.core):
+        cells = "".join(f"<td>{core_result(one.core[task]) if task in one.core else '–'}</td>" for one in files)
+        rows += f"<tr><th>CORE: {html.escape(task)}</th>{cells}</tr>"
+    for key, title in SCORES.items():
         found = [one.facts.get(key) for one in files]
         if any(map(is_number, found)):
             cells = "".join(f"<td>{f'{value:.4f}' if is_number(value) else '–'}</td>" for value in found)
@@ -110,6 +118,11 @@ def result(task: dict) -> str:
     share = task["accuracy"]
     value, low, high = (f"{100 * share[end]:.1f}" for end in ("value", "low", "high"))
     return f"{value} %<small>{low} to {high}, of {task['problems']:,}</small>"
+
+
+def core_result(task: dict) -> str:
+    """The same of a task of CORE, with its centred accuracy."""
+    return f"{result(task)}<small>centred {task['centered']:.4f}</small>"
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
