@@ -32,6 +32,7 @@ def main(cfg: ExportConfig) -> int:
     """Export -> the exit code."""
     require(not str(cfg.output).startswith("gs:"), f"--output must be a folder on a disk, got {cfg.output}")
     check_bounds(cfg)
+    require(cfg.ranks == 1 or cfg.optimizer, f"--ranks={cfg.ranks} is about the optimizer's state: omit --no-optimizer")
     found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step, optimizer=cfg.optimizer)
     root = cfg.output.expanduser().absolute() / store.SOURCES[cfg.source]
     tag = cfg.output_tag or f"d{find.peek_meta(found)['model_config']['n_layer']}"
@@ -39,7 +40,7 @@ def main(cfg: ExportConfig) -> int:
     require(one_folder, f"--output-tag must be the name of one folder, got {tag!r}")
     print0(f"Model: {found}")
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    export(found, tokenizer, root / tag, nanochat_write.EMBEDDING_TYPES[cfg.dtype], cfg.optimizer)
+    export(found, tokenizer, root / tag, nanochat_write.EMBEDDING_TYPES[cfg.dtype], cfg.optimizer, cfg.ranks)
     print0(f"nanochat loads it with NANOCHAT_BASE_DIR={root.parent}")
     return 0
 
@@ -50,18 +51,21 @@ def export(
     folder: Path,
     embedding_type: np.dtype,
     with_optimizer: bool = True,
+    ranks: int = 1,
     log: Callable = print0,
 ) -> None:
     """Write model `found` into `folder`, a <kind>_checkpoints/<tag> of a nanochat base directory, and its tokenizer
     beside. All files appear at the end, the model's last; no file is replaced.
 
-    ValueError: not a network of today's nanochat, or another tokenizer than the model's. FileExistsError: files of that
+    ranks: the processes of nanochat that share the optimizer's state, a file each. ValueError: not a network of today's
+    nanochat, another tokenizer than the model's, or ranks that cannot share its state. FileExistsError: files of that
     step, checkpoints of ours or another tokenizer are there.
     """
     base, step, meta = folder.parents[1], found.step, find.peek_meta(found)
     check_tokenizer(tokenizer, meta)
     if found.ours:
         meta = nanochat_write.nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
+    nanochat_write.check_ranks(find.load_config(found), ranks)
     _check_free(folder, step, tokenizer)
     model, params, recorded = find.load_params(found)
     if not found.ours:
@@ -74,10 +78,10 @@ def export(
         write_pt(model_file(staging, step), nanochat_write.model_content(params, embedding_type))
         del params  # the optimizer's state needs the room
         state = load_optimizer_state(found, model, recorded) if with_optimizer else None
-        if state:
-            content = nanochat_write.optimizer_content(state, model, embedding_type)
-            write_pt(staging / f"optim_{step:06d}_rank0.pt", content)
-        elif with_optimizer:
+        for rank in range(ranks if state else 0):
+            content = nanochat_write.optimizer_content(state, model, embedding_type, rank, ranks)
+            write_pt(staging / f"optim_{step:06d}_rank{rank}.pt", content)
+        if with_optimizer and not state:
             log(f"NOTE: {found} has no optimizer state, so none is written")
         _check_free(folder, step, tokenizer)
         for file in sorted(staging.iterdir(), key=lambda file: file.name.startswith("model")):

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from nanochat_jax.cli.settings import OUTPUT, RUN, SOURCES, Maybe, one_of, setting
+from nanochat_jax.cli.settings import OUTPUT, RUN, SOURCES, Maybe, at_least, one_of, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,3 +31,9 @@ class ExportConfig:
         group=OUTPUT,
     )
     optimizer: bool = setting(True, "also the optimizer's state, where the model has one", group=OUTPUT)
+    ranks: int = setting(
+        1,
+        "processes that nanochat will train it on (torchrun --nproc_per_node): a file of the optimizer's state for each",
+        at_least(1),
+        group=OUTPUT,
+    )
