@@ -33,7 +33,7 @@ class ExportConfig:
     optimizer: bool = setting(True, "also the optimizer's state, where the model has one", group=OUTPUT)
     ranks: int = setting(
         1,
-        "processes that nanochat will train it on (torchrun --nproc_per_node): a file of the optimizer's state for each",
+        "processes of nanochat that will train it (torchrun --nproc_per_node); each has a file of the optimizer state",
         at_least(1),
         group=OUTPUT,
     )
