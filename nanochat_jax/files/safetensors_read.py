@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from nanochat_jax.files.json_read import read_json_object, without_repeats
 from nanochat_jax.files.plain_pickle import Refused, naming_file, open_file, refusing_failures, short
 
 DTYPES = {
@@ -43,7 +44,7 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
             raise Refused(
                 f"its header must fit into the file and into {MAX_HEADER:,} bytes, it claims {begin - 8:,} of {size:,}"
             )
-        header = json.loads(bytes(data[8:begin]), object_pairs_hook=_without_repeats)
+        header = json.loads(bytes(data[8:begin]), object_pairs_hook=without_repeats)
         if not isinstance(header, dict):
             raise Refused(f"its header must be an object, got {short(header)}")
         header.pop("__metadata__", None)
@@ -75,25 +76,15 @@ def read_shards(folder: Path) -> dict[str, np.ndarray]:
 
 def read_index(path: Path) -> dict[str, str]:
     """name of a tensor -> name of its file, which lies beside the index."""
+    index = read_json_object(path)
     with naming_file(path):
-        try:
-            index = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
-        except (ValueError, RecursionError) as e:
-            raise Refused(f"it is not JSON ({e})") from None
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise Refused("it must be an object with a weight_map, an object from names to files")
         for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise Refused(f"it must name .safetensors files beside it, got {short(file)}")
         return weight_map
-
-
-def _without_repeats(pairs: list[tuple]) -> dict:
-    """A JSON object in which every name is once: of two, readers differ in which one they take."""
-    if len(found := dict(pairs)) != len(pairs):
-        raise Refused("a name is twice in its JSON")
-    return found
 
 
 def _tensor(name: str, entry: object, data: memoryview) -> np.ndarray:

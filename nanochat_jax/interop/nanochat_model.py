@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from nanochat_jax.files.json_read import read_json_object
 from nanochat_jax.files.plain_pickle import Refused, naming_file
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig
@@ -159,12 +160,9 @@ def _open_checkpoint(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[
 
 def read_meta_file(path: Path) -> dict:
     """What a meta file holds; only that its model_config is a dict has been checked."""
+    meta = read_json_object(path)
     with naming_file(path):
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as e:
-            raise Refused(f"it is not JSON ({e})") from None
-        if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        if not isinstance(meta.get("model_config"), dict):
             raise Refused("it must be an object with a field model_config, itself an object")
         return meta
 

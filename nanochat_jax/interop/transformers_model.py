@@ -8,13 +8,13 @@ The matrices are those of nanochat's own files under other names: (out, in), not
 library's norms add 1e-6 by default, where nanochat's add 1.2e-7, which moves a logit by less than 1e-4.
 """
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
 from nanochat_jax.distributed.sharding import flatten_by_path
+from nanochat_jax.files.json_read import read_json_object
 from nanochat_jax.files.plain_pickle import Refused, naming_file
 from nanochat_jax.files.safetensors_read import read_shards
 from nanochat_jax.files.torch_write import Tensor
@@ -247,14 +247,8 @@ def _number(fields: dict, name: str, default: float, *, zero: bool = False) -> f
 
 def read_config(folder: Path, vocab_size: int | None = None) -> GPTConfig:
     """The network of the model in `folder`; its tensors are not read. vocab_size: as of `config_of`."""
-    path = folder / CONFIG
-    with naming_file(path):
-        try:
-            fields = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as e:
-            raise Refused(f"it is not JSON ({e})") from None
-        if not isinstance(fields, dict):
-            raise Refused("it must be an object")
+    fields = read_json_object(folder / CONFIG)
+    with naming_file(folder / CONFIG):
         return config_of(fields, vocab_size)
 
 

@@ -17,6 +17,7 @@ import tiktoken
 
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import digest_of
+from nanochat_jax.files.fast_tokenizer_read import fast_tokenizer_fields, is_fast_tokenizer
 from nanochat_jax.files.paths import write_atomically
 from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 from nanochat_jax.files.torch_write import write_pt
@@ -70,7 +71,8 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------------------- files
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
-        """From FOLDER/tokenizer.json (ours) or FOLDER/tokenizer.pkl (nanochat's; nothing in it is executed).
+        """From FOLDER/tokenizer.json (ours, or of transformers) or FOLDER/tokenizer.pkl (nanochat's; nothing in it is
+        executed).
 
         FileNotFoundError: neither exists. ValueError: damaged, or both exist and give different ids.
         """
@@ -81,8 +83,7 @@ class Tokenizer:
             found.append(_naming(ours, lambda: cls._from_json(ours.read_bytes())))
         if theirs.exists():
             read = read_tokenizer_pickle(theirs)
-            fields = read["name"], read["pat_str"], read["mergeable_ranks"], read["special_tokens"]
-            found.append(_naming(theirs, lambda: cls(*fields)))
+            found.append(_naming(theirs, lambda: cls(*read.values())))
         if not found:
             raise FileNotFoundError(
                 f"no tokenizer.json or tokenizer.pkl in {folder}: copy the tokenizer folder of the nanochat run there, "
@@ -96,6 +97,8 @@ class Tokenizer:
     @classmethod
     def _from_json(cls, content: bytes) -> "Tokenizer":
         data = json.loads(content)
+        if is_fast_tokenizer(data):
+            return cls(*fast_tokenizer_fields(data, "from transformers").values())
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'"format" must be "{FORMAT}"')
         for key, kind in {"name": str, "pattern": str, "ranks": list, "special_tokens": dict}.items():
