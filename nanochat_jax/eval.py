@@ -29,7 +29,7 @@ from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.files import bucket
 from nanochat_jax.files.json_numbers import finite_or_null
-from nanochat_jax.files.paths import base_dir, output_dir, write_atomically, write_to
+from nanochat_jax.files.paths import output_dir, write_atomically, write_to
 from nanochat_jax.flags.eval import EvalConfig
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
@@ -94,9 +94,9 @@ def main(cfg: EvalConfig) -> int:
     dtype = compute_dtype(cfg.dtype)
 
     # Problems and model; what can fail without the weights comes before they are read
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
-    check_tokenizer(tokenizer, find.peek_meta(found))
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
+    tokenizer = Tokenizer.load(found.tokenizer)
+    check_tokenizer(tokenizer, find.peek_meta(found), found.tokenizer)
     with processes.process_zero_first("the problems"):
         eval_sets, not_run = make_eval_sets(cfg, tokenizer)
     sizes = ", ".join(f"{eval_set.name}: {len(eval_set.prompts)}" for eval_set in eval_sets)
@@ -121,12 +121,12 @@ def main(cfg: EvalConfig) -> int:
     )
 
     # One task after the other; after each, --json has the numbers so far
-    kept = place_beside(cfg.source, found)
+    kept = place_beside(found)
     report = {
         "model": str(found),
         "checkpoint": find.identity(found),
         "time": round(time.time(), 3),
-        "source": cfg.source,
+        "source": found.source,
         "step": found.step,
         "dtype": dtype.name,
         "attention": attention,
@@ -176,12 +176,12 @@ def main(cfg: EvalConfig) -> int:
     return 0
 
 
-def place_beside(source: str, found: find.Found) -> Any:
+def place_beside(found: find.Found) -> Any:
     """A new file for the result in the model's folder, of the directory that is written to; None, and said so, where
     that cannot be written. On process 0; None on others."""
     if processes.index():
         return None
-    folder = output_dir() / store.SOURCES[source] / found.tag
+    folder = output_dir() / store.SOURCES[found.source] / found.tag
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = bucket.in_bucket(folder) or os.access(folder, os.W_OK)

@@ -61,17 +61,23 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
 
 def read_shards(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of a model in `folder`, in one file or in those that its index names."""
-    if not (folder / INDEX).exists():
+    if (folder / FILE).exists():
         return read_safetensors(folder / FILE)
     weight_map, tensors = read_index(folder / INDEX), {}
-    for file in sorted(set(weight_map.values())):
-        content = read_safetensors(folder / file)
-        listed = {name for name, where in weight_map.items() if where == file}
+    for path in shard_files(folder):
+        content = read_safetensors(path)
+        listed = {name for name, file in weight_map.items() if file == path.name}
         if content.keys() != listed:
-            name = min(content.keys() ^ listed)
-            raise Refused(f"{folder / file}: it and {INDEX} disagree about {short(name)}")
+            raise Refused(f"{path}: it and {INDEX} disagree about {short(min(content.keys() ^ listed))}")
         tensors |= content
     return tensors
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that `read_shards` reads tensors from."""
+    if (folder / FILE).exists():
+        return [folder / FILE]
+    return [folder / file for file in sorted(set(read_index(folder / INDEX).values()))]
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """The settings of a chat in the terminal."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
-from nanochat_jax.cli.settings import ANSWERS, DEVICES, LARGEST, RUN, SOURCES, Maybe, between, setting, short
+from nanochat_jax.cli.settings import ANSWERS, BASE_HELP, DEVICES, LARGEST, RUN, SOURCES, Maybe, between, setting, short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class ChatConfig:
         None, "one message: print the answer to it, and nothing else, and exit", group=RUN
     )
     source: Annotated[str, short("-i")] = setting("sft", "stage that made the model", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Annotated[Maybe[str], short("-g")] = setting(
         None, "tag of the model; default: the one saved last", group=RUN
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from nanochat_jax.cli.settings import (
     ANSWERS,
+    BASE_HELP,
     DATA,
     DEVICES,
     LARGEST,
@@ -28,6 +29,7 @@ class EvalConfig:
     """
 
     source: Annotated[str, short("-i")] = setting("sft", "stage that made the model", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Annotated[Maybe[str], short("-g")] = setting(
         None, "tag of the model; default: the one saved last", group=RUN
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nanochat_jax.cli.settings import (
     ANSWERS,
+    BASE_HELP,
     DATA,
     EVALUATION,
     LARGEST,
@@ -36,6 +37,7 @@ class RLConfig(StageConfig):
     """
 
     source: str = setting("sft", "stage of the model to start from", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
     model_step: Maybe[int] = setting(None, "its step; default: the last", group=RUN)
     output_tag: Maybe[str] = setting(

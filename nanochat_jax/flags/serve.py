@@ -1,10 +1,12 @@
 """The settings of the server."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 from nanochat_jax.cli.settings import (
     ANSWERS,
+    BASE_HELP,
     DEVICES,
     REQUESTS,
     RUN,
@@ -28,6 +30,7 @@ class ServeConfig:
     """
 
     source: Annotated[str, short("-i")] = setting("sft", "stage that made the model", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Annotated[Maybe[str], short("-g")] = setting(
         None, "tag of the model; default: the one saved last", group=RUN
     )

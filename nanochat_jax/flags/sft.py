@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from nanochat_jax.cli.settings import (
+    BASE_HELP,
     DATA,
     EVALUATION,
     LARGEST,
@@ -39,6 +40,7 @@ class SFTConfig(StageConfig):
     """
 
     source: str = setting("base", "stage of the model to start from", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
     model_step: Maybe[int] = setting(None, "its step; default: the last", group=RUN)
     output_tag: Maybe[str] = setting(

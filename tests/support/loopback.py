@@ -12,13 +12,14 @@ COMMIT = "c" * 40
 
 
 class Answer:
-    """status, body and headers; `sent`: bytes after which the connection closes; `hold`: an event waited for there."""
+    """status, body and headers; `sent`: bytes after which the connection closes; `hold`: an event waited for there;
+    `begin`: where the body begins that is sent, of a request for the rest of a file."""
 
-    def __init__(self, body=b"", status=200, *, sent=None, hold=None, length=True, **headers):
-        self.body, self.status, self.sent, self.hold = body, status, sent, hold
+    def __init__(self, body=b"", status=200, *, sent=None, hold=None, length=True, begin=0, **headers):
+        self.body, self.status, self.sent, self.hold = body[begin:], status, sent, hold
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if length:
-            self.headers.setdefault("Content-Length", str(len(body)))
+            self.headers.setdefault("Content-Length", str(len(self.body)))
 
 
 class Server:
@@ -95,11 +96,21 @@ class Server:
 
 def serve_dataset(server, repo, revision, files, commit=COMMIT):
     """Let the server be a hub that has this dataset; files: path -> bytes. Returns its addresses."""
-    api = f"/api/datasets/{repo}"
+    return serve_repository(server, f"datasets/{repo}", f"/datasets/{repo}", revision, files, commit)
+
+
+def serve_model(server, repo, files, revision="main", commit=COMMIT):
+    """The same with a model."""
+    return serve_repository(server, f"models/{repo}", f"/{repo}", revision, files, commit)
+
+
+def serve_repository(server, api, files_at, revision, files, commit):
+    """The addresses of a repository that is served from now on."""
+    api, repo = f"/api/{api}", api.partition("/")[2]
     addresses = SimpleNamespace(
         revision=f"{api}/revision/{quote(revision, safe='')}",
         tree=f"{api}/tree/{commit}",
-        file=lambda path, revision=commit: f"/datasets/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}",
+        file=lambda path, revision=commit: f"{files_at}/resolve/{quote(revision, safe='')}/{quote(path)}",
     )
     listing = [{"type": "file", "path": path, "size": len(body), "oid": "0" * 40} for path, body in files.items()]
     folders = [{"type": "directory", "path": path, "oid": "0" * 40} for path in {p.split("/")[0] for p in files}]
