@@ -22,7 +22,7 @@ from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import upload
-from nanochat_jax.files.paths import BUNDLED, base_dir
+from nanochat_jax.files.paths import BUNDLED
 from nanochat_jax.files.safetensors_write import write_shards
 from nanochat_jax.files.torch_write import write_pt
 from nanochat_jax.flags.nanochat_export import ExportConfig
@@ -48,18 +48,20 @@ def main(cfg: ExportConfig) -> int:
     )
     require(cfg.ranks == 1 or cfg.optimizer, f"--ranks={cfg.ranks} is about the optimizer's state: omit --no-optimizer")
     require(cfg.push is None or not for_nanochat, "--push uploads what --format=hf writes: add it")
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.model_step, optimizer=for_nanochat and cfg.optimizer)
+    found = find.find_model(
+        cfg.source, cfg.model_tag, cfg.model_step, cfg.base, optimizer=for_nanochat and cfg.optimizer
+    )
     print0(f"Model: {found}")
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    tokenizer = Tokenizer.load(found.tokenizer)
     if not for_nanochat:
         where = check_push(cfg) if cfg.push is not None else ""
-        card = describe(found, cfg.source, cfg.push or output.name)
+        card = describe(found, cfg.push or output.name)
         export_for_transformers(found, tokenizer, output, cfg.dtype, card)
         if cfg.push is not None and (cfg.yes or confirm(f"Upload {output} to {cfg.push}, {where}?")):
-            message = f"{cfg.source} {found.tag}, step {found.step}, exported by nanochat_jax"
+            message = f"{found.source} {found.tag}, step {found.step}, exported by nanochat_jax"
             print0(f"uploaded: {upload.upload_folder(output, cfg.push, private=cfg.private, message=message)}")
         return 0
-    root = output / store.SOURCES[cfg.source]
+    root = output / store.SOURCES[found.source]
     tag = cfg.output_tag or f"d{find.peek_meta(found)['model_config']['n_layer']}"
     one_folder = (root / tag).resolve().parent == root.resolve()
     require(one_folder, f"--output-tag must be the name of one folder, got {tag!r}")
@@ -85,13 +87,13 @@ def export(
     step, checkpoints of ours or another tokenizer are there.
     """
     base, step, meta = folder.parents[1], found.step, find.peek_meta(found)
-    check_tokenizer(tokenizer, meta)
-    if found.ours:
+    check_tokenizer(tokenizer, meta, found.tokenizer)
+    if found.ours or found.transformers:
         meta = nanochat_write.nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
     nanochat_write.check_ranks(find.load_config(found), ranks)
     _check_free(folder, step, tokenizer)
     model, params, recorded = find.load_params(found)
-    if not found.ours:
+    if not (found.ours or found.transformers):
         nanochat_write.model_config(model)  # only the tensors tell the era of nanochat's own files
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=base, prefix=".export-") as made:
@@ -122,7 +124,7 @@ def export_for_transformers(
 
     dtype: "float32", or "bfloat16" for all but the lambdas. card: what README.md says. ValueError: another tokenizer
     than the model's. FileExistsError: something is in the folder."""
-    check_tokenizer(tokenizer, find.peek_meta(found))
+    check_tokenizer(tokenizer, find.peek_meta(found), found.tokenizer)
     _check_new(folder)
     model, params, _ = find.load_params(found)
     bos, eos = tokenizer.bos, tokenizer.special("<|assistant_end|>")
@@ -150,13 +152,13 @@ def export_for_transformers(
     log(f'transformers loads it with AutoModelForCausalLM.from_pretrained("{folder}"{trust})')
 
 
-def describe(found: find.Found, source: str, name: str) -> Described:
+def describe(found: find.Found, name: str) -> Described:
     """What the card of a model says. name: of its repository, or its folder."""
     model, meta = find.load_config(found), find.peek_meta(found)
     sizes = {size: getattr(model, size) for size in nanochat_model.LIMITS}
     return Described(
         name=name,
-        stage=source,
+        stage=found.source,
         step=found.step,
         parameters=parameter_counts(model)["total"],
         sizes=sizes,

@@ -20,6 +20,7 @@ from nanochat_jax.checkpoints import find
 from nanochat_jax.checkpoints.store import write
 from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files import safetensors_write
+from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.interop import transformers_model
 from nanochat_jax.interop.nanochat_model import ERAS
 from nanochat_jax.model.gpt import GPTConfig
@@ -70,6 +71,18 @@ def test_the_folder_has_the_files_of_a_repository_and_code_only_where_the_librar
     assert config["architectures"] == ["NanoChatForCausalLM"] and config["dtype"] == "bfloat16"
     generation = json.loads((tmp_path / "empty/generation_config.json").read_text())
     assert generation["eos_token_id"] == [260, 256]  # nanochat ends at a new text too
+
+
+def test_a_folder_for_transformers_is_talked_to_and_becomes_nanochats_files_again(folder, tmp_path):
+    assert run("--output", tmp_path / "m") == 0
+    assert run("--base", tmp_path / "m", "--format", "nanochat", "--output", tmp_path / "theirs") == 0
+    (file,) = (tmp_path / "theirs/base_checkpoints/d2").glob("*.pt")  # it had no optimizer state
+    want, again = (find.load_params(find.find_model("base", base=base)) for base in (folder, tmp_path / "theirs"))
+    assert file.name == "model_000000.pt" and again[0] == want[0]
+    assert all((flatten_by_path(again[1])[path] == array).all() for path, array in flatten_by_path(want[1]).items())
+    short = SamplingParams(temperature=0.0, max_new_tokens=8)
+    ours, theirs = (find.load_chat_model("base", base=base).answer("Hi", short) for base in (folder, tmp_path / "m"))
+    assert ours == theirs != ""
 
 
 def test_what_is_there_is_never_touched_and_a_failure_leaves_nothing(folder, tmp_path, monkeypatch):

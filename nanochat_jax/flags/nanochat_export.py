@@ -3,18 +3,19 @@
 import dataclasses
 from pathlib import Path
 
-from nanochat_jax.cli.settings import OUTPUT, RUN, SOURCES, Maybe, at_least, one_of, setting
+from nanochat_jax.cli.settings import BASE_HELP, OUTPUT, RUN, SOURCES, Maybe, at_least, one_of, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a model, in our format or nanochat's, and its tokenizer as files that nanochat or transformers loads.
+    """Write a model, in whatever format it is, and its tokenizer as files that nanochat or transformers loads.
 
     python -m nanochat_jax.nanochat_export --source rl --output ~/nanochat
     python -m nanochat_jax.nanochat_export --source rl --format hf --output ~/my-model --push me/my-model
     """
 
     source: str = setting("base", "stage that made the model", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
     model_step: Maybe[int] = setting(None, "its step; default: the last", group=RUN)
     format: str = setting(

@@ -38,7 +38,7 @@ def exported(tmp_path_factory):
         data.path(f"checkpoints/{name}/base_checkpoints")
         base = data.GOLDEN / "checkpoints" / name
         found = find.find_model("base", base=base)
-        card = describe(found, "base", name)
+        card = describe(found, name)
         tokenizer = Tokenizer.load(base / "tokenizer")
         export_for_transformers(found, tokenizer, root / name / "model", "float32", card, log=lambda line: None)
     return root

@@ -64,7 +64,7 @@ def exported(tmp_path_factory):
 
 def export(base, folder, dtype="float32"):
     found = find.find_model("base", base=base)
-    card = describe(found, "base", "me/model")
+    card = describe(found, "me/model")
     export_for_transformers(found, tiny.tokenizer(), folder, dtype, card, log=lambda line: None)
 
 
