@@ -207,7 +207,7 @@ def peek_meta(found: Found) -> dict:
     if found.ours:
         return read_meta(found.folder / str(found.step))
     if found.transformers:
-        return {"model_config": dataclasses.asdict(load_config(found))}
+        return _transformers_meta(load_config(found))
     meta = read_meta_file(meta_file(found.folder, found.step))
     for size in ("n_layer", "sequence_len", "vocab_size"):
         value = meta["model_config"].get(size)
@@ -233,7 +233,7 @@ def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict,
     of a parameter is infinite or NaN."""
     if found.transformers:
         config, params = transformers_model.read_model(found.folder, _tokens(found))
-        return config, params, {"model_config": dataclasses.asdict(config)}
+        return config, params, _transformers_meta(config)
     if not found.ours:
         return read_model(found.folder, found.step, logit_cap)
     folder = found.folder / str(found.step)
@@ -241,6 +241,11 @@ def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict,
     config = GPTConfig(**meta["model_config"])
     arrays = read_finite_arrays(folder, "params")
     return config, jax.tree.map_with_path(lambda path, _: arrays[path_name(path)], abstract_gpt(config)[1]), meta
+
+
+def _transformers_meta(config: GPTConfig) -> dict:
+    """What the form of transformers tells of a model, as a meta file would; runs from it have rows of its length."""
+    return {"model_config": dataclasses.asdict(config), "max_seq_len": config.sequence_len}
 
 
 def _tokens(found: Found) -> int:

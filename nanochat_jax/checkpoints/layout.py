@@ -136,8 +136,12 @@ def choose(
     theirs = {int(match[2]) for match in named if match[1] == "model"} & metas
     ours = {int(name.split("/")[0]) for name in inside if re.fullmatch(rf"[0-9]{{1,18}}/{MANIFEST}", name)}
     if not ours | theirs or (step is not None and step not in ours | theirs):
-        have = ", ".join(map(str, sorted(ours | theirs))) or "none that is complete"
-        raise ValueError(f"has not the step that --model-step names in {folder or 'it'}, its steps are {have}")
+        inside = f" in {folder}" if folder else ""
+        if not ours | theirs:
+            raise ValueError(f"has no complete checkpoint{inside}: a model_*.pt needs its meta_*.json")
+        raise ValueError(
+            f"has no --model-step={step}{inside}, its steps are {', '.join(map(str, sorted(ours | theirs)))}"
+        )
     step = max(ours | theirs) if step is None else step
     if step in ours:
         needed = [name for name in inside if name.startswith(f"{step}/")]

@@ -67,7 +67,7 @@ def naming(named: str) -> Iterator[None]:
     except Refused:  # it names its file
         raise
     except ValueError as e:
-        raise ValueError(f"{named} {e}") from None
+        raise ValueError(f"{named} {' '.join(str(e).split())}") from None
     except DownloadError as e:
         raise DownloadError(f"{named}: {e}") from e
 

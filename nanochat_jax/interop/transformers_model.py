@@ -118,7 +118,7 @@ def transformers_config(model: GPTConfig, *, bos: int, eos: int, dtype: str) -> 
         network = {theirs: getattr(model, ours) for theirs, ours in OUR_FIELDS.items()}
         return {**OUR_SETTLED, "auto_map": classes, **common, **network}
     return {
-        **SETTLED,
+        **{field: value for field, value in SETTLED.items() if value is not None},
         **common,
         "intermediate_size": 4 * model.n_embd,
         "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
@@ -257,4 +257,6 @@ def read_model(folder: Path, vocab_size: int | None = None) -> tuple[GPTConfig, 
     config = read_config(folder, vocab_size)
     tensors = read_shards(folder)
     with naming_file(folder):
-        return config, read_params(tensors, config, transformers_name, "a model of this class")
+        return config, read_params(
+            tensors, config, transformers_name, f"a {CLASS if fits_library(config) else OUR_CLASS}"
+        )

@@ -182,7 +182,7 @@ def test_what_a_repository_does_not_have_is_said_with_what_it_has(server, theirs
     serve_model(server, "o/n", theirs[0])
     assert "has no sft model, its stages are base: name one with --source" in refusal(source="sft")
     assert "has no base model with --model-tag=d9, its tags are d2" in refusal(model_tag="d9")
-    assert "--model-step names in base_checkpoints/d2, its steps are 5, 7" in refusal(step=6)
+    assert "has no --model-step=6 in base_checkpoints/d2, its steps are 5, 7" in refusal(step=6)
     serve_model(server, "o/empty", {"README.md": b"x", "onnx/model.onnx": b"x"})
     assert "has no model: neither" in (said := refusal("hub:o/empty")) and "it has README.md, onnx" in said
     serve_model(server, "o/two", below("a", flat(theirs[0])) | below("b", theirs[0]))
