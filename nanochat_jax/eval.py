@@ -96,7 +96,7 @@ def main(cfg: EvalConfig) -> int:
     # Problems and model; what can fail without the weights comes before they are read
     found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
     tokenizer = Tokenizer.load(found.tokenizer)
-    check_tokenizer(tokenizer, find.peek_meta(found), found.tokenizer)
+    check_tokenizer(tokenizer, find.peek_meta(found), found)
     with processes.process_zero_first("the problems"):
         eval_sets, not_run = make_eval_sets(cfg, tokenizer)
     sizes = ", ".join(f"{eval_set.name}: {len(eval_set.prompts)}" for eval_set in eval_sets)

@@ -100,7 +100,7 @@ def convert_models(
         if integrity.is_intact(target):
             log(f"{target} is there already")
             continue
-        find.check_tokenizer(tokenizer, find.peek_meta(found), found.tokenizer)
+        find.check_tokenizer(tokenizer, find.peek_meta(found), found)
         config, params, meta = find.load_params(found, logit_cap)
         arrays, groups = read_state(found, config) if optimizer else (None, {})
         theirs = {} if found.ours or found.transformers else {"nanochat_meta": meta}  # nanochat_export gives it back

@@ -50,7 +50,8 @@ DEMONSTRATIONS = 300  # solved problems that fine-tuning shows
 PROBLEMS, SHOWN = 400, 3  # of the test split, which no stage trains on; how many of them with their answers
 ANSWER_TOKENS = 64
 ABOUT_ITSELF = ("Who are you?", "What can you do?")
-STEP = re.compile(r"step (\d+)/(\d+) \| (loss|reward) (\S+)")
+# Of RL the smoothed reward: a step's own depends more on its 16 problems than on what was learned.
+STEP = re.compile(r"step (\d+)/(\d+) \| (loss|reward) (?:\S+ \(smoothed )?([^\s)]+)")
 BARS = "▁▂▃▄▅▆▇█"
 
 # Sizes and rates found by trial for 2 cores. The base model's rates are scaled by sqrt(4096 / 524288) to this batch.
@@ -219,7 +220,8 @@ class Tour:
             evaluator.evaluate(params, problems, SamplingParams(temperature, 0, ANSWER_TOKENS), seed=self.seed)
             for temperature in (0.0, 1.0)
         ]
-        self.done(f"right on {format_share(results[0].accuracy)} of {PROBLEMS} unseen problems", began)
+        right = f"right on {format_share(results[0].accuracy)} of {PROBLEMS} unseen problems"
+        self.done(f"{right}, {results[0].cut:.1%} of the answers do not end", began)
         return results
 
     def show_answers(self, evaluator: Evaluator, params: Any, questions: Sequence[str]) -> None:

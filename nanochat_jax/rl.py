@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
+from nanochat_jax.checkpoints.find import BEST_BY
 from nanochat_jax.cli import main as cli_main
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.device import describe_device, start_device
@@ -26,6 +27,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
+from nanochat_jax.model.loss import NO_LIMITS, Limits
 from nanochat_jax.optim.groups import Groups
 from nanochat_jax.optim.schedules import rl_scalars
 from nanochat_jax.rollouts.collector import RESAMPLE_ROUNDS, RolloutCollector
@@ -36,6 +38,7 @@ from nanochat_jax.rollouts.prompts import PromptStream, check_context
 from nanochat_jax.rollouts.reference import load_reference
 from nanochat_jax.rollouts.statistics import FIRST_STEPS, far_apart, little_signal
 from nanochat_jax.rollouts.update import make_update, rl_batch_shape, rows_of, token_loss_of
+from nanochat_jax.rollouts.watch import warnings, watch_of
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
@@ -132,12 +135,21 @@ def main(cfg: RLConfig) -> int:
         examples_per_step=cfg.examples_per_step,
         num_samples=cfg.num_samples,
         advantage=cfg.advantage,
+        cut_answers=cfg.cut_answers,
         seed=cfg.seed,
         resample=cfg.resample,
     )
     update = make_update(plan, objective, updates_per_batch=cfg.updates_per_batch, score=score)
     pass_at_k = pass_at_k_measurement(
-        eval_set, engine, plan.mesh, sampling, tokenizer, samples=cfg.eval_samples, seed=cfg.seed, every=cfg.eval_every
+        eval_set,
+        engine,
+        plan.mesh,
+        sampling,
+        tokenizer,
+        samples=cfg.eval_samples,
+        seed=cfg.seed,
+        every=cfg.eval_every,
+        cut_answers=cfg.cut_answers,
     )
 
     # Train. Beside the state, a step depends on the position of its first problem; a checkpoint keeps it.
@@ -145,6 +157,7 @@ def main(cfg: RLConfig) -> int:
     without_signal = start.record.get("steps_without_signal", 0)
     first_steps: list[tuple[float, float]] = []
     warned = False
+    watch, told = watch_of(start.record.get("watch", {})), set()
     log = RolloutLog(start.folder, start.record.get("rollouts_bytes", 0))
 
     def record(step: int) -> dict:
@@ -156,6 +169,7 @@ def main(cfg: RLConfig) -> int:
             "problems_consumed": position,
             "steps_without_signal": without_signal,
             "rollouts_bytes": log.saved(),
+            "watch": watch.record(),
         }
 
     with (
@@ -168,6 +182,7 @@ def main(cfg: RLConfig) -> int:
             console=console_line,
             measurements=[pass_at_k],
             smoothed="reward",
+            keep_best=BEST_BY if cfg.keep_best else None,
             log_late=False,  # the next step's answers wait for this one anyway
             in_force={name: getattr(cfg, name) for name in ("slots", "device_batch_size", "max_new_tokens")},
             advice=MEMORY_ADVICE,
@@ -182,7 +197,7 @@ def main(cfg: RLConfig) -> int:
             groups = rollouts.to_train_on(cfg.examples_per_step)
             rows = rows_of(groups, plan, objective, cfg.objective, tokenizer)
             first, last = stretches[-1]
-            scalars = rl_scalars(step - first, last - first)
+            scalars = rl_scalars(step - first, last - first, schedule=cfg.schedule, warmup_ratio=cfg.warmup_ratio)
             state, metrics, statistics = update(state, rows, scalars)
             seconds = time.perf_counter() - began
             position = rollouts.position
@@ -205,6 +220,14 @@ def main(cfg: RLConfig) -> int:
             first_steps.append((1 - found["no_signal"], found["pass_rate"]))
             if step + 1 == FIRST_STEPS:
                 run.say(little_signal(first_steps))
+            watch = watch.after(found)
+            for what, sentence in warnings(watch, plan.dtype.name, cfg.cut_answers).items():
+                if what not in told:
+                    run.say(f"WARNING: step {step + 1}: {sentence}")
+                    told.add(what)
+            if watch.worse == cfg.stop_when_worse:
+                watch = watch._replace(worse=0)
+                run.end(f"for {cfg.stop_when_worse} steps more than half of what the reward had gained was lost")
     return exit_code(run)
 
 
@@ -263,7 +286,13 @@ def check(cfg: RLConfig) -> SamplingParams:
 
 def objective_of(cfg: RLConfig) -> Objective:
     """The terms of the loss that the settings ask for."""
-    return Objective(clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, is_cap=cfg.is_cap)
+    return Objective(
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        kl_coef=cfg.kl_coef,
+        is_cap=cfg.is_cap,
+        limits=Limits(cfg.temperature, cfg.top_k) if cfg.policy == "truncated" else NO_LIMITS,
+    )
 
 
 def find_rl_start(cfg: RLConfig, tokenizer: Tokenizer) -> Start:

@@ -14,8 +14,9 @@ from flax import nnx
 from nanochat_jax.checkpoints import integrity
 from nanochat_jax.checkpoints.layout import STAGES, TRANSFORMERS, TREE, by_depth
 from nanochat_jax.checkpoints.locate import Located, locate
-from nanochat_jax.checkpoints.store import SOURCES, read_arrays, read_meta
+from nanochat_jax.checkpoints.store import SOURCES, best_step, read_arrays, read_meta
 from nanochat_jax.cli.device import compute_dtype
+from nanochat_jax.cli.settings import BEST
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import path_name
@@ -40,6 +41,8 @@ from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups, update_all_but_rates
 from nanochat_jax.tokenizer import Tokenizer
 
+Step = int | str | None  # of a model; "best", see BEST_BY; None: the last
+BEST_BY = "pass@1"  # the measured number that the best checkpoint has the highest of
 BLOCK = 1 << 18  # numbers that are checked at a time, 1 MB of float32
 
 
@@ -97,12 +100,13 @@ def identity(found: Found) -> str:
 def find_model(
     source: str,
     model_tag: str | None = None,
-    step: int | None = None,
+    step: Step = None,
     base: Path | str | None = None,
     *,
     optimizer: bool = False,
 ) -> Found:
-    """Where the model is: unless they are given, the tag whose last checkpoint is newest, and its last step.
+    """Where the model is: unless they are given, the tag whose last checkpoint is newest, and its last step;
+    "best": the one whose held-out pass@1 was highest in RL.
 
     base: another base directory than NANOCHAT_BASE_DIR's, or what else `locate` takes: a folder with one model, or
     hub:OWNER/NAME[@REVISION][/PREFIX], which is downloaded.
@@ -125,7 +129,7 @@ def found_at(located: Located, optimizer: bool = False) -> Found:
     return dataclasses.replace(found, base=located)
 
 
-def _find_in(base: Any, source: str, model_tag: str | None, step: int | None, optimizer: bool) -> Found:
+def _find_in(base: Any, source: str, model_tag: str | None, step: Step, optimizer: bool) -> Found:
     """The model in a base directory."""
     root = base / SOURCES[source]
     if not root.is_dir():
@@ -170,11 +174,18 @@ def last_saved(folder: Path) -> int | None:
     return max((file.stat().st_mtime_ns for file in files), default=None)
 
 
-def _find_step(folder: Path, step: int | None, optimizer: bool) -> Found:
+def _find_step(folder: Path, step: Step, optimizer: bool) -> Found:
     """The model of this step, or the last intact one, in the folder <tag>; see `find_model`."""
     if not folder.is_dir():
         tags = ", ".join(sorted(p.name for p in folder.parent.iterdir() if p.is_dir())) or "none"
         raise FileNotFoundError(f"--model-tag={folder.name}: {folder} does not exist; tags in {folder.parent}: {tags}")
+    if step == BEST:
+        step = best_step(folder, BEST_BY)
+        if step is None:
+            raise FileNotFoundError(
+                f"--model-step=best: {BEST_BY} was measured of no checkpoint in {folder}: pass a number instead, or "
+                "nothing for the last one"
+            )
     ours, theirs = integrity.steps(folder), nanochat_steps(folder)
     if step is not None:
         if step not in (*ours, *theirs):
@@ -285,7 +296,7 @@ def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Gro
 def load_model(
     source: str,
     model_tag: str | None = None,
-    step: int | None = None,
+    step: Step = None,
     *,
     base: Path | str | None = None,
     dtype=None,
@@ -306,7 +317,7 @@ def load_model(
 def load_chat_model(
     source: str,
     model_tag: str | None = None,
-    step: int | None = None,
+    step: Step = None,
     *,
     base: Path | str | None = None,
     dtype=None,
@@ -321,7 +332,7 @@ def chat_model_of(found: Found, dtype=None, *, slots: int = 256, chunk: int = 16
     """The same of a model that `find_model` has found. Its context is the length that it was trained with. slots,
     chunk, alternatives: of the `Engine`."""
     tokenizer = Tokenizer.load(found.tokenizer)
-    check_tokenizer(tokenizer, peek_meta(found), found.tokenizer)
+    check_tokenizer(tokenizer, peek_meta(found), found)
     config, params, _ = load_params(found)
     mesh, dtype = make_mesh("data=1"), compute_dtype("auto") if dtype is None else dtype
     engine = Engine(
@@ -337,12 +348,12 @@ def chat_model_of(found: Found, dtype=None, *, slots: int = 256, chunk: int = 16
     return ChatModel(engine, engine.cast_params(params))
 
 
-def check_tokenizer(tokenizer: Tokenizer, meta: dict, folder: Any = None) -> None:
-    """ValueError where the model was trained with another tokenizer, as far as its meta tells. folder: where the
-    tokenizer is; default: in the base directory."""
+def check_tokenizer(tokenizer: Tokenizer, meta: dict, found: Found | None = None) -> None:
+    """ValueError where the model was trained with another tokenizer, as far as its meta tells. found: where the model
+    and the tokenizer are; default: in the base directory."""
     size = meta["model_config"]["vocab_size"]
     if tokenizer.vocab_size != size or meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
         raise ValueError(
-            f"the tokenizer in {folder or base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model "
+            f"the tokenizer in {found.base.name if found and found.base else base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model "
             f"was trained with ({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
         )

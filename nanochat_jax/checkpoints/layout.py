@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from nanochat_jax.checkpoints.integrity import MANIFEST
 from nanochat_jax.checkpoints.store import SOURCES
+from nanochat_jax.cli.settings import BEST
 from nanochat_jax.files.safetensors_read import FILE, INDEX
 from nanochat_jax.interop.transformers_model import CONFIG
 
@@ -102,7 +103,7 @@ def choose(
     place: Place,
     source: str | None,
     tag: str | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     *,
     optimizer: bool = False,
 ) -> Choice:
@@ -110,6 +111,8 @@ def choose(
 
     optimizer: whether its state is going to be read too. ValueError: what is asked for is not there."""
     paths = sorted(paths)
+    if step == BEST:
+        raise ValueError("does not tell which --model-step is best: pass a number, or nothing for the last one")
     if place.layout == TRANSFORMERS:
         if step:
             raise ValueError(f"is in {TRANSFORMERS}, which knows no steps: leave --model-step out")

@@ -27,7 +27,7 @@ class Located(NamedTuple):
     layout: str
     source: str  # the model's stage
     tag: str | None  # None: in a tree on a disk, still to be chosen
-    step: int | None
+    step: int | str | None
     tokenizer: Any  # folder
     name: str  # what a checkpoint records: hub:owner/name@commit/prefix, or the folder
 
@@ -41,7 +41,7 @@ def locate(
     base: Any,
     source: str | None,
     tag: str | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     *,
     optimizer: bool = False,
     flag: str = "--base=",
@@ -72,7 +72,7 @@ def naming(named: str) -> Iterator[None]:
         raise DownloadError(f"{named}: {e}") from e
 
 
-def _on_disk(base: Any, source: str | None, tag: str | None, step: int | None) -> Located:
+def _on_disk(base: Any, source: str | None, tag: str | None, step: int | str | None) -> Located:
     folder = bucket.as_path(base)
     if bucket.in_bucket(folder):
         return Located(folder, TREE, source, tag, step, folder / "tokenizer", str(folder))
@@ -90,7 +90,7 @@ def _on_disk(base: Any, source: str | None, tag: str | None, step: int | None) -
 
 
 @functools.cache  # asked once a process
-def _on_hub(text: str, source: str | None, tag: str | None, step: int | None, optimizer: bool) -> Located:
+def _on_hub(text: str, source: str | None, tag: str | None, step: int | str | None, optimizer: bool) -> Located:
     address, place, stage, named, commit, paths = _find_on_hub(text)
     source, tag = stage or source, named or tag
     name = "--".join([address.repo.replace("/", "--"), *PurePosixPath(place.folder).parts])

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from nanochat_jax.checkpoints import integrity
 from nanochat_jax.checkpoints.ownership import FolderLost, Lock, Token
-from nanochat_jax.checkpoints.store import MEASURED, orbax, read_measured
+from nanochat_jax.checkpoints.store import MEASURED, best_step, orbax, read_measured
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
@@ -30,17 +30,18 @@ NO_WRITING = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Saver:
-    """Writes the checkpoints of one run into <folder>/<step> in the background, and keeps the newest `keep`.
+    """Writes the checkpoints of one run into <folder>/<step> in the background; the newest `keep` and the best stay.
 
     A save that fails ends nothing: `failure` tells of it, and `due` when it is time for another one. The more often the
     same cause has come, the longer that takes, as a try may write gigabytes.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, owner: Lock | Token | None = None):
-        """owner: the right to write into the folder; None where nobody else can."""
+    def __init__(self, folder: Path, keep: int = 2, owner: Lock | Token | None = None, best: str | None = None):
+        """owner: the right to write into the folder; None where nobody else can. best: a measured number; the
+        checkpoint where it is highest is kept too."""
         if keep < 1:
             raise ValueError(f"--keep-checkpoints must be at least 1, got {keep}")
-        self.folder, self.keep, self.owner = folder, keep, owner
+        self.folder, self.keep, self.owner, self.best = folder, keep, owner, best
         self.sealed = 0  # the last step that this process has written and sealed, 0 for none
         self.pause = FIRST_PAUSE  # seconds from the last failure to the next try
         self._step: int | None = None  # of the save whose outcome `failure` has not told yet
@@ -200,8 +201,10 @@ class Saver:
                 integrity.write_manifest(target)
                 self.sealed = int(target.name)
                 steps = [step for step in integrity.steps(self.folder) if step <= int(target.name)]
+                best = best_step(self.folder, self.best) if self.best else None
                 for step in steps[: -self.keep]:  # a later one is damaged: the run went on from before it
-                    integrity.discard(self.folder / str(step))
+                    if step != best:
+                        integrity.discard(self.folder / str(step))
         except FolderLost:
             pass  # the next step says so
         except BaseException as e:

@@ -71,6 +71,14 @@ def read_measured(folder: Path) -> dict:
     return measured if isinstance(measured, dict) else {}
 
 
+def best_step(folder: Path, name: str) -> int | None:
+    """The step of the checkpoint in a folder <tag> of which the highest number `name` was measured, of equals the last
+    one's; None where it was measured of none."""
+    measured = {step: read_measured(folder / str(step)).get(name) for step in integrity.steps(folder)}
+    values = {step: value for step, value in measured.items() if isinstance(value, int | float)}
+    return max(values, key=lambda step: (values[step], step), default=None)
+
+
 def converted_from(folder: Path) -> str | None:
     """SHA-256 of nanochat's file that a checkpoint, complete or not, was converted from; None where it was converted
     from none, or is damaged."""

@@ -33,6 +33,18 @@ def with_optional_value(alone: Any, metavar: str, kind: type = str) -> Any:
 
 HERE = "here"
 Preflight = with_optional_value(HERE, "[SLICE]")
+BEST = "best"  # as a model's step: the one that did best on held-out problems
+ModelStep = Annotated[
+    int | str | None,
+    PrimitiveConstructorSpec(
+        1,
+        "N|best",
+        lambda texts: BEST if texts[0] == BEST else int(texts[0]),
+        lambda value: value in (None, BEST) or isinstance(value, int),
+        lambda value: [] if value is None else [str(value)],
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
 AUTO = "auto"
 Resume = with_optional_value("run", "[auto]")  # AUTO: begins a new run where there is none to go on with
 # Groups of settings, in the order in which --help shows them: what is used most comes first.

@@ -1,7 +1,7 @@
 """ChatCORE, nanochat's one number for a chat model: how far its accuracies are from guessing (0) to perfect (1)."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ from nanochat_jax.distributed.mesh import own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.evals.eval_set import make_eval_set
-from nanochat_jax.evals.evaluator import Evaluator
+from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks.registry import make_task
@@ -33,6 +33,12 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float] = B
     return float(np.mean([(accuracies[name] - base) / (1 - base) for name, base in baselines.items()]))
 
 
+def share_cut(results: Iterable[EvalResult]) -> float | None:
+    """The share of all generated answers that did not end by themselves; None where none was generated."""
+    generated = [(result.cut, result.passed.size) for result in results if result.cut is not None]
+    return sum(cut * count for cut, count in generated) / sum(count for _, count in generated) if generated else None
+
+
 def make_chatcore(
     model_config: GPTConfig,
     tokenizer,
@@ -48,11 +54,11 @@ def make_chatcore(
     """-> measure(params, progress=None): ChatCORE on the first max_cat problems of each multiple-choice task (-1: all),
     and the first max_sample of the others; greedy, with nanochat's 512 new tokens. None where no task can be run.
 
-    measure gives chatcore, chatcore_cat (of the multiple-choice tasks alone), chatcore_with_spelling, and each task's
-    accuracy as chatcore/<task>; of the means only those whose tasks can all be run, `log` says which cannot. All
-    processes must call it together. progress(problems done, problems of the task, part=its name) is called several
-    times during a task; if it raises Interrupted on one process, measure raises it on all. ValueError: a task is there
-    on one process only, or with fewer problems.
+    measure gives chatcore, chatcore_cat (of the multiple-choice tasks alone), chatcore_with_spelling, each task's
+    accuracy as chatcore/<task>, and the share of the generated answers that did not end as chatcore_cut; of the means
+    only those whose tasks can all be run, `log` says which cannot. All processes must call it together. progress(
+    problems done, problems of the task, part=its name) is called several times during a task; if it raises Interrupted
+    on one process, measure raises it on all. ValueError: a task is there on one process only, or with fewer problems.
     """
     eval_sets, problems = [], {}
     for name in WITH_SPELLING:
@@ -89,6 +95,7 @@ def make_chatcore(
         accuracies = {name: result.accuracy.value for name, result in results.items()}
         found = {name: chatcore(accuracies, baselines) for name, baselines in means.items()}
         found |= {f"chatcore/{name}": accuracies.get(name) for name in WITH_SPELLING}
+        found["chatcore_cut"] = share_cut(results.values())
         return {name: value for name, value in found.items() if value is not None}
 
     return measure

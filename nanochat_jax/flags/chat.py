@@ -4,7 +4,19 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from nanochat_jax.cli.settings import ANSWERS, BASE_HELP, DEVICES, LARGEST, RUN, SOURCES, Maybe, between, setting, short
+from nanochat_jax.cli.settings import (
+    ANSWERS,
+    BASE_HELP,
+    DEVICES,
+    LARGEST,
+    RUN,
+    SOURCES,
+    Maybe,
+    ModelStep,
+    between,
+    setting,
+    short,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +38,8 @@ class ChatConfig:
     model_tag: Annotated[Maybe[str], short("-g")] = setting(
         None, "tag of the model; default: the one saved last", group=RUN
     )
-    step: Annotated[Maybe[int], short("-s", "--model-step")] = setting(
-        None, "step of the model; default: its last", group=RUN
+    step: Annotated[ModelStep, short("-s", "--model-step")] = setting(
+        None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN
     )
     temperature: Annotated[float, short("-t")] = setting(0.6, "0 = always the likeliest token", group=ANSWERS)
     top_k: Annotated[int, short("-k")] = setting(50, "draw from the likeliest k tokens (0 = from all)", group=ANSWERS)

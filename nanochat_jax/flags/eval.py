@@ -13,6 +13,7 @@ from nanochat_jax.cli.settings import (
     RUN,
     SOURCES,
     Maybe,
+    ModelStep,
     at_least,
     between,
     setting,
@@ -33,8 +34,8 @@ class EvalConfig:
     model_tag: Annotated[Maybe[str], short("-g")] = setting(
         None, "tag of the model; default: the one saved last", group=RUN
     )
-    step: Annotated[Maybe[int], short("-s", "--model-step")] = setting(
-        None, "step of the model; default: its last", group=RUN
+    step: Annotated[ModelStep, short("-s", "--model-step")] = setting(
+        None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN
     )
     json: Maybe[Path] = setting(
         None, "new file for all numbers; they are also kept in a new file in the model's folder", group=RUN

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from nanochat_jax.cli.settings import BASE_HELP, OUTPUT, RUN, SOURCES, Maybe, at_least, one_of, setting
+from nanochat_jax.cli.settings import BASE_HELP, OUTPUT, RUN, SOURCES, Maybe, ModelStep, at_least, one_of, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class ExportConfig:
     source: str = setting("base", "stage that made the model", SOURCES, group=RUN)
     base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
-    model_step: Maybe[int] = setting(None, "its step; default: the last", group=RUN)
+    model_step: ModelStep = setting(None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN)
     format: str = setting(
         "nanochat",
         "whose files to write: nanochat's, or with hf those of transformers, for the Hugging Face hub",

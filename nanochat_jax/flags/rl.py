@@ -17,6 +17,7 @@ from nanochat_jax.cli.settings import (
     SOURCES,
     Bounds,
     Maybe,
+    ModelStep,
     at_least,
     between,
     one_of,
@@ -26,6 +27,8 @@ from nanochat_jax.flags.stage import StageConfig
 
 COUNT = between(1, 65536, "from 1 to 65536")
 ADVANTAGES = ("mean", "grpo", "rloo")  # of rollouts/objective.py
+SCHEDULES = ("linear", "cosine", "constant")  # of optim/schedules.py
+CUT_ANSWERS = ("wrong", "mask", "keep")  # of rollouts/collector.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class RLConfig(StageConfig):
     source: str = setting("sft", "stage of the model to start from", SOURCES, group=RUN)
     base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
-    model_step: Maybe[int] = setting(None, "its step; default: the last", group=RUN)
+    model_step: ModelStep = setting(None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN)
     output_tag: Maybe[str] = setting(
         None, "folder under chatrl_checkpoints; default: the run's name, else d<depth>", resume="own", group=RUN
     )
@@ -105,6 +108,19 @@ class RLConfig(StageConfig):
         one_of(*ADVANTAGES, words=f"one of {', '.join(ADVANTAGES)}"),
         group=OBJECTIVE,
     )
+    cut_answers: str = setting(
+        "wrong",
+        "answers that do not end: wrong = worth 0 at most, mask = not trained, keep = as judged (nanochat)",
+        one_of(*CUT_ANSWERS, words=f"one of {', '.join(CUT_ANSWERS)}"),
+        group=OBJECTIVE,
+    )
+    policy: str = setting(
+        "full",
+        "what is trained: full = the model's distribution (nanochat), truncated = the one that --top-k and "
+        "--temperature sample from",
+        one_of("full", "truncated"),
+        group=OBJECTIVE,
+    )
     clip_low: Maybe[float] = setting(
         None, "a token's probability counts down to 1 - this times that of the sampling; e.g. 0.2", group=OBJECTIVE
     )
@@ -114,7 +130,9 @@ class RLConfig(StageConfig):
     )
     kl_coef: float = setting(0.0, "penalty for leaving the model that the run started from", group=OBJECTIVE)
     is_cap: Maybe[float] = setting(
-        None, "weigh by policy / sampling distribution, at most this: corrects for top-k; e.g. 2", group=OBJECTIVE
+        None,
+        "weigh by policy / sampling distribution, at most this, e.g. 2: corrects for --temperature",
+        group=OBJECTIVE,
     )
     device_batch_size: int = setting(
         8, "rows per device in one forward and backward pass", COUNT, resume="free", group=LENGTH
@@ -130,12 +148,34 @@ class RLConfig(StageConfig):
     matrix_lr: float = setting(0.02, "Muon: matrices inside blocks", RATE, group=OPTIMIZATION)
     scalar_lr: float = setting(0.5, "AdamW: residual scalars", RATE, group=OPTIMIZATION)
     weight_decay: float = setting(0.0, "Muon", RATE, group=OPTIMIZATION)
-    init_lr_frac: float = setting(0.05, "all rates start at this fraction, and fall to 0", RATE, group=OPTIMIZATION)
+    init_lr_frac: float = setting(0.05, "all rates start at this fraction", RATE, group=OPTIMIZATION)
+    schedule: str = setting(
+        "linear",
+        f"how they fall to 0: {', '.join(SCHEDULES)} (not at all)",
+        one_of(*SCHEDULES, words=f"one of {', '.join(SCHEDULES)}"),
+        group=OPTIMIZATION,
+    )
+    warmup_ratio: float = setting(
+        0.0, "part of the run over which they rise first", between(0, 1, "from 0 to 1"), group=OPTIMIZATION
+    )
     eval_every: int = setting(
         60, "steps between measurements of pass@k on held-out problems (-1 = never)", resume="free", group=EVALUATION
     )
     eval_examples: int = setting(400, "held-out problems", COUNT, resume="free", group=EVALUATION)
     eval_samples: int = setting(8, "answers to each, for pass@1 to pass@8", COUNT, resume="free", group=EVALUATION)
+    stop_when_worse: int = setting(
+        -1,
+        "end the run after so many steps in a row without more than half of what the reward had gained (-1 = never)",
+        at_least(1, "at least 1, or -1 for never", also=-1),
+        resume="free",
+        group=EVALUATION,
+    )
+    keep_best: bool = setting(
+        False,
+        "also keep the checkpoint with the best held-out pass@1; --model-step best finds it",
+        resume="free",
+        group=EVALUATION,
+    )
     save_every: int = setting(60, "steps between checkpoints (-1 = only at the end)", resume="free", group=EVALUATION)
     log_rollouts: int = setting(
         2, "problems of each step whose answers rollouts.jsonl keeps", at_least(0), resume="free", group=EVALUATION

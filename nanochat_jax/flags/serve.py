@@ -13,6 +13,7 @@ from nanochat_jax.cli.settings import (
     SERVER,
     SOURCES,
     Maybe,
+    ModelStep,
     at_least,
     between,
     setting,
@@ -34,8 +35,8 @@ class ServeConfig:
     model_tag: Annotated[Maybe[str], short("-g")] = setting(
         None, "tag of the model; default: the one saved last", group=RUN
     )
-    step: Annotated[Maybe[int], short("-s", "--model-step")] = setting(
-        None, "step of the model; default: its last", group=RUN
+    step: Annotated[ModelStep, short("-s", "--model-step")] = setting(
+        None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN
     )
     host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's", group=SERVER)
     port: Annotated[int, short("-p")] = setting(

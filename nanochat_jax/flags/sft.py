@@ -15,6 +15,7 @@ from nanochat_jax.cli.settings import (
     RUN,
     SOURCES,
     Maybe,
+    ModelStep,
     at_least,
     between,
     one_of,
@@ -42,7 +43,7 @@ class SFTConfig(StageConfig):
     source: str = setting("base", "stage of the model to start from", SOURCES, group=RUN)
     base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
-    model_step: Maybe[int] = setting(None, "its step; default: the last", group=RUN)
+    model_step: ModelStep = setting(None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN)
     output_tag: Maybe[str] = setting(
         None, "folder under chatsft_checkpoints; default: the run's name, else d<depth>", resume="own", group=RUN
     )

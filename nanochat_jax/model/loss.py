@@ -7,7 +7,7 @@ twice, and memory holds the logits of one chunk.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.distributed.collectives import reduce_scatter, spec_in_force
 from nanochat_jax.distributed.mesh import platform, row_axes, row_shards
+from nanochat_jax.model.top_k import top_k_threshold
 
 # Float32 logits of a chunk, per device: on a CPU what stays in its cache (four times more takes 1.4 times as long), and
 # elsewhere 256 MiB, to fill the matrix units.
@@ -35,24 +36,58 @@ def pick_logprob(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - normalizer, normalizer
 
 
+class Limits(NamedTuple):
+    """The distribution of a token: softmax(logits / temperature) over the top_k largest logits; 0 = over all."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+
+
+NO_LIMITS = Limits()  # the model's own distribution
+
+
+def limited_distribution(logits: jax.Array, targets: jax.Array, limits: Limits) -> tuple[jax.Array, jax.Array]:
+    """Logits float32 [...,V], targets int32 [...] -> (log p of each target [...], p [...,V]) under these limits.
+
+    A target is always among the tokens that stay: where the sampler has drawn it, and rounding alone has moved it
+    below the k-th here, it must not become impossible. Tokens that tie for the k-th place stay, as in the sampling; two
+    that nearly do may change places by rounding, which changes log p by what one of them weighs."""
+    V = logits.shape[-1]
+    limited = logits / limits.temperature
+    if 0 < limits.top_k < V:
+        floor = top_k_threshold(logits.reshape(-1, V), limits.top_k).reshape(targets.shape)[..., None]
+        stays = (logits >= floor) | jax.nn.one_hot(targets, V, dtype=bool)
+        limited = jnp.where(stays, limited, -jnp.inf)
+    logp = jax.nn.log_softmax(limited, -1)
+    return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], jnp.exp(logp)
+
+
 def token_logprobs(x: jax.Array, lm_head: jax.Array, targets: jax.Array, *, cap: float, vocab_size: int) -> jax.Array:
     """log p(target), float32 [B,T], from hidden states x [B,T,D], lm_head [>=V,D], targets int32 [B,T] in 0..V-1.
 
     No gradient flows: to train on log-probabilities, give `summed_token_loss` a function of them."""
-    return _loss_and_logprobs(_zero_loss, cap, vocab_size, x, lm_head, targets, None)[1]
+    return _loss_and_logprobs(_zero_loss, cap, vocab_size, NO_LIMITS, x, lm_head, targets, None)[1]
 
 
 def summed_token_loss(
-    token_loss: Callable, x: jax.Array, lm_head: jax.Array, targets: jax.Array, aux: Any, *, cap: float, vocab_size: int
+    token_loss: Callable,
+    x: jax.Array,
+    lm_head: jax.Array,
+    targets: jax.Array,
+    aux: Any,
+    *,
+    cap: float,
+    vocab_size: int,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum over tokens of token_loss(log p(target), aux), float32 scalar; log p(target), float32 [B,T], no gradient).
 
     x [B,T,D] in the compute type; lm_head float32 [>=V,D], whose rows from vocab_size on take no part; targets int32
     [B,T] in 0..V-1; aux a pytree of arrays [B,T] (weights, advantages, ...), constants for the gradient. token_loss
     maps float32 [...] and aux [...] to float32 [...], element by element. Gradients flow to x and lm_head. With a mesh
-    in force each device works on its own rows.
+    in force each device works on its own rows. limits: of the distribution that p is of, and its gradient.
     """
-    return _loss_and_logprobs(token_loss, cap, vocab_size, x, lm_head, targets, aux)
+    return _loss_and_logprobs(token_loss, cap, vocab_size, limits, x, lm_head, targets, aux)
 
 
 def weighted_nll(logp: jax.Array, aux: dict[str, jax.Array]) -> jax.Array:
@@ -65,16 +100,16 @@ def _zero_loss(logp, aux):
     return jnp.zeros_like(logp)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loss_and_logprobs(token_loss, cap, vocab_size, x, lm_head, targets, aux):
-    return _per_device(token_loss, cap, vocab_size, x, lm_head, targets, aux, False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _loss_and_logprobs(token_loss, cap, vocab_size, limits, x, lm_head, targets, aux):
+    return _per_device(token_loss, cap, vocab_size, limits, x, lm_head, targets, aux, False)[0]
 
 
-def _loss_and_gradients(token_loss, cap, vocab_size, x, lm_head, targets, aux):
-    return _per_device(token_loss, cap, vocab_size, x, lm_head, targets, aux, True)
+def _loss_and_gradients(token_loss, cap, vocab_size, limits, x, lm_head, targets, aux):
+    return _per_device(token_loss, cap, vocab_size, limits, x, lm_head, targets, aux, True)
 
 
-def _scale_gradients(token_loss, cap, vocab_size, gradients, cotangents):
+def _scale_gradients(token_loss, cap, vocab_size, limits, gradients, cotangents):
     dx, dhead = gradients
     scale = cotangents[0]  # of the loss; the log-probabilities have none
     return (dx * scale.astype(dx.dtype), dhead * scale, None, None)
@@ -83,9 +118,9 @@ def _scale_gradients(token_loss, cap, vocab_size, gradients, cotangents):
 _loss_and_logprobs.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def _per_device(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_gradient):
+def _per_device(token_loss, cap, vocab_size, limits, x, lm_head, targets, aux, with_gradient):
     """`_scan_chunks` of each device's rows; the head's gradients are summed over devices once, not per chunk."""
-    scan = partial(_scan_chunks, token_loss, cap, vocab_size, with_gradient)
+    scan = partial(_scan_chunks, token_loss, cap, vocab_size, limits, with_gradient)
     if row_shards() == 1 or x.shape[0] % row_shards():
         return scan(x, lm_head, targets, aux)
 
@@ -109,7 +144,7 @@ def _per_device(token_loss, cap, vocab_size, x, lm_head, targets, aux, with_grad
     return sharded(x, lm_head, targets, aux)
 
 
-def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets, aux):
+def _scan_chunks(token_loss, cap, vocab_size, limits, with_gradient, x, lm_head, targets, aux):
     """((loss, logp [B,T]), (dx [B,T,D], dhead float32 like lm_head) or None) of the rows at hand."""
     B, T = targets.shape
     head = lm_head[:vocab_size].astype(x.dtype)
@@ -130,7 +165,10 @@ def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets
     def body(carry, chunk):
         x, targets, real, aux = chunk
         logits, t = capped_logits(x, head, cap)
-        logp, normalizer = pick_logprob(logits, targets)
+        if limits == NO_LIMITS:
+            logp, normalizer = pick_logprob(logits, targets)
+        else:
+            logp, p = limited_distribution(logits, targets, limits)
         losses, pullback = jax.vjp(lambda logp: token_loss(logp, aux), logp)
         loss, dhead = carry
         loss = loss + jnp.sum(jnp.where(real, losses, 0.0))
@@ -139,7 +177,10 @@ def _scan_chunks(token_loss, cap, vocab_size, with_gradient, x, lm_head, targets
         dlogp = jnp.where(real, pullback(jnp.ones_like(losses))[0], 0.0)
         # d logp / d z = (onehot - p)(1 - tanh^2); a weight of 0 gives exact zeros
         onehot = jnp.arange(vocab_size)[None, None] == targets[..., None]
-        p = jnp.exp(logits) * jnp.exp(-normalizer)[..., None]  # the exponentials that the normalizer has summed
+        if limits == NO_LIMITS:
+            p = jnp.exp(logits) * jnp.exp(-normalizer)[..., None]  # the exponentials that the normalizer has summed
+        else:
+            dlogp = dlogp / limits.temperature
         dz = (dlogp[..., None] * (onehot - p) * (1 - t * t)).astype(x.dtype)
         dx = jnp.einsum("BCV,VD->BCD", dz, head)
         if transposed:

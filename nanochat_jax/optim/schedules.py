@@ -54,9 +54,18 @@ def base_decay_multiplier(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def rl_lr_multiplier(step: int, num_steps: int) -> float:
-    """Factor on the rates in RL: from 1 linearly down to 0 at num_steps."""
-    return 1.0 - step / num_steps
+RL_SCHEDULES = ("linear", "cosine", "constant")
+
+
+def rl_lr_multiplier(step: int, num_steps: int, *, schedule: str = "linear", warmup_ratio: float = 0.0) -> float:
+    """Factor on the rates in RL: from 1 down to 0 at num_steps, linearly (nanochat) or as half a cosine, or always 1;
+    in the first warmup_ratio of the steps it is lowered, to rise in equal parts. ValueError: an unknown schedule."""
+    if schedule not in RL_SCHEDULES:
+        raise ValueError(f"--schedule must be one of {', '.join(RL_SCHEDULES)}, got {schedule!r}")
+    done = step / num_steps
+    factor = {"linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[schedule]
+    warmup = round(warmup_ratio * num_steps)
+    return factor * min(1.0, (step + 1) / warmup) if warmup else factor
 
 
 def sft_scalars(
@@ -84,6 +93,7 @@ def base_scalars(
     }
 
 
-def rl_scalars(step: int, total: int) -> dict[str, float]:
+def rl_scalars(step: int, total: int, *, schedule: str = "linear", warmup_ratio: float = 0.0) -> dict[str, float]:
     """What the optimizer takes at a step of RL, where nanochat keeps Muon's momentum; total: steps of the run."""
-    return {"lr_multiplier": rl_lr_multiplier(step, total), "muon_momentum": 0.95}
+    multiplier = rl_lr_multiplier(step, total, schedule=schedule, warmup_ratio=warmup_ratio)
+    return {"lr_multiplier": multiplier, "muon_momentum": 0.95}

@@ -29,11 +29,32 @@ class Group:
     samples: list[Sample]  # G
     rewards: np.ndarray  # float64 [G]
     advantages: np.ndarray  # float32 [G]
+    trained: list[Sample]  # `samples` as they are learnt from: of one that is left out, no token is
 
     @property
     def has_signal(self) -> bool:
         """Whether some answer is better than another one."""
         return bool(self.advantages.any())
+
+
+def make_group(
+    example: int, prompt: np.ndarray, samples: list[Sample], rewards: np.ndarray, advantage: str, cut_answers: str
+) -> Group:
+    """The answers to a problem against each other. rewards float64 [G]: as the task judges what there is of an answer.
+
+    cut_answers, of those without an end token: "wrong" = worth 0 at most, whatever the part that is there; "mask" =
+    no token of them is trained, and the others are compared without them; "keep" = as judged, which is nanochat's
+    rule, and lets a model learn to go on for ever behind a right answer."""
+    ended = np.array([sample.ended for sample in samples])
+    if cut_answers == "mask":
+        values = np.zeros(len(samples), np.float32)
+        if ended.sum() > 1:
+            values[ended] = advantages(rewards[None, ended], advantage)[0]
+        trained = [s if s.ended else dataclasses.replace(s, mask=np.zeros_like(s.mask)) for s in samples]
+        return Group(example, prompt, samples, rewards, values, trained)
+    if cut_answers == "wrong":
+        rewards = np.where(ended, rewards, np.minimum(rewards, 0))
+    return Group(example, prompt, samples, rewards, advantages(rewards[None], advantage)[0], samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +97,7 @@ class RolloutCollector:
     examples_per_step: int
     num_samples: int  # answers to each problem
     advantage: str  # a kind of `advantages`
+    cut_answers: str  # a rule of `make_group`
     seed: int
     resample: bool = False
 
@@ -119,7 +141,7 @@ class RolloutCollector:
             drawn = processes.merge(drawn)
         tokens, seconds = zip(*costs)
         groups = [
-            Group(*self.prompts[position], samples, rewards, advantages(rewards[None], self.advantage)[0])
+            make_group(*self.prompts[position], samples, rewards, self.advantage, self.cut_answers)
             for position, (samples, rewards) in zip(positions, drawn, strict=True)
         ]
         return groups, sum(tokens), max(seconds)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.distributed.sharding import batch_sharding
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
-from nanochat_jax.model.loss import token_logprobs
+from nanochat_jax.model.loss import NO_LIMITS, Limits, token_logprobs
 
 ADVANTAGES = ("mean", "grpo", "rloo")
 # No step becomes infinite by its rewards alone: an advantage is then at most 2e6, so is the factor that it is for a
@@ -63,13 +63,17 @@ class Objective:
     PPO (arXiv 1707.06347); unequal bounds as in DAPO (arXiv 2503.14476); one alone leaves the other side open.
     kl_coef: times the k3 estimate of KL(policy || reference) on the sampled tokens, as in GRPO (arXiv 2402.03300).
     is_cap: gradients are weighted by min(policy / sampling distribution, is_cap), truncated importance sampling
-    (arXiv 1802.01561): corrects for top-k, temperature and the sampler's rounding. ValueError: a value out of range.
+    (arXiv 1802.01561), for what the two give different probabilities: temperature and the sampler's rounding. What
+    top-k has left out was never sampled, and no weight brings it back: that takes `limits`.
+    limits: p is of this distribution; that of the sampling makes the gradient the one of the expected reward.
+    ValueError: a value out of range, or two that contradict each other.
     """
 
     clip_low: float | None = None
     clip_high: float | None = None
     kl_coef: float = 0.0
     is_cap: float | None = None
+    limits: Limits = NO_LIMITS
 
     def __post_init__(self):
         for name, holds, rule in (
@@ -80,6 +84,11 @@ class Objective:
         ):
             if not holds:
                 raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
+        if self.kl_coef and self.limits != NO_LIMITS:
+            raise ValueError(
+                f"--kl-coef={self.kl_coef} compares whole distributions, and --policy=truncated trains one without its "
+                "less likely tokens: give one of the two"
+            )
 
     @property
     def clips(self) -> bool:
@@ -94,6 +103,16 @@ class Objective:
             *(["logprobs"] if self.is_cap is not None else []),
             *(["reference_logprobs"] if self.kl_coef else []),
         )
+
+    @property
+    def sampler_field(self) -> str:
+        """The sample's log-probabilities under the distribution that p is of."""
+        return "policy_logprobs" if self.limits == NO_LIMITS else "logprobs"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Arrays of a sample that its rows hold: for the loss, and for `statistics`."""
+        return tuple(dict.fromkeys([self.sampler_field, *(["logprobs"] if self.is_cap is not None else [])]))
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -132,8 +151,8 @@ class Objective:
     def statistics(self, logp: np.ndarray, batch: dict[str, np.ndarray]) -> dict[str, float]:
         """What an update saw, over its sampled tokens; logp and the batch's leaves [A,B,T], as for `token_loss`.
 
-        delta_logp_mean, delta_logp_max: |log p - policy_logprobs|, trainer against sampler, both without temperature
-        and top-k, so that they are the same quantity whatever the sampling; only where policy_logprobs is there.
+        delta_logp_mean, delta_logp_max: |log p of the trainer - log p of the sampler|, both of `sampler_field`: without
+        limits both are without temperature and top-k, so that they are the same quantity whatever the sampling.
         clipped: share of tokens whose gradient the clipping took; capped: share whose importance weight it cut; kl: k3.
         """
         sampled = np.asarray(batch["weights"]) > 0
@@ -141,8 +160,8 @@ class Objective:
         logp = np.asarray(logp, np.float64)[sampled]
         old = take.get("old_logprobs", logp)
         found = {}
-        if "policy_logprobs" in take:
-            delta = np.abs(logp - take["policy_logprobs"])
+        if self.sampler_field in take:
+            delta = np.abs(logp - take[self.sampler_field])
             found |= {"delta_logp_mean": _mean(delta), "delta_logp_max": float(delta.max(initial=0))}
         if self.clips:
             ratio, advantage, (low, high) = np.exp(logp - old), take["advantages"], self._bounds

@@ -48,7 +48,8 @@ def packed_rows(
 
     Groups whose advantages are all 0 are left out (every_group keeps them, for a penalty that reaches them too), but
     their tokens stay in the normaliser: the train step divides by the tokens in the rows, so advantages are scaled by
-    those over the tokens of all samples. So leaving a group out saves its backward pass and changes no number.
+    those over the tokens of all samples. So leaving a group out saves its backward pass and changes no number. A sample
+    of which no token was sampled, or none is to be trained, is left out too.
     ValueError: the rows do not suffice (see `most_rows`).
     """
     advantages = _matching(prompts, samples, advantages)
@@ -56,7 +57,10 @@ def packed_rows(
     kept = np.full(len(prompts), True) if every_group else advantages.any(1)
     scaled = advantages * (trained[kept].sum() / max(1, trained.sum()))
     documents = [
-        (prompts[p], sample, scaled[p, g]) for p in np.flatnonzero(kept) for g, sample in enumerate(samples[p])
+        (prompts[p], sample, scaled[p, g])
+        for p in np.flatnonzero(kept)
+        for g, sample in enumerate(samples[p])
+        if trained[p, g]
     ]
     lengths = np.array([len(prompt) + len(sample.tokens) for prompt, sample, _ in documents], np.int64)
     most_rows(len(documents), lengths.max(initial=1), T)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
@@ -26,14 +27,18 @@ def pass_at_k_measurement(
     samples: int,
     seed: int,
     every: int,
+    cut_answers: str,
 ) -> Measurement:
     """pass@k for k = 1..samples of parameters on `mesh`, with 95 % intervals as pass@k_low and pass@k_high; also before
-    the first step. What its progress raises ends the measurement on all processes. eval_set: None measures nothing."""
+    the first step. What its progress raises ends the measurement on all processes. eval_set: None measures nothing.
+
+    cut_answers: "keep" counts an answer that does not end as it is judged, as `eval` and nanochat do; otherwise it is
+    wrong, and what it would have been is there as pass@k_kept. held_out_cut: share of such answers."""
     if eval_set is None:
         return Measurement("held-out answers", -1, lambda params, progress: {})
 
-    def passed_by_own(params, numbers, progress) -> list[list[bool]]:
-        """Of the problems with these numbers, which answers are right."""
+    def judged_by_own(params, numbers, progress) -> list[tuple[list[bool], list[bool]]]:
+        """Of the problems with these numbers, which answers are right, and which have ended."""
         with engine.holding(params, mesh) as held:
             groups = engine.generate(
                 held,
@@ -45,27 +50,37 @@ def pass_at_k_measurement(
                 examples=numbers,
                 progress=progress,
             )
-        answers = [[answer_text(tokenizer, sample) for sample in group] for group in groups]
-        return [[judge(eval_set, i, answer) for answer in group] for i, group in zip(numbers, answers)]
+        return [
+            ([judge(eval_set, i, answer_text(tokenizer, s)) for s in group], [s.ended for s in group])
+            for i, group in zip(numbers, groups)
+        ]
 
     def measure(params, progress) -> dict[str, float]:
         own = processes.mine(range(len(eval_set.prompts)))
-        passed = collect_items("held-out answers", lambda: passed_by_own(params, own, progress))
+        judged = collect_items("held-out answers", lambda: judged_by_own(params, own, progress))
+        right, ended = np.moveaxis(np.array(judged, bool), 1, 0)
         numbers = {}
-        for k, share in pass_at_k(passed).items():
+        for k, share in pass_at_k(right if cut_answers == "keep" else right & ended).items():
             numbers |= {f"pass@{k}": share.value, f"pass@{k}_low": share.low, f"pass@{k}_high": share.high}
-        return numbers
+        if cut_answers != "keep":
+            numbers |= {f"pass@{k}_kept": share.value for k, share in pass_at_k(right).items()}
+        return numbers | {"held_out_cut": 1 - float(ended.mean())}
 
     return Measurement("held-out answers", every, measure, at_start=True, shown=shown(samples), flag="--eval-every")
 
 
 def shown(samples: int) -> Callable[[Mapping[str, float]], str]:
-    """The console's text of a measurement: pass@1 and pass@samples with their intervals."""
+    """The console's text of a measurement: pass@1 and pass@samples with their intervals, and what they would be if the
+    answers that were cut counted as judged, where that is another number."""
 
     def text(found: Mapping[str, float]) -> str:
-        return " | ".join(
-            f"pass@{k} {found[f'pass@{k}']:.1%} ({found[f'pass@{k}_low']:.1%} to {found[f'pass@{k}_high']:.1%})"
-            for k in sorted({1, samples})
-        )
+        parts = []
+        for k in sorted({1, samples}):
+            value, kept = found[f"pass@{k}"], found.get(f"pass@{k}_kept", found[f"pass@{k}"])
+            with_cut = "" if kept == value else f", {kept:.1%} with cut answers"
+            parts.append(
+                f"pass@{k} {value:.1%} ({found[f'pass@{k}_low']:.1%} to {found[f'pass@{k}_high']:.1%}{with_cut})"
+            )
+        return " | ".join([*parts, *([f"cut {found['held_out_cut']:.1%}"] if found["held_out_cut"] else [])])
 
     return text

@@ -23,7 +23,7 @@ def token_loss_of(objective: Objective, kind: str, updated: bool = False) -> Tok
     """The loss of --objective `kind`, "global" or "nanochat". updated: the policy has been updated on these answers
     before, so the log-probabilities of the policy before that come with the batch."""
     inputs = (*objective.inputs, "old_logprobs") if updated else objective.inputs
-    return TokenLoss(objective.token_loss, inputs, per_micro_batch=kind == "nanochat")
+    return TokenLoss(objective.token_loss, inputs, kind == "nanochat", objective.limits)
 
 
 def rl_batch_shape(cfg: Any, mesh: Mesh, longest: int, sequence_len: int) -> BatchShape:
@@ -48,14 +48,14 @@ def rl_batch_shape(cfg: Any, mesh: Mesh, longest: int, sequence_len: int) -> Bat
 def rows_of(
     groups: Sequence[Group], plan: Plan, objective: Objective, kind: str, tokenizer
 ) -> dict[str, np.ndarray] | None:
-    """The rows [A,B,T] of a step's groups, with policy_logprobs for the statistics; None where nothing is to be learnt
-    from them, since no answer is better than another."""
+    """The rows [A,B,T] of a step's groups, with `objective.fields`; None where nothing is to be learnt from them, since
+    no answer is better than another."""
     advantages = np.stack([group.advantages for group in groups])
     every_group = kind == "nanochat" or objective.kl_coef > 0
     if not (every_group or advantages.any()):
         return None
-    prompts, samples = [group.prompt for group in groups], [group.samples for group in groups]
-    fields = ("policy_logprobs", *(["logprobs"] if objective.is_cap is not None else []))
+    prompts, samples = [group.prompt for group in groups], [group.trained for group in groups]
+    fields = objective.fields
     A, B, T = plan.batch
     if kind == "nanochat":
         end = tokenizer.special("<|assistant_end|>")
@@ -92,12 +92,13 @@ def make_update(
     loss = plan.loss._replace(inputs=(*plan.loss.inputs, "old_logprobs"))
     later_step = dataclasses.replace(plan, loss=loss).make_train_step()
     part, parts = row_part(plan.mesh)
+    on_device = {*plan.abstract_batch} - {"reference_logprobs"}  # the rest is for the statistics alone
 
     def update(state: TrainState, rows, scalars) -> Update:
         step = state.step + 1
         if rows is None:
             return Update(state._replace(step=step), NOTHING_DONE, {})
-        own = {name: np.split(leaf, parts, 1)[part] for name, leaf in rows.items() if name != "policy_logprobs"}
+        own = {name: np.split(leaf, parts, 1)[part] for name, leaf in rows.items() if name in on_device}
         batch = to_global(own, plan.mesh)
         if score:
             batch["reference_logprobs"] = score(batch)

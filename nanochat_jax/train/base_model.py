@@ -32,3 +32,11 @@ def check_written_tokenizer(found: find.Found) -> None:
             f"{written} is another tokenizer than that of --base={found.base.name}, and the models there need it: "
             "choose another base directory for this run with --output-dir"
         )
+
+
+def write_tokenizer(found: find.Found | None) -> None:
+    """Save the tokenizer of the model that a run starts from, else the base directory's, where the run is written to
+    and there is none, so that it is a base directory."""
+    written = output_dir() / "tokenizer"
+    if not written.exists():
+        Tokenizer.load(found.tokenizer if found else base_dir() / "tokenizer").save(written)

@@ -13,7 +13,6 @@ updates that were skipped and gives up after too many. What was trained is saved
 
 import collections
 import contextlib
-import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.signals import Interrupted, Signals
 from nanochat_jax.train.measurement import Measurement, Progress, take
 from nanochat_jax.train.memory import FEWER_ROWS, explaining_memory
-from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage
+from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, Throughput
 from nanochat_jax.train.start import Initial, Start, hold_folder
 from nanochat_jax.train.step import StepMetrics, TrainState, state_items
 from nanochat_jax.train.summary import describe_run, end_lines
@@ -39,23 +38,6 @@ jax.monitoring.register_event_listener(lambda name, **_: COMPILED.update([name])
 nothing = contextlib.nullcontext()
 LAST_PAUSE = 10.0  # seconds between tries to save at the end of a run, at most
 MAX_BAD_STEPS = 5  # updates skipped in a row before a run gives up
-
-
-@dataclasses.dataclass(frozen=True)
-class Throughput:
-    """How fast steps of a known size are."""
-
-    tokens_per_step: int
-    flops_per_token: int
-    peak_flops: float | None  # of all devices together; None: unknown
-
-    def of(self, seconds: float) -> dict[str, float | None]:
-        """tokens_per_second and mfu (None where the peak is unknown) of a step that took so long."""
-        tokens = self.tokens_per_step / seconds
-        return {
-            "tokens_per_second": tokens,
-            "mfu": tokens * self.flops_per_token / self.peak_flops if self.peak_flops else None,
-        }
 
 
 class Recorded(NamedTuple):
@@ -99,6 +81,7 @@ class Run:
         self.saver, self.log, self.reporter = saver, log, reporter
         self.signals = Signals(self._stopping, self._ending)
         self.console, self.average, self.throughput, self.log_late = console, average, throughput, log_late
+        self.until = total  # the last step; before `total` where `end` was called
         self.first, self.saved, self.measured_before = self.step, self.step, measured
         self.skipped, self.bad_steps, self.found = skipped, int(state.bad_steps), {}
         self.waiting: list[Recorded] = []  # at most two
@@ -114,7 +97,7 @@ class Run:
                 self._measure(self._due())
             else:  # a run that ended between its save and its measurements makes up for them
                 self._measure([m for m in self._due() if m.name not in self.measured_before])
-            while self.step < self.total and not self.signals.stop():
+            while self.step < self.until and not self.signals.stop():
                 step = self.step
                 with saying("compiling the train step, at its first call", self.say) if step == self.first else nothing:
                     yield step, self.state
@@ -133,6 +116,13 @@ class Run:
         """A line that stays on the console; nothing for an empty text."""
         if text:
             self.reporter.say(text)
+
+    def end(self, why: str) -> None:
+        """The step that was just recorded is to be the last: it is saved and measured as the last one is. All
+        processes must call it at the same step."""
+        if self.step < self.until:
+            self.until = self.step
+            self.say(f"The run ends after step {self.step}: {why}; --resume goes on")
 
     def progress(self, what: str, in_step: bool = False) -> Progress:
         """For long work inside a step or a measurement: the bar shows "what: part done of all", a signal raises
@@ -179,13 +169,14 @@ class Run:
             self.finish()
 
     def _due(self) -> list[Measurement]:
-        return [m for m in self.measurements if m.due(self.step, self.total)]
+        return [m for m in self.measurements if m.due(self.step, self.until)]
 
     def _between_steps(self) -> None:
-        last, stop, due = self.step == self.total, self.signals.stop(), self._due()
+        last, stop, due = self.step == self.until, self.signals.stop(), self._due()
         self._tell(self.saver.failure())
         regular = self.save_every > 0 and self.step % self.save_every == 0
-        saving = last or stop or regular or self.saver.due()
+        measured = bool(due and self.saver.best)  # the best checkpoint can only be one that was measured
+        saving = last or stop or regular or measured or self.saver.due()
         now = saving or due or not self.log_late or self.step == self.first + 1
         self._log_waiting(keep=0 if now else 1)  # the step before this one, while this one runs
         if saving and (last or stop or not self.bad_steps):  # a state of skipped updates does not replace a good one
@@ -312,14 +303,16 @@ def open_run(
     smoothed: str = "loss",
     throughput: Throughput | None = None,
     log_late: bool = True,
+    keep_best: str | None = None,
     in_force: Mapping[str, Any] | None = None,
     advice: str = FEWER_ROWS,
 ) -> Iterator[Run]:
     """While it is entered, the run's folder is this process's alone and its mesh in force; see `Run`.
 
     record: step -> what its checkpoint records beside what every run's does: the place in the data. console: a step's
-    record -> its line. smoothed: the number whose moving average is logged. in_force, advice: for the error where the
-    device runs out of memory, see `explaining_memory`; default: the sizes of the plan's batch.
+    record -> its line. smoothed: the number whose moving average is logged. keep_best: a measured number; the
+    checkpoint where it was highest stays on disk. in_force, advice: for the error where the device runs out of memory,
+    see `explaining_memory`; default: the sizes of the plan's batch.
     """
     cfg, plan = start.cfg, initial.plan
     if in_force is None:
@@ -343,7 +336,7 @@ def open_run(
             save_patience=cfg.save_patience,
             measurements=measurements,
             record=lambda step: start.recorded(plan, total) | record(step),
-            saver=Saver(start.folder, cfg.keep_checkpoints, owner),
+            saver=Saver(start.folder, cfg.keep_checkpoints, owner, keep_best),
             log=log,
             reporter=reporter,
             console=console,
@@ -381,10 +374,10 @@ def to_its_end(run: Run) -> Iterator[None]:
         finally:
             if waits:
                 run.saver.close()  # Python cannot shut down while Orbax writes
-        if run.signals.received and 0 < run.step < run.total:
+        if run.signals.received and 0 < run.step < run.until:
             name = signal.Signals(run.signals.received).name
             run.say(f"Stopped by {name} after step {run.step}, which is saved: --resume goes on from there")
-        elif run.first < run.step == run.total:
+        elif run.first < run.step == run.until:
             for line in end_lines(run.log.records(), run.saver.folder, run.step, time.perf_counter() - run.began):
                 run.say(line)
 

@@ -1,5 +1,6 @@
 """What a run measured: metrics.jsonl is the truth; the console and wandb show the same numbers."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -20,6 +21,23 @@ from nanochat_jax.files import bucket
 from nanochat_jax.files.append import AppendedFile
 from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.train.wandb_log import WandbLog
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """How fast steps of a known size are."""
+
+    tokens_per_step: int
+    flops_per_token: int
+    peak_flops: float | None  # of all devices together; None: unknown
+
+    def of(self, seconds: float) -> dict[str, float | None]:
+        """tokens_per_second and mfu (None where the peak is unknown) of a step that took so long."""
+        tokens = self.tokens_per_step / seconds
+        return {
+            "tokens_per_second": tokens,
+            "mfu": tokens * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+        }
 
 
 class SmoothedAverage:

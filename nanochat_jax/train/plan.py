@@ -24,7 +24,7 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import batch_sharding
 from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.model.loss import weighted_nll
+from nanochat_jax.model.loss import NO_LIMITS, Limits, weighted_nll
 from nanochat_jax.optim.groups import Groups, make_optimizer
 from nanochat_jax.train.remat import choose_remat
 from nanochat_jax.train.step import TrainState, abstract_state, make_train_step
@@ -53,11 +53,13 @@ class TokenLoss(NamedTuple):
 
     inputs: names of the leaves, float32, that the function reads beside `weights`; the batch must hold exactly these.
     per_micro_batch: average the micro-batches' means, as nanochat's RL does, in place of one mean over all tokens.
+    limits: of the distribution that p is of.
     """
 
     function: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = weighted_nll
     inputs: tuple[str, ...] = ()
     per_micro_batch: bool = False
+    limits: Limits = NO_LIMITS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,11 +119,17 @@ class Plan:
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step's program, compiled without an array."""
+        traced = self.trace_train_step()
+        with self.scope():
+            return traced.lower().compile()
+
+    def trace_train_step(self) -> jax.stages.Traced:
+        """The same, traced only."""
         # Made outside of the scope: the optimizer's state has constants, which no compile-only device can hold.
         state, batch = self.abstract_state, self.abstract_batch
         numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * len(self.scalars)
         with self.scope():
-            return self._jitted_step().lower(state, batch, *numbers).compile()
+            return self._jitted_step().trace(state, batch, *numbers)
 
     def _jitted_step(self):
         return make_train_step(
@@ -131,6 +139,7 @@ class Plan:
             self.mesh,
             token_loss=self.loss.function,
             loss_inputs=self.loss.inputs,
+            limits=self.loss.limits,
             per_micro_batch=self.loss.per_micro_batch,
             logprobs=self.logprobs,
             dtype=self.dtype,

@@ -175,9 +175,8 @@ def compile_loss(plan: Plan) -> jax.stages.Compiled:
     head = plan.abstract_state.params["lm_head"]
 
     def loss(x, head, batch):
-        return summed_token_loss(
-            weighted_nll, x, head, batch["targets"], batch, cap=model.logit_cap, vocab_size=model.vocab_size
-        )[0]
+        shape = {"cap": model.logit_cap, "vocab_size": model.vocab_size, "limits": plan.loss.limits}
+        return summed_token_loss(weighted_nll, x, head, batch["targets"], batch, **shape)[0]
 
     with plan.scope():
         step = jax.jit(jax.grad(loss, (0, 1)), in_shardings=(rows, head.sharding, rows))

@@ -17,8 +17,9 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
 from nanochat_jax.model.cost import flops_per_token
-from nanochat_jax.train.loop import Run, Throughput, open_run
+from nanochat_jax.train.loop import Run, open_run
 from nanochat_jax.train.measurement import Measurement
+from nanochat_jax.train.metrics import Throughput
 from nanochat_jax.train.plan import BatchShape, Plan
 from nanochat_jax.train.start import Initial, Start
 

@@ -21,6 +21,7 @@ from nanochat_jax.checkpoints.ownership import Lock, Token, own
 from nanochat_jax.cli.device import attention_record
 from nanochat_jax.cli.settings import (
     AUTO,
+    BEST,
     flag,
     inherit,
     recorded_settings,
@@ -32,7 +33,7 @@ from nanochat_jax.data.packing import PACKING
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import base_dir, output_dir
+from nanochat_jax.files.paths import output_dir
 from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import (
@@ -43,8 +44,7 @@ from nanochat_jax.optim.groups import (
     scale_rates,
     with_state_arrays,
 )
-from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train.base_model import base_model, check_written_tokenizer
+from nanochat_jax.train.base_model import base_model, check_written_tokenizer, write_tokenizer
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.step import TrainState, place, random_state, restore_state
 
@@ -189,7 +189,7 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
     )
     meta = find.peek_meta(found)
     check_written_tokenizer(found)
-    find.check_tokenizer(tokenizer, meta, found.tokenizer)
+    find.check_tokenizer(tokenizer, meta, found)
     cfg = dataclasses.replace(cfg, source=source, model_tag=found.tag, model_step=found.step)
     cfg = inherit_from(cfg, meta, source, log)
     limit = 10 * meta["model_config"]["sequence_len"]
@@ -218,6 +218,8 @@ def find_run(cfg: StageConfig, stage: str, tag: str, tokenizer, log: Callable) -
         log(f"Resuming {folder} from step {step}")
         if changed := changed_versions(record.get("versions")):
             log(f"NOTE: since then versions have changed ({changed}): what follows may differ in the last bits")
+        if getattr(cfg, "model_step", None) == BEST:  # which one that was is recorded
+            cfg = dataclasses.replace(cfg, model_step=None, given=cfg.given - {"model_step"})
         cfg = resumed_settings(cfg, record["user_config"], tag_flag(root), log)
         find.check_tokenizer(tokenizer, record)
         return Start(cfg, folder, tokenizer.digest(), record=record)
@@ -300,10 +302,7 @@ def hold_folder(start: Start) -> Iterator[Lock | Token | None]:
         if not start.resumed:
             for step in claim(start.folder, None, start.cfg.overwrite):
                 integrity.discard(start.folder / str(step))
-        if not (output_dir() / "tokenizer").exists():  # so that it is a base directory
-            Tokenizer.load(start.base.tokenizer if start.base else base_dir() / "tokenizer").save(
-                output_dir() / "tokenizer"
-            )
+        write_tokenizer(start.base)
         _check_shared(start.folder)
         yield owner
     finally:

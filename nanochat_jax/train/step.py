@@ -22,7 +22,7 @@ from nanochat_jax.distributed.sharding import (
     replicated,
 )
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
-from nanochat_jax.model.loss import summed_token_loss, weighted_nll
+from nanochat_jax.model.loss import NO_LIMITS, Limits, summed_token_loss, weighted_nll
 from nanochat_jax.optim.groups import state_arrays, with_state_arrays
 
 
@@ -126,6 +126,7 @@ def make_train_step(
     *,
     token_loss: Callable = weighted_nll,
     loss_inputs: Sequence[str] | None = None,
+    limits: Limits = NO_LIMITS,
     dtype=jnp.float32,
     per_micro_batch: bool = False,
     logprobs: bool = False,
@@ -143,8 +144,9 @@ def make_train_step(
     and whatever else token_loss(log p(target), aux) reads from aux, which holds all but the first three. loss_inputs:
     their names, where a batch that holds others is to be refused with a ValueError. The weights that the loss sees are
     divided by their sum over all micro-batches and devices, so that the loss, a plain sum, depends on neither (a batch
-    with no trained token gives loss 0). per_micro_batch: nanochat's mean of the micro-batches' means instead.
-    Micro-batches without weight at the end cost nothing: a batch may be filled up with padding to keep its shape.
+    with no trained token gives loss 0). per_micro_batch: nanochat's mean of the micro-batches' means instead. limits:
+    of the distribution that p is of. Micro-batches without weight at the end cost nothing: a batch may be filled up
+    with padding to keep its shape.
     metrics: StepMetrics, its logprobs only where `logprobs` is set.
     """
     graphdef, _ = abstract_gpt(config, dtype, attention)
@@ -154,8 +156,8 @@ def make_train_step(
         aux = dict(micro)
         ids, targets, document_start = (aux.pop(name) for name in ("inputs", "targets", "document_start"))
         x, _ = model.hidden(ids, document_start=document_start, remat=remat)
-        head, cap = params["lm_head"], config.logit_cap
-        return summed_token_loss(token_loss, x, head, targets, aux, cap=cap, vocab_size=config.vocab_size)
+        head, shape = params["lm_head"], {"cap": config.logit_cap, "vocab_size": config.vocab_size}
+        return summed_token_loss(token_loss, x, head, targets, aux, **shape, limits=limits)
 
     loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
 

@@ -50,7 +50,18 @@ def rl_runs(base):
         "--eval-every",
         "-1",
     ]
-    flags += ["--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "16", "--log-rollouts", "4"]
+    flags += [
+        "--examples-per-step",
+        "4",
+        "--num-samples",
+        "4",
+        "--max-new-tokens",
+        "16",
+        "--log-rollouts",
+        "4",
+        "--cut-answers",
+        "keep",
+    ]
 
     def get(name):
         if name not in done:

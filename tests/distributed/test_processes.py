@@ -34,7 +34,12 @@ def flags(base):
     """Of a stage's run."""
     sft = [*tiny.sft_flags(base), "--num-iterations", str(STEPS["sft"]), "--eval-every", "10"]
     rl = [*kill_resume.RL_FLAGS, "--num-steps", str(STEPS["rl"]), "--device-batch-size", "1"]
-    rl += ["--max-new-tokens", "16"]  # one call of the device: each further one is two more programs
+    rl += [
+        "--cut-answers",
+        "keep",
+        "--max-new-tokens",
+        "16",
+    ]  # one call of the device: each further one is two more programs
     rl += ["--eval-every", "5", "--eval-task", "tests.support.process_tasks:Vowels", "--eval-samples", "2"]
     sft += ["--save-every", "4", "--keep-checkpoints", "9"]
     return {"sft": sft, "rl": [*rl, "--save-every", "1", "--keep-checkpoints", "9"]}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax.inference import sampling
+from nanochat_jax.model.top_k import top_k_threshold
 
-top_k_threshold, choose_tokens = jax.jit(sampling.top_k_threshold), jax.jit(sampling.choose_tokens)
+choose_tokens = jax.jit(sampling.choose_tokens)
 
 
 def logits_of(kind, V, R=4, seed=0):
@@ -38,10 +39,10 @@ def distribution(logits, temperature, top_k):
 @pytest.mark.parametrize("kind", ["wide", "narrow", "equal", "with ties", "saturated", "negative"])
 @pytest.mark.parametrize("V", [70, 1000])
 def test_the_threshold_separates_the_k_largest_and_their_ties(kind, V):
-    x = logits_of(kind, V)
+    x, threshold = logits_of(kind, V), jax.jit(top_k_threshold)
     for k in (1, 2, 50, V - 1, V):
         kth = np.sort(x, -1)[:, -k]
-        np.testing.assert_array_equal(x >= np.asarray(top_k_threshold(x, k))[:, None], x >= kth[:, None])
+        np.testing.assert_array_equal(x >= np.asarray(threshold(x, k))[:, None], x >= kth[:, None])
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.0, 5), (0.5, 20), (3.0, 1), (1.0, 1000)])

@@ -7,7 +7,7 @@ import pytest
 
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model import loss
-from nanochat_jax.model.loss import summed_token_loss, token_logprobs, weighted_nll
+from nanochat_jax.model.loss import Limits, summed_token_loss, token_logprobs, weighted_nll
 
 HEAD = {"cap": 15.0, "vocab_size": 90}
 
@@ -58,6 +58,36 @@ def test_value_and_gradients_equal_the_plain_loss(chunk, token_loss):
     for got, ref in zip(grads, expected):
         np.testing.assert_allclose(got, ref, atol=1e-5 * float(jnp.abs(ref).max()))
     assert not grads[1][90:].any()  # rows that pad the vocabulary
+
+
+@pytest.mark.parametrize("limits", [Limits(1.0, 5), Limits(0.3, 20), Limits(2.0, 0), Limits(1.0, 90), Limits(0.01, 3)])
+def test_limits_renormalise_over_the_k_largest_logits_and_the_target(chunk, limits):
+    x, head, targets, aux = draw()
+
+    def plain(x, head):
+        z = 15 * jnp.tanh(jnp.einsum("BTD,VD->BTV", x, head[:90]) / 15)
+        floor = jnp.sort(z)[..., -(limits.top_k or 90), None]
+        stays = (z >= floor) | jax.nn.one_hot(targets, 90, dtype=bool)
+        logp = jax.nn.log_softmax(jnp.where(stays, z / limits.temperature, -jnp.inf))
+        logp = jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
+        return jnp.sum(weighted_nll(logp, aux)), logp
+
+    def ours(x, head):
+        return summed_token_loss(weighted_nll, x, head, targets, aux, **HEAD, limits=limits)
+
+    (value, logp), grads = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(x, head)
+    (want, expected_logp), expected = jax.jit(jax.value_and_grad(plain, (0, 1), has_aux=True))(x, head)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(logp, expected_logp, rtol=1e-5, atol=1e-5)
+    for got, ref in zip(grads, expected):
+        np.testing.assert_allclose(got, ref, atol=1e-4 * float(jnp.abs(ref).max()))
+
+
+def test_a_sampled_token_that_is_not_among_the_k_largest_here_has_a_probability_all_the_same():
+    x, head, _, aux = draw()
+    least = jnp.argmin(jnp.einsum("BTD,VD->BTV", x, head[:90]), -1)
+    value, logp = summed_token_loss(weighted_nll, x, head, least, aux, **HEAD, limits=Limits(1.0, 3))
+    assert jnp.isfinite(logp).all() and jnp.isfinite(value) and (logp < 0).all()
 
 
 def test_logprobs_alone_equal_the_plain_ones(chunk):

@@ -14,6 +14,21 @@ def test_schedules_have_their_corners_where_they_should():
     assert schedules.rl_lr_multiplier(3, 10) == pytest.approx(0.7)
 
 
+def test_rl_rates_fall_linearly_or_as_half_a_cosine_or_not_at_all_and_may_rise_first():
+    def rates(**how):
+        return [schedules.rl_lr_multiplier(step, 8, **how) for step in range(8)]
+
+    assert rates() == [1 - step / 8 for step in range(8)]
+    assert rates(schedule="constant") == [1] * 8
+    cosine = rates(schedule="cosine")
+    assert cosine[0] == 1 and cosine[4] == pytest.approx(0.5) and cosine == sorted(cosine, reverse=True)
+    assert cosine[1] + cosine[7] == pytest.approx(1)
+    assert rates(schedule="constant", warmup_ratio=0.5) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert rates(warmup_ratio=0.25)[:3] == pytest.approx([0.5, 1 - 1 / 8, 1 - 2 / 8])
+    with pytest.raises(ValueError, match="--schedule must be one of linear, cosine, constant, got 'step'"):
+        rates(schedule="step")
+
+
 def test_pretraining_rates_rise_by_steps_and_fall_over_the_last_part():
     shape = {"warmup_steps": 4, "warmdown_ratio": 0.5, "final_lr_frac": 0.1}
     values = [schedules.base_lr_multiplier(step, 20, **shape) for step in (0, 3, 4, 10, 11, 15, 19, 20)]

@@ -16,20 +16,20 @@ from nanochat_jax.distributed.signals import FailedTogether
 from nanochat_jax.train.loop import (
     MAX_BAD_STEPS,
     Run,
-    Throughput,
     exit_code,
     to_its_end,
 )
 from nanochat_jax.train.measurement import Measurement, take
 from nanochat_jax.train.memory import explaining_memory
-from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, read_metrics
+from nanochat_jax.train.metrics import MetricsLog, Reporter, SmoothedAverage, Throughput, read_metrics
 from nanochat_jax.train.row_stages import throughput_line
 from nanochat_jax.train.step import StepMetrics, TrainState
 
 
 class FakeSaver:
     def __init__(self, folder):
-        self.folder, self.saved, self.metas, self.measured, self.waited = folder, [], {}, {}, 0
+        self.folder, self.best = folder, None
+        self.saved, self.metas, self.measured, self.waited = [], {}, {}, 0
         self.sealed = 0
 
     def glance(self):

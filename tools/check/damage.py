@@ -46,7 +46,17 @@ def run_stages(base: Path, worker: Worker) -> None:
     flags = {
         "base": [*tiny.base_flags(base), "--model-tag", TAGS["base"], "--num-iterations", str(STEPS["base"])],
         "sft": [*tiny.sft_flags(base), "--model-tag", "d2", "--output-tag", TAGS["sft"]],
-        "rl": [*rl, "--output-tag", TAGS["rl"], "--examples-per-step", "4", "--num-steps", str(STEPS["rl"])],
+        "rl": [
+            *rl,
+            "--cut-answers",
+            "keep",
+            "--output-tag",
+            TAGS["rl"],
+            "--examples-per-step",
+            "4",
+            "--num-steps",
+            str(STEPS["rl"]),
+        ],
     }
     flags["sft"] += ["--num-iterations", str(STEPS["sft"])]
     old = base.stat().st_mtime - 60  # so that hashes of the data are remembered

@@ -30,7 +30,7 @@ PATIENCE = 20  # seconds to wait until it is at that
 RESULTS = ("arrays_that_differ", "steps_whose_loss_differs", "rollouts_differ")
 RL_FLAGS = [
     *("--source", "base", "--task", "tools.check.kill_resume:Early", "--resample", "--eval-every", "-1"),
-    *("--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "32"),
+    *("--examples-per-step", "4", "--num-samples", "4", "--max-new-tokens", "32", "--cut-answers", "keep"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 ORBAX = threading.Lock()  # it is not made for several threads of a process

@@ -1,0 +1,132 @@
+"""Long runs of RL under different settings, from the quickstart's model. Prints a JSON line a run: its curves.
+
+python tools/check/rl_long.py --out /tmp/rl_long --seeds 0 1 2 > rl_long.jsonl
+python tools/check/rl_long.py --out /tmp/rl_long --table-of rl_long.jsonl
+
+A run that is there already is not trained again, so that a study that was stopped goes on with the same command.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nanochat_jax import quickstart
+from nanochat_jax.quickstart import QuickstartConfig
+from nanochat_jax.train.metrics import read_metrics
+
+VARIANTS = {
+    "default": (),
+    "nanochat": ("--objective=nanochat", "--device-batch-size=16", "--cut-answers=keep"),
+    "cut answers kept": ("--cut-answers=keep",),
+    "cut answers masked": ("--cut-answers=mask",),
+    "rates x2": ("--init-lr-frac=0.1",),
+    "rates x5": ("--init-lr-frac=0.25",),
+    "rates x10": ("--init-lr-frac=0.5",),
+    "rates x5, cut answers kept": ("--init-lr-frac=0.25", "--cut-answers=keep"),
+    "rates x5, cosine": ("--init-lr-frac=0.25", "--schedule=cosine"),
+    "top-k 0": ("--top-k=0",),
+    "kl-coef 0.05": ("--kl-coef=0.05",),
+    "truncated policy": ("--policy=truncated",),
+}
+SETTINGS = (  # of all: the quickstart's task, with room for answers that go on
+    *("--task=arithmetic", "--max-new-tokens=80", "--device-batch-size=32", "--save-every=-1", "--log-rollouts=0"),
+    *("--eval-examples=200", "--eval-samples=2"),
+)
+CURVES = ("reward", "entropy", "delta_logp_mean", "cut")  # means over the steps from one measurement to the next
+MEASURED = ("pass@1", "pass@1_kept", "held_out_cut")
+
+
+def quickstart_model(folder: Path, seed: int) -> None:
+    """Make the quickstart's models in the folder, unless they are there."""
+    if not (folder / "shares.json").exists():
+        with contextlib.redirect_stdout(sys.stderr):
+            code = quickstart.main(QuickstartConfig(seed=seed, output=folder))
+        if code:
+            raise SystemExit(code)
+
+
+def train(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """The run of a variant, trained where it is not there -> its curves."""
+    tag = name.replace(" ", "_").replace(",", "")
+    run = folder / "chatrl_checkpoints" / tag
+    if not (run / str(steps)).exists():
+        length = (f"--num-steps={steps}", f"--eval-every={max(1, steps // 10)}", f"--seed={seed}")
+        flags = (*SETTINGS, *length, f"--output-tag={tag}", "--resume=auto", *VARIANTS[name])
+        environment = os.environ | {"NANOCHAT_BASE_DIR": str(folder.absolute())}
+        command = [sys.executable, "-m", "nanochat_jax.rl", *flags]
+        subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
+    return {"variant": name, "seed": seed, "steps": steps} | curves(read_metrics(run / "metrics.jsonl"))
+
+
+def curves(records: Iterable[Mapping[str, Any]]) -> dict[str, list]:
+    """What a run has recorded, at each measurement of held-out problems."""
+    found: dict[str, list] = {name: [] for name in ("step", *MEASURED, *CURVES)}
+    since: list[Mapping[str, Any]] = []
+    for record in records:
+        if "reward" in record:
+            since.append(record)
+        elif "pass@1" in record:
+            values = {name: [r[name] for r in since if name in r] for name in CURVES}
+            means = {name: statistics.fmean(v) if v else None for name, v in values.items()}
+            point = {"pass@1_kept": record["pass@1"], **record, **means}  # which is the same where all count
+            for name, values in found.items():
+                values.append(point[name])
+            since = []
+    return found
+
+
+def table(lines: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table of the variants: mean over the seeds, with the lowest and highest."""
+
+    def over_seeds(values: list[float], scale: float = 100) -> str:
+        return f"{scale * statistics.fmean(values):.1f} ({scale * min(values):.1f} to {scale * max(values):.1f})"
+
+    by_variant: dict[str, list] = {}
+    for line in lines:
+        by_variant.setdefault(line["variant"], []).append(line)
+    rows = [
+        "| variant | seeds | pass@1 before, % | best | at the end | with cut answers | cut at the end, % | entropy |"
+    ]
+    rows.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, runs in by_variant.items():
+        cells = [
+            over_seeds([run["pass@1"][0] for run in runs]),
+            over_seeds([max(run["pass@1"]) for run in runs]),
+            over_seeds([run["pass@1"][-1] for run in runs]),
+            over_seeds([run["pass@1_kept"][-1] for run in runs]),
+            over_seeds([run["held_out_cut"][-1] for run in runs]),
+            f"{statistics.fmean(run['entropy'][-1] for run in runs):.3f}",
+        ]
+        rows.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main(
+    out: Path,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    variants: tuple[str, ...] = tuple(VARIANTS),
+    steps: int = 500,
+    table_of: Path | None = None,
+) -> None:
+    """out: folder of the models and runs, made where it is not there; variants: names of VARIANTS; table_of: a file of
+    these lines, to print as a table in place of training."""
+    if table_of:
+        print(table(map(json.loads, table_of.read_text().splitlines())))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        quickstart_model(out / f"seed-{seed}", seed)
+        for name in variants:
+            print(json.dumps(train(out / f"seed-{seed}", name, seed, steps)), flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
