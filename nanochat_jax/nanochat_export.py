@@ -87,7 +87,7 @@ def export(
     step, checkpoints of ours or another tokenizer are there.
     """
     base, step, meta = folder.parents[1], found.step, find.peek_meta(found)
-    check_tokenizer(tokenizer, meta, found.tokenizer)
+    check_tokenizer(tokenizer, meta, found)
     if found.ours or found.transformers:
         meta = nanochat_write.nanochat_meta(meta, GPTConfig(**meta["model_config"]), step)
     nanochat_write.check_ranks(find.load_config(found), ranks)
@@ -124,7 +124,7 @@ def export_for_transformers(
 
     dtype: "float32", or "bfloat16" for all but the lambdas. card: what README.md says. ValueError: another tokenizer
     than the model's. FileExistsError: something is in the folder."""
-    check_tokenizer(tokenizer, find.peek_meta(found), found.tokenizer)
+    check_tokenizer(tokenizer, find.peek_meta(found), found)
     _check_new(folder)
     model, params, _ = find.load_params(found)
     bos, eos = tokenizer.bos, tokenizer.special("<|assistant_end|>")
