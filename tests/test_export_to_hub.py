@@ -14,6 +14,7 @@ import time
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from nanochat_jax import nanochat_export
 from nanochat_jax.checkpoints import find
@@ -249,11 +250,15 @@ def test_a_public_repository_gets_a_model_only_from_who_says_so(hub, tmp_path):
     assert len(posted(hub, f"/api/models/{REPO}/commit/main")) == 1
 
 
-def test_what_the_hub_refuses_is_a_sentence_and_the_folder_stays(hub, tmp_path):
+def test_what_the_hub_refuses_is_a_sentence_and_the_folder_stays(hub, tmp_path, monkeypatch):
     hub.answers[f"/api/models/{REPO}"] = Answer(b'{"error": "no"}', 401)
     message = run("--output", tmp_path / "m", "--push", REPO, "--yes")
     assert "model me/small-model answered 401" in message and "a token that may write to it" in message
     assert "\n" not in message and not (tmp_path / "m").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        message = run("--output", tmp_path / "m", "--push", REPO, "--yes")
+        assert message == "error: model me/small-model is not uploaded because HF_HUB_OFFLINE is set: unset it"
     hub.answers[f"/api/models/{REPO}"] = Answer(b'{"error": "no"}', 404, X_Error_Code="RepoNotFound")
     hub.answers["POST /api/repos/create"] = Answer(b'{"error": "You have no rights"}', 403)
     message = run("--output", tmp_path / "m", "--push", REPO, "--yes")

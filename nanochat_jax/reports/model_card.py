@@ -134,7 +134,7 @@ def _run(model: Described) -> str:
         [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{model.name}"{trust})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{model.name}")',
             f'model = AutoModelForCausalLM.from_pretrained("{model.name}"{trust})',
             RUN_BASE if model.stage == "base" else RUN_CHAT,
         ]

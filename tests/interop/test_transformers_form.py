@@ -64,7 +64,7 @@ def exported(tmp_path_factory):
 
 def export(base, folder, dtype="float32"):
     found = find.find_model("base", base=base)
-    card = describe(found, "me/model")
+    card = dataclasses.replace(describe(found, "me/model"), stage="sft" if "everything" in str(base) else "base")
     export_for_transformers(found, tiny.tokenizer(), folder, dtype, card, log=lambda line: None)
 
 
@@ -83,6 +83,7 @@ def compared(exported):
     for name, model in NETWORKS.items():
         extra = {"thorough": rows(model, 1, 24)} if name in ("everything", "smear_only") else {}
         np.savez(exported / name / "inputs.npz", ids_x=rows(model), **extra)
+        (exported / name / "card.txt").write_text("me/model")
     texts = {"texts": TEXTS, "conversations": CONVERSATIONS}
     (exported / "everything" / "texts.json").write_text(json.dumps(texts))
     run_transformers(*(exported / name for name in NETWORKS))
@@ -212,6 +213,13 @@ def test_a_cache_padding_beams_and_saving_again_change_nothing(compared, name):
             one, other = got[f"thorough_{way}"]
             assert np.array_equal(one, other), way
         np.testing.assert_allclose(*got["thorough_loss"], rtol=1e-5)
+
+
+@needs_transformers
+@every_network
+def test_the_code_of_the_card_runs(compared, name):
+    chat = (compared / name / "model" / "README.md").read_text().count("apply_chat_template")
+    assert chat == (name == "everything") and (compared / name / "said.txt").read_text().strip()
 
 
 @needs_transformers

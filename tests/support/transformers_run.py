@@ -5,10 +5,14 @@ ENVIRONMENT/bin/python tests/support/transformers_run.py CASE...
 A case is a folder with a model in model/ and inputs.npz; what came out is written as outputs.npz beside:
 ids_K -> logits_K; prompt_K and new_K -> tokens_K, the greedy text of at most so many tokens;
 thorough -> results of all other ways to run the model, see `thorough`.
+Where it has card.txt, the code of the model's README.md is run, with the model in place of the name in that file.
 Where it has texts.json, ids of the texts and of the conversations in it are written as ids.json.
 """
 
+import contextlib
+import io
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -100,6 +104,11 @@ def run(case):
         elif kind == "thorough":
             outputs |= thorough(model, torch.tensor(inputs[name].astype(np.int64)))
     np.savez(case / "outputs.npz", **outputs)
+    if (case / "card.txt").exists():
+        (code,) = re.findall(r"```python\n(.*?)```", (case / "model" / "README.md").read_text(), re.DOTALL)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(code.replace((case / "card.txt").read_text(), str(case / "model")), {})
+        (case / "said.txt").write_text(said.getvalue())
     if (case / "texts.json").exists():
         result = texts_to_ids(case / "model", **json.loads((case / "texts.json").read_text()))
         (case / "ids.json").write_text(json.dumps(result))
