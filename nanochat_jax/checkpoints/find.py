@@ -353,7 +353,8 @@ def check_tokenizer(tokenizer: Tokenizer, meta: dict, found: Found | None = None
     and the tokenizer are; default: in the base directory."""
     size = meta["model_config"]["vocab_size"]
     if tokenizer.vocab_size != size or meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
+        where = found.base.name if found and found.base else base_dir()
         raise ValueError(
-            f"the tokenizer in {found.base.name if found and found.base else base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model "
-            f"was trained with ({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
+            f"the tokenizer in {where} ({tokenizer.vocab_size} tokens) is not the one that the model was trained with "
+            f"({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
         )

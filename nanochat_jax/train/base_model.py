@@ -38,5 +38,6 @@ def write_tokenizer(found: find.Found | None) -> None:
     """Save the tokenizer of the model that a run starts from, else the base directory's, where the run is written to
     and there is none, so that it is a base directory."""
     written = output_dir() / "tokenizer"
-    if not written.exists():
+    elsewhere = output_dir() != kept_dir() or (found and found.base)
+    if elsewhere and not written.exists():
         Tokenizer.load(found.tokenizer if found else base_dir() / "tokenizer").save(written)
