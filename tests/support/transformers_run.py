@@ -60,6 +60,7 @@ def thorough(model, ids):
         found["saved_again"] = load(folder)(ids).logits
     bfloat16 = load(model.config._name_or_path, dtype=torch.bfloat16)
     found["bfloat16"] = bfloat16(ids).logits.float()
+    assert (model.dtype, bfloat16.dtype) == (torch.float32, torch.bfloat16)
     kinds = {name: str(p.dtype) for name, p in bfloat16.named_parameters()}
     found["float32_of_bfloat16"] = np.array([name for name, kind in kinds.items() if kind == "torch.float32"])
     loss = torch.nn.functional.cross_entropy(whole[0, :-1].double(), ids[0, 1:])
