@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.checkpoints import find
+from nanochat_jax.checkpoints import find, store
 from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files.plain_pickle import Refused
 from nanochat_jax.files.safetensors_read import INDEX, read_safetensors, read_shards
@@ -57,9 +57,16 @@ def exported(tmp_path_factory):
     """A folder for each network: <name>/model as it is exported, <name>/base where it was found."""
     root = tmp_path_factory.mktemp("networks")
     for name, model in NETWORKS.items():
-        tiny.write_base(root / name / "base", config=model)
+        write_base(root / name / "base", model)
         export(root / name / "base", root / name / "model")
     return root
+
+
+def write_base(base, model):
+    tokenizer = tiny.tokenizer()
+    tokenizer.save(base / "tokenizer")
+    meta = {"model_config": dataclasses.asdict(model), "user_config": {}, "tokenizer": tokenizer.digest()}
+    store.write(base / "base_checkpoints/d/1", flatten_by_path(random_params(model)), None, meta)
 
 
 def export(base, folder, dtype="float32"):
