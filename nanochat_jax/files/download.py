@@ -214,7 +214,7 @@ def _repeat(attempt: Callable[[], Any], what: str, log: Callable) -> Any:
         except DownloadError:
             raise
         except Exception as e:  # of huggingface_hub, httpx, hf_xet and the file system
-            fault, transient = _explain(e)
+            fault, transient = explain(e)
             if not transient or number == ATTEMPTS:
                 raise DownloadError(f"{what} {fault}" + ("; try again later" if transient else "")) from e
             wait = BACKOFF * 2 ** (number - 1)
@@ -222,8 +222,10 @@ def _repeat(attempt: Callable[[], Any], what: str, log: Callable) -> Any:
             time.sleep(wait)
 
 
-def _explain(e: BaseException) -> tuple[str, bool]:
-    """The rest of a sentence that begins with what was asked for, and whether another attempt may go better."""
+def explain(e: BaseException, right: str = "read") -> tuple[str, bool]:
+    """The rest of a sentence that begins with what was asked for, and whether another attempt may go better.
+
+    right: what a token must allow."""
     import httpx
     from huggingface_hub import errors, get_token
 
@@ -231,15 +233,16 @@ def _explain(e: BaseException) -> tuple[str, bool]:
         e = e.__cause__  # the library has looked for the file on this disk after the failure that counts
     said = f"{type(e).__name__}: {first_line(e).split(' (')[0]}"  # in brackets may be the end of a signed address
     if isinstance(e, errors.OfflineModeIsEnabled):
-        return "is not downloaded because HF_HUB_OFFLINE is set: unset it", False
+        done = "downloaded" if right == "read" else "uploaded"
+        return f"is not {done} because HF_HUB_OFFLINE is set: unset it", False
     if (response := getattr(e, "response", None)) is not None:
         answer = f"{response.status_code} {response.reason_phrase}"
         if response.status_code in (404, 410):
             return f"does not exist ({answer}): check the name", False
         if response.status_code in (401, 403) and isinstance(e, errors.HfHubHTTPError):
-            remedy = "the token of HF_TOKEN or hf auth login is wrong or may not read it"
+            remedy = f"the token of HF_TOKEN or hf auth login is wrong or may not {right} it"
             remedy = remedy if get_token() else "set HF_TOKEN, or check the name"
-            return f"answered {answer}, it needs a token that may read it: {remedy}", False
+            return f"answered {answer}, it needs a token that may {right} it: {remedy}", False
         return f"answered {answer}", response.status_code in TRANSIENT
     if isinstance(e, errors.HFValidationError):
         return f"cannot exist ({said}): check the name", False

@@ -1,21 +1,31 @@
-"""The form in which the transformers library keeps nanochat's models, class NanoChatForCausalLM: config.json and
-safetensors. What that class computes is nanochat's network of era A (October 2025 to January 2026) and no other.
+"""The form in which the transformers library keeps nanochat's models: config.json and safetensors.
 
-Its matrices are those of nanochat's own files under other names: (out, in), nothing is transposed or permuted. Its
-norms add 1e-6 where nanochat's add 1.2e-7, which moves a logit by less than 1e-4.
+The library's own class, NanoChatForCausalLM, computes nanochat's network of era A (October 2025 to January 2026) and no
+other. All other networks have the class NanochatJaxForCausalLM, whose code lies beside the tensors; its config.json has
+a field for everything that determines the network, and the padding rows are kept.
+
+The matrices are those of nanochat's own files under other names: (out, in), nothing is transposed or permuted. The
+library's norms add 1e-6 by default, where nanochat's add 1.2e-7, which moves a logit by less than 1e-4.
 """
 
+import math
 from pathlib import Path
 
+import numpy as np
+
+from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files.json_read import read_json_object
 from nanochat_jax.files.plain_pickle import Refused, naming_file
 from nanochat_jax.files.safetensors_read import read_shards
+from nanochat_jax.files.torch_write import Tensor
 from nanochat_jax.interop.nanochat_model import ERAS, LIMITS, listed, read_params, shown, split_layer
-from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.model.gpt import RMS_EPS, GPTConfig
 
 CONFIG = "config.json"
 LARGEST_NUMBER = 1e12  # that a field may be
 MODEL_TYPE, CLASS = "nanochat", "NanoChatForCausalLM"
+OUR_TYPE, OUR_CLASS = "nanochat_jax", "NanochatJaxForCausalLM"
+OUR_CODE = "modeling_nanochat_jax"  # the module of our class
 NAMES = {  # transformers' name of a tensor -> our path; * stands for the layer
     "model.embed_tokens.weight": "wte",
     "lm_head.weight": "lm_head",
@@ -25,6 +35,14 @@ NAMES = {  # transformers' name of a tensor -> our path; * stands for the layer
     "model.layers.*.self_attn.o_proj.weight": "blocks/*/attn/c_proj",
     "model.layers.*.mlp.fc1.weight": "blocks/*/mlp/c_fc",
     "model.layers.*.mlp.fc2.weight": "blocks/*/mlp/c_proj",
+    # of our class only
+    "model.layers.*.self_attn.ve_gate.weight": "blocks/*/attn/ve_gate",
+    "model.layers.*.self_attn.value_embed.weight": "blocks/*/attn/value_embed",
+    "model.resid_lambdas": "resid_lambdas",
+    "model.x0_lambdas": "x0_lambdas",
+    "model.smear_gate.weight": "smear_gate",
+    "model.smear_lambda": "smear_lambda",
+    "model.backout_lambda": "backout_lambda",
 }
 NAMES_OF = {path: name for name, path in NAMES.items()}
 SIZES = {  # a field of config.json -> the field of GPTConfig
@@ -35,11 +53,28 @@ SIZES = {  # a field of config.json -> the field of GPTConfig
     "num_key_value_heads": "n_kv_head",
     "hidden_size": "n_embd",
 }
+OUR_FIELDS = {  # what else the config.json of our class says
+    "padded_vocab_size": "padded_vocab",
+    "windows": "windows",
+    "rope_theta": "rope_base",
+    "qk_scale": "qk_scale",
+    "final_logit_softcapping": "logit_cap",
+    "residual_lambdas": "residual_lambdas",
+    "value_embed_scale": "value_embed_scale",
+    "value_gate_channels": "value_gate_channels",
+    "smear": "smear",
+    "backout": "backout",
+}
+OUR_SETTLED = {
+    "model_type": OUR_TYPE,
+    "architectures": [OUR_CLASS],
+    "rms_norm_eps": RMS_EPS,
+    "tie_word_embeddings": False,
+}
 SETTLED = {  # fields with the one value that the network has here, which is also the class's default
     "model_type": MODEL_TYPE,
     "architectures": [CLASS],
     "hidden_act": "relu2",
-    "rms_norm_eps": 1e-6,
     "attention_bias": False,
     "tie_word_embeddings": False,
     "rope_scaling": None,
@@ -56,28 +91,21 @@ def transformers_name(path: str) -> str:
     return NAMES_OF[pattern].replace("*", str(layer))
 
 
-def transformers_config(model: GPTConfig, *, bos: int, eos: int, dtype: str) -> dict:
-    """What config.json says of a network whose padding rows are left out of its tensors.
+def fits_library(model: GPTConfig) -> bool:
+    """Whether the library's own class computes this network; else it is ours that does."""
+    rules = {name: value for name, value in ERAS["A"].fields.items() if name != "rope_base"}  # that can be any
+    return all(getattr(model, name) == value for name, value in rules.items()) and set(model.windows) == {-1}
 
-    bos, eos: ids of the tokens that begin a text and end an answer; the class pads with the second. dtype: of the
-    tensors, as "float32". ValueError: a network that the class does not compute."""
-    era = ERAS["A"].fields
-    unfit = [f"{name}={getattr(model, name)}" for name, value in era.items() if getattr(model, name) != value]
-    unfit = [field for field in unfit if not field.startswith("rope_base=")]  # any base can be written
-    if any(0 <= window < model.sequence_len for window in model.windows):
-        unfit.append(f"windows={model.windows}"[:80])
-    if unfit:
-        raise ValueError(
-            f"{CLASS} computes nanochat's network of before 2026-01-11 only; in this one it has no place for "
-            f"{', '.join(unfit)}"
-        )
-    return {
-        **{field: value for field, value in SETTLED.items() if value is not None},
+
+def transformers_config(model: GPTConfig, *, bos: int, eos: int, dtype: str) -> dict:
+    """What config.json says of a network.
+
+    bos, eos: ids of the tokens that begin a text and end an answer; the second is also the one to pad with. dtype: of
+    the tensors, as "float32"."""
+    common = {
         **{theirs: getattr(model, ours) for theirs, ours in SIZES.items()},
-        "intermediate_size": 4 * model.n_embd,
-        "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
-        "final_logit_softcapping": model.logit_cap,
-        "attention_dropout": 0.0,
+        "rms_norm_eps": RMS_EPS,
+        "tie_word_embeddings": False,
         "initializer_range": 0.02,
         "use_cache": True,
         "bos_token_id": bos,
@@ -85,26 +113,53 @@ def transformers_config(model: GPTConfig, *, bos: int, eos: int, dtype: str) -> 
         "pad_token_id": eos,
         "dtype": dtype,
     }
+    if not fits_library(model):
+        classes = {"AutoConfig": f"{OUR_CODE}.NanochatJaxConfig", "AutoModelForCausalLM": f"{OUR_CODE}.{OUR_CLASS}"}
+        network = {theirs: getattr(model, ours) for theirs, ours in OUR_FIELDS.items()}
+        return {**OUR_SETTLED, "auto_map": classes, **common, **network}
+    return {
+        **{field: value for field, value in SETTLED.items() if value is not None},
+        **common,
+        "intermediate_size": 4 * model.n_embd,
+        "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
+        "final_logit_softcapping": model.logit_cap,
+        "attention_dropout": 0.0,
+    }
+
+
+def transformers_tensors(params: dict, model: GPTConfig, dtype: np.dtype) -> dict[str, Tensor]:
+    """transformers' name -> tensor of this type; the lambdas, of which there are few numbers, stay float32.
+
+    The library's class has no rows that pad the vocabulary, so they are left out there."""
+    tensors = {}
+    for path, leaf in flatten_by_path(params).items():
+        kept = leaf[: model.vocab_size] if fits_library(model) and path in ("wte", "lm_head") else leaf
+        tensors[transformers_name(path)] = Tensor(kept.shape, dtype if kept.ndim > 1 else np.dtype(np.float32), [kept])
+    return tensors
 
 
 def config_of(fields: dict, vocab_size: int | None = None) -> GPTConfig:
     """The network that config.json describes. Refused: a field is missing, unknown, or says what the network lacks.
 
     vocab_size: of the tokenizer, where it has fewer tokens than the model rows; the other rows then are padding."""
+    if fields.get("model_type") == OUR_TYPE:
+        return _our_config_of(fields, vocab_size)
     if fields.get("model_type") != MODEL_TYPE:
-        raise Refused(f"model_type must be {MODEL_TYPE!r}, got {shown(fields.get('model_type'))}")
-    numbers = {"intermediate_size", "head_dim", "rope_theta", "rope_parameters", "final_logit_softcapping"}
+        raise Refused(f"model_type must be {MODEL_TYPE!r} or {OUR_TYPE!r}, got {shown(fields.get('model_type'))}")
+    numbers = {
+        "intermediate_size",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_parameters",
+        "final_logit_softcapping",
+    }
     if unknown := sorted(fields.keys() - SIZES.keys() - SETTLED.keys() - NOT_THE_NETWORK - numbers):
         raise Refused(f"it has fields this reader does not know, so the network may be another one: {listed(unknown)}")
-    for field, value in SETTLED.items():
-        if fields.get(field, value) != value:
-            raise Refused(f"{field} must be {shown(value)}, got {shown(fields[field])}")
-    sizes = {}
-    for theirs, ours in SIZES.items():
-        if type(fields.get(theirs)) is not int or not 1 <= fields[theirs] <= LIMITS[ours]:
-            must = f"{theirs} must be an integer from 1 to {LIMITS[ours]:,}"
-            raise Refused(f"{must}, got {shown(fields.get(theirs, 'none'))}")
-        sizes[ours] = fields[theirs]
+    _require(fields, SETTLED)
+    if fields.get("rms_norm_eps", 1e-6) not in (1e-6, RMS_EPS):
+        raise Refused(f"rms_norm_eps must be 1e-06 or {RMS_EPS}, got {shown(fields['rms_norm_eps'])}")
+    sizes = {ours: _whole_number(fields, theirs, 1, LIMITS[ours]) for theirs, ours in SIZES.items()}
     rows, D = sizes["vocab_size"], sizes["n_embd"]
     if fields.get("intermediate_size") != 4 * D:
         got = shown(fields.get("intermediate_size", "none"))
@@ -127,6 +182,49 @@ def config_of(fields: dict, vocab_size: int | None = None) -> GPTConfig:
         raise Refused(str(e)) from None
 
 
+def _our_config_of(fields: dict, vocab_size: int | None) -> GPTConfig:
+    """The same where it is of our class."""
+    if unknown := sorted(fields.keys() - SIZES.keys() - OUR_FIELDS.keys() - OUR_SETTLED.keys() - NOT_THE_NETWORK):
+        raise Refused(f"it has fields this reader does not know, so the network may be another one: {listed(unknown)}")
+    _require(fields, OUR_SETTLED)
+    values = {ours: _whole_number(fields, theirs, 1, LIMITS[ours]) for theirs, ours in SIZES.items()}
+    for theirs, ours in OUR_FIELDS.items():
+        kind, value = GPTConfig.__annotations__[ours], fields.get(theirs)
+        if kind is int:
+            value = _whole_number(fields, theirs, 1, LIMITS["vocab_size"])
+        elif kind is float:
+            value = _number(fields, theirs, math.nan, zero=ours == "value_embed_scale")
+        elif kind is bool and type(value) is not bool:
+            raise Refused(f"{theirs} must be true or false, got {shown(value)}")
+        elif ours == "windows" and not _are_windows(value):
+            raise Refused(f"windows must be a list of distances, or -1 for no limit, got {shown(value)}")
+        values[ours] = value
+    if vocab_size not in (None, values["vocab_size"]):
+        raise Refused(f"vocab_size must be the tokenizer's {vocab_size:,} tokens, got {values['vocab_size']:,}")
+    try:
+        return GPTConfig(**values)
+    except ValueError as e:  # values that do not fit together
+        raise Refused(str(e)) from None
+
+
+def _are_windows(value: object) -> bool:
+    limit = LIMITS["sequence_len"]
+    return isinstance(value, list) and all(type(window) is int and -1 <= window <= limit for window in value)
+
+
+def _require(fields: dict, settled: dict) -> None:
+    for field, value in settled.items():
+        if fields.get(field, value) != value:
+            raise Refused(f"{field} must be {shown(value)}, got {shown(fields[field])}")
+
+
+def _whole_number(fields: dict, name: str, low: int, high: int) -> int:
+    value = fields.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise Refused(f"{name} must be an integer from {low} to {high:,}, got {shown(fields.get(name, 'none'))}")
+    return value
+
+
 def _rope_base(fields: dict) -> float:
     """The base of the rotary angles, which transformers keeps in rope_parameters since version 5, before by itself."""
     rope = fields.get("rope_parameters")
@@ -139,9 +237,10 @@ def _rope_base(fields: dict) -> float:
     return _number(rope, "rope_theta", 10_000.0)
 
 
-def _number(fields: dict, name: str, default: float) -> float:
+def _number(fields: dict, name: str, default: float, *, zero: bool = False) -> float:
+    """zero: whether it may be 0."""
     value = fields.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < LARGEST_NUMBER:
+    if type(value) not in (int, float) or not (0 < value < LARGEST_NUMBER or (zero and value == 0)):
         raise Refused(f"{name} must be a number above 0 and below {LARGEST_NUMBER:.0e}, got {shown(value)}")
     return float(value)
 
@@ -158,4 +257,6 @@ def read_model(folder: Path, vocab_size: int | None = None) -> tuple[GPTConfig, 
     config = read_config(folder, vocab_size)
     tensors = read_shards(folder)
     with naming_file(folder):
-        return config, read_params(tensors, config, transformers_name, f"a {CLASS}")
+        return config, read_params(
+            tensors, config, transformers_name, f"a {CLASS if fits_library(config) else OUR_CLASS}"
+        )

@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,8 @@ import tiktoken
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import digest_of
 from nanochat_jax.files.fast_tokenizer_read import fast_tokenizer_fields, is_fast_tokenizer
-from nanochat_jax.files.paths import write_atomically
+from nanochat_jax.files.fast_tokenizer_write import fast_tokenizer
+from nanochat_jax.files.paths import BUNDLED, write_atomically
 from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 from nanochat_jax.files.torch_write import write_pt
 from nanochat_jax.tokenizer.conversation import BadConversation, messages_of, split_conversation
@@ -27,6 +29,7 @@ SPECIAL_TOKENS = (
     *("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
     *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
 )
+CHAT_TEMPLATE = "chat_template.jinja"
 FORMAT = "nanochat_jax tokenizer 1"  # of tokenizer.json
 MAX_TOKENS = 2048  # nanochat renders with this limit whatever the model's sequence length is
 
@@ -129,6 +132,24 @@ class Tokenizer:
         encoding = self._encoding(self.special_tokens)
         write_atomically(Path(folder) / "tokenizer.pkl", pickle.dumps(encoding, protocol=4))
         write_pt(Path(folder) / "token_bytes.pt", self.token_bytes())
+
+    def save_for_transformers(self, folder: Path, context: int) -> None:
+        """Write what transformers loads, tokenizer.json with its settings and the form of a conversation, into a folder
+        that nobody reads yet. context: the model's, in tokens."""
+        files = {
+            "tokenizer.json": fast_tokenizer(self.pattern, self.mergeable_ranks, self.special_tokens),
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|bos|>",
+                "eos_token": "<|assistant_end|>",
+                "pad_token": "<|assistant_end|>",
+                "model_max_length": context,
+                "clean_up_tokenization_spaces": False,
+            },
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        shutil.copyfile(BUNDLED / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 
     def digest(self) -> str:
         """sha256 (hex) over everything that decides ids: pattern, tokens in id order, specials. The name does not."""

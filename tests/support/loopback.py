@@ -23,7 +23,8 @@ class Answer:
 
 
 class Server:
-    """answers: path -> an Answer, or a list of which each request takes one, the last one for good.
+    """answers: path -> an Answer, or a list of which each request takes one, the last one for good. A POST request
+    takes the answer of "POST path", and what it brought is added to `posted`.
 
     A path is looked up with its query, then without. A HEAD request takes the answer of "HEAD path" where there is one,
     else the headers of the path's last answer.
@@ -31,6 +32,7 @@ class Server:
 
     def __init__(self):
         self.answers, self.requests, self.held = {}, [], threading.Event()
+        self.posted = []  # (path, bytes)
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,10 +49,19 @@ class Server:
             def do_HEAD(self):
                 self.begin(f"HEAD {self.path}")
 
+            def do_POST(self):
+                brought = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    while size := int(self.rfile.readline(), 16):
+                        brought += self.rfile.read(size)
+                        self.rfile.readline()
+                outer.posted.append((self.path.split("?")[0], brought))
+                self.wfile.write(self.begin(f"POST {self.path}").body)
+
             def begin(self, path):
                 outer.requests.append((path, {name.title(): value for name, value in self.headers.items()}))
                 bare = path.split("?")[0]
-                tried = (path, bare, *([] if bare == path.removeprefix("HEAD ") else [bare.removeprefix("HEAD ")]))
+                tried = (path, bare, *([bare.removeprefix("HEAD ")] if bare.startswith("HEAD ") else []))
                 answer = next((outer.answers[p] for p in tried if p in outer.answers), Answer(b"{}", 404))
                 if isinstance(answer, list):
                     consumed = not path.startswith("HEAD ") or path in outer.answers

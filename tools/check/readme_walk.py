@@ -55,6 +55,7 @@ ELSEWHERE = {  # what is run by other means
     ".venv/bin/python -m nanochat_jax.sft --coordinator": "needs further processes; tests start them",
     ".venv/bin/python -m nanochat_jax.eval -i base": "needs CORE's tasks; tests make some",
     ".venv/bin/python -m nanochat_jax.serve": "serves until it is stopped; tests start it",
+    ".venv/bin/python -m nanochat_jax.nanochat_export --push": "uploads; tests do, to a hub on loopback",
     "sbatch": "needs a SLURM cluster",
     "sky": "needs SkyPilot and a cloud",
 }
