@@ -272,7 +272,7 @@ def samples(every: int, plan: Plan, tokenizer: Tokenizer) -> Measurement:
 
     def measure(params, progress) -> dict[str, list[str]]:
         own = own_devices(plan.mesh)
-        engine = Engine(plan.model, tokenizer, own, tools=False, dtype=plan.dtype, attention=plan.attention)
+        engine = Engine(plan.model, tokenizer, own, tools=None, dtype=plan.dtype, attention=plan.attention)
         sampling = SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)
 
         def texts() -> list[str]:

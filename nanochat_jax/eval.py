@@ -32,6 +32,7 @@ from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.files.paths import base_dir, output_dir, write_atomically, write_to
 from nanochat_jax.flags.eval import EvalConfig
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import make_toolbox
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.tasks.registry import TASKS, find_name, make_task
 from nanochat_jax.tokenizer import Tokenizer
@@ -86,6 +87,7 @@ def main(cfg: EvalConfig) -> int:
     """Evaluate -> the exit code, 0."""
     sampling = check(cfg)
     task_names(cfg.task_name)  # a wrong name is found before anything is loaded
+    tools = make_toolbox(cfg.tool, cfg.tool_tokens)
     write_to(cfg.output_dir)
     start_device(cfg.device_type, cfg)
     mesh = make_mesh(cfg.mesh or "")
@@ -118,6 +120,7 @@ def main(cfg: EvalConfig) -> int:
         attention=attention,
         rows=cfg.batch_size,
         slots=max(1, cfg.slots // processes.count()),
+        tools=tools,
     )
 
     # One task after the other; after each, --json has the numbers so far
@@ -131,6 +134,7 @@ def main(cfg: EvalConfig) -> int:
         "dtype": dtype.name,
         "attention": attention,
         "sampling": dataclasses.asdict(sampling) | {"samples": cfg.num_samples, "seed": cfg.seed},
+        "tools": [tool.name for tool in tools.tools],
         "max_problems": cfg.max_problems,
         "tasks": {},
         "not_run": not_run,

@@ -25,6 +25,7 @@ from nanochat_jax.files.paths import base_dir, write_to
 from nanochat_jax.flags.rl import RLConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import make_toolbox
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import NO_LIMITS, Limits
@@ -66,6 +67,7 @@ def main(cfg: RLConfig) -> int:
     cfg = start.cfg
     sampling = check(cfg)  # also what a checkpoint recorded
     check_attention_backend(cfg.attention, mesh, packed=True)
+    tools = make_toolbox(cfg.tool, cfg.tool_tokens)
 
     # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
     with processes.process_zero_first("the problems"):
@@ -119,6 +121,7 @@ def main(cfg: RLConfig) -> int:
         dtype=plan.dtype,
         attention=plan.attention,
         slots=max(1, cfg.slots // processes.count()),
+        tools=tools,
         prompt_tokens=longest,
     )
     collector = RolloutCollector(

@@ -23,6 +23,7 @@ from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.inference.chat_model import ChatModel
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.tools import CALCULATOR_ALONE, Toolbox
 from nanochat_jax.interop.nanochat_model import find_steps, meta_file, read_config, read_meta_file, read_model
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from nanochat_jax.interop.optimizer_state import recorded_groups
@@ -247,9 +248,17 @@ def load_chat_model(source: str, model_tag: str | None = None, step: Step = None
     return chat_model_of(find_model(source, model_tag, step), dtype)
 
 
-def chat_model_of(found: Found, dtype=None, *, slots: int = 256, chunk: int = 16, alternatives: int = 0) -> ChatModel:
+def chat_model_of(
+    found: Found,
+    dtype=None,
+    *,
+    slots: int = 256,
+    chunk: int = 16,
+    alternatives: int = 0,
+    tools: Toolbox = CALCULATOR_ALONE,
+) -> ChatModel:
     """The same of a model that `find_model` has found. Its context is the length that it was trained with. slots,
-    chunk, alternatives: of the `Engine`."""
+    chunk, alternatives, tools: of the `Engine`."""
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     check_tokenizer(tokenizer, peek_meta(found))
     config, params, _ = load_params(found)
@@ -263,6 +272,7 @@ def chat_model_of(found: Found, dtype=None, *, slots: int = 256, chunk: int = 16
         chunk=chunk,
         context=config.sequence_len,
         alternatives=alternatives,
+        tools=tools,
     )
     return ChatModel(engine, engine.cast_params(params))
 

@@ -1,7 +1,7 @@
 """Evaluate a model on tasks: how many of its answers are right.
 
 Multiple choice: the offered letter with the largest logit after the prompt, the first of equals, without generating.
-Every other task: a text is generated, with the calculator, and `task.evaluate` judges it. Facts of nanochat, 2026: its
+Every other task: a text is generated, with tools, and `task.evaluate` judges it. Facts of nanochat, 2026: its
 five tasks and their baselines, the test splits, 512 new tokens, greedy. Until 2026-07 SpellingBee was the sixth task.
 """
 
@@ -22,6 +22,7 @@ from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.samples import answer_text
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import CALCULATOR_ALONE, Toolbox
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks import HumanEval
 
@@ -65,9 +66,10 @@ class Evaluator:
         attention: str = "chunked",
         rows: int | None = None,
         slots: int = 256,
+        tools: Toolbox = CALCULATOR_ALONE,
     ):
         self.tokenizer = tokenizer
-        self.engine = Engine(config, tokenizer, mesh, dtype=dtype, attention=attention, slots=slots)
+        self.engine = Engine(config, tokenizer, mesh, dtype=dtype, attention=attention, slots=slots, tools=tools)
         self.letter_logits = make_letter_logits(
             config, mesh, tokenizer.bos, dtype=dtype, attention=attention, rows=rows
         )

@@ -18,10 +18,11 @@ from nanochat_jax.cli.settings import (
     setting,
     short,
 )
+from nanochat_jax.flags.tools import ToolConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(ToolConfig):
     """Evaluate a model on tasks: which share of their problems it solves. One-letter flags are those of nanochat.
 
     python -m nanochat_jax.eval                                 # the newest SFT model on all tasks
@@ -56,7 +57,7 @@ class EvalConfig:
         0.0, "of generated answers; 0 = the most likely one", group=ANSWERS
     )
     max_new_tokens: Annotated[int, short("-m")] = setting(
-        512, "tokens of an answer, the calculator's included", group=ANSWERS
+        512, "tokens of an answer, results of tools included", group=ANSWERS
     )
     num_samples: Annotated[int, short("-n")] = setting(
         1, "answers to each problem, for pass@1 to pass@n", at_least(1), group=ANSWERS

@@ -17,10 +17,11 @@ from nanochat_jax.cli.settings import (
     setting,
     short,
 )
+from nanochat_jax.flags.tools import ToolConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(ToolConfig):
     """Serve a model: OpenAI's interface at /v1, and a page to talk to it at /.
 
     python -m nanochat_jax.serve                       # the newest SFT model, at http://127.0.0.1:8000

@@ -1,4 +1,4 @@
-"""A prompt's continuation, finished (`Sample`) and in progress; the calculator calls in it are answered here.
+"""A prompt's continuation, finished (`Sample`) and in progress; tool calls in it are found here.
 
 Facts of nanochat (its Engine, 2026): a result is forced as output_start, text, output_end; a token sampled where a
 forced one is due is thrown away; assistant_end and bos end a sample, also inside a block; forced tokens count as new.
@@ -8,15 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanochat_jax.inference.calculator import calculate
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """What stood in a calculator block, and its result as text; None: it has none, and nothing was forced."""
-
-    expression: str
-    result: str | None
+from nanochat_jax.inference.tools import CALCULATOR_ALONE, RunningCall, Toolbox, ToolCall
 
 
 @dataclass
@@ -32,16 +24,16 @@ class Sample:
 
 
 class ControlTokens:
-    """Ids of the special tokens that steer a sample.
+    """Ids of the special tokens that steer a sample, and the tools that it may call.
 
-    ends: each ends a sample where it is sampled. block: (start, end) of an expression for the calculator, None without
-    tools. output: (start, end) of its result."""
+    ends: each ends a sample where it is sampled. block: (start, end) of a call, None without tools. output: (start,
+    end) of its result."""
 
-    def __init__(self, tokenizer, tools: bool = True):
+    def __init__(self, tokenizer, tools: Toolbox | None = CALCULATOR_ALONE):
         def pair(name):
             return tuple(tokenizer.special(f"<|{name}_{side}|>") for side in ("start", "end"))
 
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tools = tokenizer, tools
         self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
         self.block = pair("python") if tools else None
         self.output = pair("output")
@@ -62,7 +54,8 @@ class SampleInProgress:
     alternatives: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # of each token, if wanted
     forced: list[int] = field(default_factory=list)  # the next tokens, whatever is sampled
     tool_calls: list[ToolCall] = field(default_factory=list)
-    block: list[int] | None = None  # tokens since python_start; None: not in a calculator block
+    block: list[int] | None = None  # tokens since python_start; None: not in a call
+    call: RunningCall | None = None  # whose answer it waits for
     ended: bool = False
 
     @property
@@ -87,21 +80,38 @@ class SampleInProgress:
                 self._watch_block(token)
 
     def _watch_block(self, token: int) -> None:
-        """Collect what stands in a calculator block; where it closes, force the result."""
+        """Collect what stands in a call; where that closes, make it."""
         start, end = self.control_tokens.block
         if token == start:
             self.block = []
         elif token == end:
             if self.block:
-                expression = self.control_tokens.tokenizer.decode(self.block)
-                result = calculate(expression)
-                self.tool_calls.append(ToolCall(expression, result))
-                if result is not None:
-                    output_start, output_end = self.control_tokens.output
-                    self.forced = [output_start, *self.control_tokens.tokenizer.encode(result), output_end]
+                tokenizer = self.control_tokens.tokenizer
+                self.call = self.control_tokens.tools.start(tokenizer.decode(self.block), tokenizer)
+                self.take_answer()
             self.block = None
         elif self.block is not None:
             self.block.append(token)
+
+    def take_answer(self) -> bool:
+        """Force the result of the call that the sample waits for -> whether it can go on."""
+        if self.call is None:
+            return True
+        answer = self.control_tokens.tools.answer_of(self.call)
+        if answer is None:
+            return False
+        made, ids = answer
+        self.call = None
+        self.tool_calls.append(made)
+        if made.result is not None:
+            output_start, output_end = self.control_tokens.output
+            self.forced = [output_start, *ids, output_end]
+        return True
+
+    def give_up_call(self) -> None:
+        """Nobody waits for the sample's call any more."""
+        if self.call is not None:
+            self.control_tokens.tools.give_up(self.call)
 
     def finish(self) -> Sample:
         """What there is of it, as arrays."""
@@ -116,7 +126,7 @@ class SampleInProgress:
 
 
 def answer_text(tokenizer, sample: Sample) -> str:
-    """What a task's `evaluate` and `reward` judge: the text with the calculator's results, without the end token.
+    """What a task's `evaluate` and `reward` judge: the text with the results of calls, without the end token.
 
     Special tokens are written as in the vocabulary, as in nanochat."""
     return tokenizer.decode(sample.tokens[: len(sample.tokens) - sample.ended])

@@ -12,6 +12,8 @@ from nanochat_jax.inference.samples import ControlTokens, SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, coarse_size, padded_size, prefill_prompts
 
+MOMENT = 0.05  # seconds without a look at anything else
+
 
 @dataclass(eq=False)
 class PromptInProgress:
@@ -100,16 +102,26 @@ class SlotScheduler:
                 prompt.samples = prompt.started
         for r, sample in enumerate(self.rows):
             if sample and sample.prompt == number:
+                sample.give_up_call()
                 self.rows[r], self.slots.remaining[r] = None, 0
+
+    def close(self) -> None:
+        """Wait for no tool any more; for a scheduler that is left before its samples are finished."""
+        for sample in filter(None, self.rows):
+            sample.give_up_call()
 
     def advance(self) -> list[SampleInProgress]:
         """One device call -> the samples that it has extended; an empty list when all samples are finished.
 
-        FloatingPointError: logits are not finite."""
+        Samples that wait for a tool stay in their rows, which are idle meanwhile. Where all wait, there is no device
+        call: after MOMENT seconds at most they are returned as they are. FloatingPointError: logits are not finite."""
         self._fill_rows()
-        active = [(r, sample) for r, sample in enumerate(self.rows) if sample]
-        if not active:
+        rows = [(r, sample) for r, sample in enumerate(self.rows) if sample]
+        if not rows:
             return []
+        active = self._not_waiting(rows)
+        if not active:
+            return [sample for _, sample in rows]
         slots, chunk = self.slots, self.programs.chunk
         for r, sample in active:
             forced = sample.forced[:chunk]
@@ -138,10 +150,11 @@ class SlotScheduler:
             slots.previous[r] = tokens[-2] if n > 1 else slots.token[r]
             slots.token[r] = tokens[-1]
             slots.length[r] += n
-            slots.remaining[r] = 0 if sample.finished else sample.remaining
+            slots.remaining[r] = 0 if sample.finished or sample.call else sample.remaining
             if sample.finished:
+                sample.give_up_call()
                 self.rows[r] = None
-        unfinished = [int(lengths[r]) for r, sample in active if not sample.finished]
+        unfinished = [int(lengths[r]) for r, sample in rows if not sample.finished]
         if unfinished:
             self.continuation_size = self._continuation_size(max(unfinished) + chunk)
             self.continuation = self.programs.append(self.continuation, fresh, lengths, self.continuation_size)
@@ -150,6 +163,18 @@ class SlotScheduler:
             layout = self.programs.layout.continuation(len(self.rows), self.least_continuation)
             self.continuation = self.programs.resize(self.continuation, layout)
         return [sample for _, sample in active]
+
+    def _not_waiting(self, rows: list[tuple[int, SampleInProgress]]) -> list[tuple[int, SampleInProgress]]:
+        """The rows that can go on; where there is none, whoever gets an answer from its tool within a moment."""
+        waiting = [(r, sample) for r, sample in rows if sample.call]
+        if not waiting:
+            return rows
+        if len(waiting) == len(rows):
+            self.control_tokens.tools.wait([sample.call for _, sample in waiting], MOMENT)
+        for r, sample in waiting:
+            if sample.take_answer():
+                self.slots.remaining[r] = sample.remaining
+        return [(r, sample) for r, sample in rows if not sample.call]
 
     def _continuation_size(self, needed: int) -> int:
         if self.follows:

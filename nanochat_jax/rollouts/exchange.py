@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanochat_jax.inference.samples import Sample, ToolCall
+from nanochat_jax.inference.samples import Sample
+from nanochat_jax.inference.tools import ToolCall
 
 FIELDS = ("tokens", "mask", "logprobs", "policy_logprobs")  # the arrays of a sample
 
@@ -14,7 +15,7 @@ FIELDS = ("tokens", "mask", "logprobs", "policy_logprobs")  # the arrays of a sa
 def to_bytes(drawn: Sequence[tuple[list[Sample], np.ndarray]], cost: Sequence[float]) -> bytes:
     """(samples, rewards) of some problems, and what they cost, for another process; no objects, arrays alone."""
     samples = [sample for group, _ in drawn for sample in group]
-    calls = [[(call.expression, call.result) for call in sample.tool_calls] for sample in samples]
+    calls = [[(call.expression, call.result, call.timed_out) for call in sample.tool_calls] for sample in samples]
     arrays = {name: np.concatenate([getattr(sample, name) for sample in samples] or [[]]) for name in FIELDS}
     arrays |= {
         "lengths": np.array([len(sample.tokens) for sample in samples], np.int64),

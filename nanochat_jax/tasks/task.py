@@ -11,16 +11,14 @@ __len__ and __getitem__.
 """
 
 import hashlib
-import importlib
-import inspect
 import json
 import numbers
 import operator
-import os
 import sys
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from nanochat_jax.cli.own_code import load_object
 from nanochat_jax.files.digest import digest_of
 
 MAX_SIZE = 2**31 - 1  # conversations are numbered by int32
@@ -196,30 +194,9 @@ def require_text(answer: str) -> None:
 
 
 def load_task(spec: str, flag: str = "--task") -> Task:
-    """The task that `--task module:Class` names, made without arguments; modules of the current directory count.
-
-    flag is what the user typed it after. Class may also be a function that makes a task, or a task. ValueError, one
-    sentence, where this does not work.
-    """
-    module_name, colon, attribute = spec.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(f"{flag} must be module:Class, got {spec!r}")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    importlib.invalidate_caches()  # the module may be younger than the last look into its folder
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as e:  # whatever a user's module does when it runs
-        raise ValueError(f"{flag} {spec}: cannot import {module_name}: {type(e).__name__}: {e}") from e
-    if not hasattr(module, attribute):
-        raise ValueError(f"{flag} {spec}: {module.__file__ or module_name} has no {attribute}")
-    made = getattr(module, attribute)
-    if inspect.isclass(made) or inspect.isroutine(made):
-        try:
-            made = made()
-        except (Exception, SystemExit) as e:
-            raise ValueError(f"{flag} {spec}: {attribute}() failed, {type(e).__name__}: {e}") from e
+    """The task that `--task module:Class` names, see `load_object`. ValueError, one sentence, where this does not
+    work."""
+    made, attribute = load_object(spec, flag), spec.partition(":")[2]
     if missing := [m for m in ("__len__", "__getitem__") if not hasattr(made, m)]:
         lacks = " and ".join(missing)
         raise ValueError(f"{flag} {spec}: {attribute} is no sequence of conversations, it lacks {lacks}")

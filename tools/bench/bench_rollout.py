@@ -37,6 +37,7 @@ from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import arrange_slots
+from nanochat_jax.inference.tools import CALCULATOR_ALONE
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -125,7 +126,7 @@ def main(cfg: Bench) -> None:
         attention=attention,
         slots=cfg.slots,
         chunk=cfg.chunk,
-        tools=cfg.tools,
+        tools=CALCULATOR_ALONE if cfg.tools else None,
     )
     sampling = SamplingParams(cfg.temperature, cfg.top_k, cfg.new_tokens)
     params = engine.cast_params(random_params(config))
