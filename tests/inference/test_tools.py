@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,8 +16,8 @@ from nanochat_jax.inference import tools
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.tools import CALCULATOR, PYTHON, Tool, Toolbox, ToolCall, make_toolbox
 from nanochat_jax.tasks import sandbox
-from tests.support.models import random_params, tiny_config
-from tests.support.scripted import END, TOKENIZER, call, result, scripted
+from tests.support.models import tiny_config
+from tests.support.scripted import END, TOKENIZER, apart, call, result, scripted
 
 UPPER = Tool("upper", str.upper)
 REVERSE = Tool("reverse", lambda text: text[::-1])
@@ -38,7 +37,7 @@ def answer(toolbox, expression):
     """(the call, its result's ids)"""
     made = toolbox.start(expression, TOKENIZER)
     while not (found := toolbox.answer_of(made)):
-        toolbox.wait([made], 1.0)
+        toolbox.wait([made], 0.1)
     return found
 
 
@@ -93,13 +92,13 @@ def test_a_tool_that_hangs_is_given_up_and_the_next_calls_have_its_place(monkeyp
     found = []
     for made in started:
         while not (one := toolbox.answer_of(made)):
-            toolbox.wait([made], 1.0)
+            toolbox.wait([made], 0.1)
         found.append(one[0])
     assert found == [ToolCall(f"hang {x}", None, True) for x in "abc"] + [ToolCall("upper d", "D")]
 
 
 def test_with_too_many_threads_that_hang_no_further_call_is_waited_for(monkeypatch):
-    monkeypatch.setattr(tools, "CALLS_AT_ONCE", 2)
+    monkeypatch.setattr(tools, "CALLS_AT_ONCE", 1)
     monkeypatch.setattr(tools, "MOST_STUCK", 2)
     toolbox = Toolbox([HANG, UPPER])
     for text in ("hang a", "hang b", "upper c"):
@@ -132,7 +131,6 @@ def test_megabytes_are_cut_and_names_of_special_tokens_stay_text():
         ("for i in range(30): print(i)", "\n".join(map(str, range(20, 30)))),
         ("print(1)\n1/0", "1\nZeroDivisionError: division by zero"),
         ("x = 1", ""),
-        ("open('/etc/passwd')", "PermissionError: [Errno 13] Permission denied: '/etc/passwd'"),
     ],
 )
 def test_python_gives_the_last_lines_of_what_a_program_prints(program, expected):
@@ -286,25 +284,4 @@ def test_the_answers_are_the_same_whatever_the_order_in_which_calls_return(monke
             np.testing.assert_array_equal(a.mask, b.mask)
             np.testing.assert_allclose(a.policy_logprobs, b.policy_logprobs, atol=1e-5)
             assert a.tool_calls == b.tool_calls and len(a.tool_calls) == 2 and a.ended
-
-
-def test_log_probabilities_around_calls_are_those_of_the_training_forward(monkeypatch):
-    found = answers_of_delayed(monkeypatch, 0.02, slots=18, chunk=4)
-    assert apart(LAYERS, itertools.chain(*found)) < 1e-5
-
-
-def apart(config, samples):
-    """Mean |policy log-probability kept by the engine - that of the training forward| of the sampled tokens."""
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from nanochat_jax.model.gpt import abstract_gpt
-
-    forward = jax.jit(lambda params, ids: nnx.merge(abstract_gpt(config, jnp.float32)[0], params)(ids))
-    gaps = []
-    for sample in samples:
-        ids = np.pad([1, *sample.tokens], (0, 80 - len(sample.tokens)))[None].astype(np.int32)
-        logp = np.asarray(jax.nn.log_softmax(forward(random_params(config), ids)[0]), np.float64)
-        n = np.arange(len(sample.tokens))
-        gaps.append(np.abs(logp[n, sample.tokens] - sample.policy_logprobs)[sample.mask > 0])
-    return np.concatenate(gaps).mean()
+        assert apart(LAYERS, itertools.chain(*late)) < 1e-5

@@ -2,13 +2,15 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.model.gpt import GPT
+from nanochat_jax.model.gpt import GPT, abstract_gpt
 from tests.support import tiny
 from tests.support.models import random_params, tiny_config
 
@@ -51,3 +53,15 @@ def result(text):
     """The ids of what is forced behind it."""
     start, end = (TOKENIZER.special(f"<|output_{side}|>") for side in ("start", "end"))
     return [start, *TOKENIZER.encode(text), end]
+
+
+def apart(config, samples):
+    """Mean |policy log-probability kept by the engine - that of the training forward| of the sampled tokens."""
+    forward = jax.jit(lambda params, ids: nnx.merge(abstract_gpt(config, jnp.float32)[0], params)(ids))
+    gaps = []
+    for sample in samples:
+        ids = np.pad([1, *sample.tokens], (0, 80 - len(sample.tokens)))[None].astype(np.int32)
+        logp = np.asarray(jax.nn.log_softmax(forward(random_params(config), ids)[0]), np.float64)
+        n = np.arange(len(sample.tokens))
+        gaps.append(np.abs(logp[n, sample.tokens] - sample.policy_logprobs)[sample.mask > 0])
+    return np.concatenate(gaps).mean()
