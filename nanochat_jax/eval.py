@@ -134,6 +134,7 @@ def main(cfg: EvalConfig) -> int:
         "dtype": dtype.name,
         "attention": attention,
         "sampling": dataclasses.asdict(sampling) | {"samples": cfg.num_samples, "seed": cfg.seed},
+        "max_turns": cfg.max_turns,
         "tools": [tool.name for tool in tools.tools],
         "max_problems": cfg.max_problems,
         "tasks": {},
@@ -164,6 +165,7 @@ def main(cfg: EvalConfig) -> int:
                 sampling,
                 samples=cfg.num_samples,
                 seed=cfg.seed,
+                max_turns=cfg.max_turns,
                 progress=progress,
             )
             bars.remove_task(bar)

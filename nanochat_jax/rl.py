@@ -133,6 +133,7 @@ def main(cfg: RLConfig) -> int:
         num_samples=cfg.num_samples,
         advantage=cfg.advantage,
         cut_answers=cfg.cut_answers,
+        max_turns=cfg.max_turns,
         seed=cfg.seed,
         resample=cfg.resample,
     )
@@ -147,6 +148,7 @@ def main(cfg: RLConfig) -> int:
         seed=cfg.seed,
         every=cfg.eval_every,
         cut_answers=cfg.cut_answers,
+        max_turns=cfg.max_turns,
     )
 
     # Train. Beside the state, a step depends on the position of its first problem; a checkpoint keeps it.

@@ -59,6 +59,12 @@ class EvalConfig(ToolConfig):
     max_new_tokens: Annotated[int, short("-m")] = setting(
         512, "tokens of an answer, results of tools included", group=ANSWERS
     )
+    max_turns: int = setting(
+        8,
+        "answers in a conversation with a task that responds; --max-new-tokens is the limit of all together",
+        at_least(1),
+        group=ANSWERS,
+    )
     num_samples: Annotated[int, short("-n")] = setting(
         1, "answers to each problem, for pass@1 to pass@n", at_least(1), group=ANSWERS
     )

@@ -82,6 +82,12 @@ class RLConfig(StageConfig, ToolConfig):
         group=ANSWERS,
     )
     max_new_tokens: int = setting(256, "tokens of an answer, results of tools included", group=ANSWERS)
+    max_turns: int = setting(
+        8,
+        "answers in a conversation with a task that responds; --max-new-tokens is the limit of all together",
+        at_least(1),
+        group=ANSWERS,
+    )
     temperature: float = setting(
         1.0,
         "of the sampling",

@@ -106,13 +106,20 @@ class Engine:
         seed: int = 0,
         step: int = 0,
         examples: Sequence[int] | None = None,
+        respond: Callable[[int, list[str]], str | None] | None = None,
+        max_turns: int = 1,
         progress: Callable[[int, int], None] | None = None,
         report: Callable[[GenerationStats], None] | None = None,
     ) -> list[list[Sample]]:
         """`samples` continuations of each prompt (token ids, at least one) -> [prompt][sample].
 
         params: a tree as GPT's, sharded in any way. A sample's draws depend on (seed, step, examples[p], number of the
-        sample, position) and on nothing else; examples default to 0, 1, ... progress(samples done, samples in all) is
+        sample, position) and on nothing else; examples default to 0, 1, ...
+
+        respond(example, turns), of an environment, is asked after each answer that ends, at most max_turns - 1 times in
+        a sample: turns are the answers and replies so far, and what it returns is the next reply, None where the sample
+        is over. The reply and the next answer go on in the same sample, of whose tokens the limit is that of all turns
+        together; a reply that would leave no room for an answer is not given. progress(samples done, samples in all) is
         called after each device call, report(what it took) at the end. ValueError: a prompt that is empty, or too long
         to be continued. FloatingPointError: logits are not finite; the prompt is named by its number in examples.
         """
@@ -125,7 +132,9 @@ class Engine:
                 f"{len(prompts):,} problems with {samples:,} answers each would be {answers:,} answers, at most "
                 f"{MOST_ANSWERS:,} are held at once: lower --num-samples, --eval-samples or the number of problems"
             )
-        scheduler = self._schedule(self.programs, params, prompts, examples, samples, sampling, seed, step)
+        scheduler = self._schedule(
+            self.programs, params, prompts, examples, samples, sampling, seed, step, respond, max_turns
+        )
         results = [[None] * samples for _ in prompts]
         done = 0
         with contextlib.closing(scheduler):
@@ -184,7 +193,9 @@ class Engine:
         if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
             raise ValueError(f"{name} has ids outside of 0..{self.config.vocab_size - 1}")
 
-    def _schedule(self, programs, params, prompts, examples, samples, sampling, seed, step) -> SlotScheduler:
+    def _schedule(
+        self, programs, params, prompts, examples, samples, sampling, seed, step, respond=None, max_turns=1
+    ) -> SlotScheduler:
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         for number, prompt in enumerate(prompts):
             self.check_prompt(prompt, f"prompt {number}")
@@ -208,7 +219,15 @@ class Engine:
             prompt_size=self._prompt_sizes[shape],
         )
         for prompt, example in zip(prompts, examples):
-            scheduler.add(prompt, sampling, seed=seed, example=example, samples=samples)
+            scheduler.add(
+                prompt,
+                sampling,
+                seed=seed,
+                example=example,
+                samples=samples,
+                respond=respond and partial(respond, example),
+                max_turns=max_turns,
+            )
         return scheduler
 
 

@@ -2,8 +2,10 @@
 
 Facts of nanochat (its Engine, 2026): a result is forced as output_start, text, output_end; a token sampled where a
 forced one is due is thrown away; assistant_end and bos end a sample, also inside a block; forced tokens count as new.
+A reply of an environment, which nanochat does not have, is forced as it renders a user's message between two answers.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +23,7 @@ class Sample:
     policy_logprobs: np.ndarray  # the same, under the model's own distribution: temperature 1, no limit
     ended: bool  # by an end token; False: cut at max_new_tokens or at the context's end
     tool_calls: list[ToolCall]
+    turns: int = 1  # answers of the model in it; those after the first follow a reply of an environment
 
 
 class ControlTokens:
@@ -34,7 +37,9 @@ class ControlTokens:
             return tuple(tokenizer.special(f"<|{name}_{side}|>") for side in ("start", "end"))
 
         self.tokenizer, self.tools = tokenizer, tools
-        self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.special("<|bos|>")}
+        self.end_of_turn = tokenizer.special("<|assistant_end|>")
+        self.ends = {self.end_of_turn, tokenizer.special("<|bos|>")}
+        self.answer_start = tokenizer.special("<|assistant_start|>")
         self.block = pair("python") if tools else None
         self.output = pair("output")
 
@@ -47,6 +52,9 @@ class SampleInProgress:
     prompt: int  # its prompt, as `SlotScheduler.add` has numbered it
     number: int  # among the prompt's samples
     remaining: int  # tokens that may still come
+    respond: Callable[[list[str]], str | None] | None = None  # what an environment says to the turns so far
+    max_turns: int = 1
+    turns: int = 1
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -78,6 +86,26 @@ class SampleInProgress:
         if self.control_tokens.block is not None:
             for token in tokens:
                 self._watch_block(token)
+        if (
+            self.ended
+            and self.respond
+            and self.turns < self.max_turns
+            and tokens[-1] == self.control_tokens.end_of_turn
+        ):
+            self._reply()
+
+    def _reply(self) -> None:
+        """Force what the environment says to the answer, and go on, if it says something. A reply that leaves no room
+        for an answer is not given."""
+        tokenizer = self.control_tokens.tokenizer
+        reply = self.respond(split_turns(tokenizer, self.tokens[:-1], self.mask))
+        if reply is None:
+            return
+        message = {"role": "user", "content": reply}
+        (_bos, *ids), _ = tokenizer.render_conversation({"messages": [message]}, max_tokens=None)
+        ids.append(self.control_tokens.answer_start)
+        if len(ids) < self.remaining:
+            self.ended, self.block, self.forced, self.turns = False, None, ids, self.turns + 1
 
     def _watch_block(self, token: int) -> None:
         """Collect what stands in a call; where that closes, make it."""
@@ -122,11 +150,28 @@ class SampleInProgress:
             np.asarray(self.policy_logprobs, np.float32),
             self.ended,
             self.tool_calls,
+            self.turns,
         )
 
 
+def split_turns(tokenizer, tokens: Sequence[int], mask: Sequence[int]) -> list[str]:
+    """The answers in a continuation that has no end token, and the replies to them: answer, reply, answer, ...
+
+    A reply is where its special tokens were forced, as results of tools hold none."""
+    reply_start, answer_start = (tokenizer.special(f"<|{role}_start|>") for role in ("user", "assistant"))
+    ends = [i for i, token in enumerate(tokens) if not mask[i] and token in (reply_start, answer_start)]
+    pieces = zip([0, *(i + 1 for i in ends)], [*(i - 1 for i in ends), len(tokens)])  # before each: the end of a turn
+    return [tokenizer.decode(tokens[start:end]) for start, end in pieces]
+
+
+def turns_of(tokenizer, sample: Sample) -> list[str]:
+    """What `evaluate`, `reward` and `respond` get of a sample: its answers and the replies to them; without an
+    environment its `answer_text` alone."""
+    return split_turns(tokenizer, sample.tokens[: len(sample.tokens) - sample.ended], sample.mask)
+
+
 def answer_text(tokenizer, sample: Sample) -> str:
-    """What a task's `evaluate` and `reward` judge: the text with the results of calls, without the end token.
+    """The text with the results of calls, without the end token, as tasks judge it.
 
     Special tokens are written as in the vocabulary, as in nanochat."""
     return tokenizer.decode(sample.tokens[: len(sample.tokens) - sample.ended])

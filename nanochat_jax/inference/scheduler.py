@@ -1,6 +1,7 @@
 """The host's side of generation: which sample is in which row (slot), and what the next device call must know of it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ class PromptInProgress:
     seed: int
     example: int  # its number in the keys
     alternatives: bool  # whether the likeliest tokens are wanted too
+    respond: Callable[[list[str]], str | None] | None  # of an environment: the reply to the turns so far
+    max_turns: int
     started: int = 0  # samples that have got a row
 
     @property
@@ -85,12 +88,17 @@ class SlotScheduler:
         example: int = 0,
         samples: int = 1,
         alternatives: bool = False,
+        respond: Callable[[list[str]], str | None] | None = None,
+        max_turns: int = 1,
     ) -> int:
         """Continue a prompt, int32 [length], `samples` times, as soon as rows are free -> its number: 0, 1, 2, ...
 
-        A sample's draws depend on (seed, the scheduler's step, example, number of the sample, position) only."""
+        respond, max_turns: as of `SampleInProgress`. A sample's draws depend on (seed, the scheduler's step, example,
+        number of the sample, position) only."""
         self.added += 1
-        prompt = PromptInProgress(self.added - 1, ids, sampling, samples, seed, example, alternatives)
+        prompt = PromptInProgress(
+            self.added - 1, ids, sampling, samples, seed, example, alternatives, respond, max_turns
+        )
         self.waiting.append(prompt)
         return prompt.number
 
@@ -128,7 +136,8 @@ class SlotScheduler:
             slots.forced[r, : len(forced)] = forced
             slots.forced_count[r] = len(forced)
             slots.block[r] = -1 if sample.block is None else len(sample.block)
-        settings = DecodeSettings(np.uint32(self.step % 2**32), refill=np.bool(bool(self.waiting)))
+        refill = bool(self.waiting) or any(sample.respond for _, sample in active)
+        settings = DecodeSettings(np.uint32(self.step % 2**32), refill=np.bool(refill))
         began = time.perf_counter()
         output, fresh = self.programs.decode(self.params, self.prompt_cache, self.continuation, slots, settings)
         output = jax.device_get(output)
@@ -217,7 +226,9 @@ class SlotScheduler:
         prompt.started += 1
         ids, sampling, slots = prompt.ids, prompt.sampling, self.slots
         remaining = min(sampling.max_new_tokens, self.context - len(ids))
-        self.rows[r] = SampleInProgress(self.control_tokens, prompt.number, number, remaining)
+        self.rows[r] = SampleInProgress(
+            self.control_tokens, prompt.number, number, remaining, prompt.respond, prompt.max_turns
+        )
         slots.token[r] = ids[-1]
         slots.previous[r] = ids[-2] if len(ids) > 1 else 0
         slots.prompt_length[r] = len(ids) - 1

@@ -30,6 +30,7 @@ class Sample:
     logprobs: np.ndarray
     ended: bool
     tool_calls: list = dataclasses.field(default_factory=list)
+    turns: int = 1
 
 
 @dataclasses.dataclass
@@ -163,6 +164,7 @@ def test_what_a_step_shows():
         "length_mean": 2.25,
         "length_max": 4,
         "cut": 0.25,
+        "turns": 1.0,
         "tool_calls": 0.5,
         "tool_failed": 0.25,
         "tool_timeouts": 0.25,
