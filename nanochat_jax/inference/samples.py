@@ -86,18 +86,15 @@ class SampleInProgress:
         if self.control_tokens.block is not None:
             for token in tokens:
                 self._watch_block(token)
-        if (
-            self.ended
-            and self.respond
-            and self.turns < self.max_turns
-            and tokens[-1] == self.control_tokens.end_of_turn
-        ):
+        if self.ended and self.respond and self.turns < self.max_turns:
             self._reply()
 
     def _reply(self) -> None:
         """Force what the environment says to the answer, and go on, if it says something. A reply that leaves no room
         for an answer is not given."""
         tokenizer = self.control_tokens.tokenizer
+        if self.tokens[-1] != self.control_tokens.end_of_turn:
+            return  # bos, behind which nothing belongs to the conversation
         reply = self.respond(split_turns(tokenizer, self.tokens[:-1], self.mask))
         if reply is None:
             return

@@ -33,8 +33,9 @@ def pass_at_k_measurement(
     """pass@k for k = 1..samples of parameters on `mesh`, with 95 % intervals as pass@k_low and pass@k_high; also before
     the first step. What its progress raises ends the measurement on all processes. eval_set: None measures nothing.
 
-    max_turns: answers in a conversation with an environment. cut_answers: "keep" counts an answer that does not end as it is judged, as `eval` and nanochat do; otherwise it is
-    wrong, and what it would have been is there as pass@k_kept. held_out_cut: share of such answers."""
+    cut_answers: "keep" counts an answer that does not end as it is judged, as `eval` and nanochat do; otherwise it is
+    wrong, and what it would have been is there as pass@k_kept. held_out_cut: share of such answers. max_turns: answers
+    in a conversation with an environment."""
     if eval_set is None:
         return Measurement("held-out answers", -1, lambda params, progress: {})
 
