@@ -75,7 +75,7 @@ def write_base(
     made.save(base / "tokenizer")
     state, groups = random_state(config, seed)
     for name in likely:
-        state.params["lm_head"] = state.params["lm_head"].at[made.special(name)].multiply(20)
+        state.params["lm_head"] = state.params["lm_head"].at[made.special(name)].multiply(2)
     saver = Saver(base / "base_checkpoints" / tag, keep=9)
     saver.save(step, train.state_items(state), lambda: meta(groups, config, step=step, tokenizer=made.digest()))
     saver.wait()
