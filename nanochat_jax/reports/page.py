@@ -41,7 +41,7 @@ PANELS = (
     Panel("KL divergence from the first model (nats a token)", ("kl",)),
     Panel("entropy (nats a sampled token)", ("entropy",)),
     Panel("tokens in an answer", ("length_mean", "length_max")),
-    Panel("shares of answers", ("cut", "tool_calls", "tool_failed")),
+    Panel("shares of answers", ("cut", "tool_calls", "tool_failed", "tool_timeouts")),
     Panel("share of problems without signal", ("no_signal",)),
     Panel("shares of tokens", ("clipped", "capped")),
     Panel("gradient norm", ("grad_norm",), log=True),
