@@ -85,8 +85,11 @@ def _on_disk(base: Any, source: str | None, tag: str | None, step: int | str | N
     place = layout.find_place(paths)
     choice = layout.choose(paths, place, source, step=step)
     found = _single(folder, folder / choice.tokenizer, place, choice, source, tag, folder.name, str(folder))
-    print0(f"{folder}: {place.layout}, {found.source} model, step {found.step}")
+    _say_once(f"{folder}: {place.layout}, {found.source} model, step {found.step}")
     return found
+
+
+_say_once = functools.cache(print0)  # a command may look for its model more than once
 
 
 @functools.cache  # asked once a process

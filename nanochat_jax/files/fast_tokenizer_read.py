@@ -45,11 +45,12 @@ def fast_tokenizer_fields(content: dict, name: str) -> dict:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict):
         raise Refused(f"its vocab must be an object, got {short(vocab)}")
-    ranks = {_bytes_of(token): i for token, i in vocab.items() if token not in special}
+    tokens = {text: _bytes_of(text) for text in vocab if text not in special}
+    ranks = {token: vocab[text] for text, token in tokens.items()}
     ids = [*ranks.values(), *special.values()]
     if not all(type(i) is int for i in ids) or len(set(ids)) != len(vocab.keys() | special.keys()):
         raise Refused("every token of it must have an integer of its own as its id")
-    _check_merges(model.get("merges"), ranks)
+    _check_merges(model.get("merges"), tokens, ranks)
     return {"name": name, "pat_str": _pattern(content), "mergeable_ranks": ranks, "special_tokens": special}
 
 
@@ -74,10 +75,10 @@ def _pattern(content: dict) -> str:
 def _bytes_of(token: str) -> bytes:
     if not 1 <= len(token) <= LONGEST or not BYTE_OF.keys() >= set(token):
         raise Refused(f"its tokens must be 1 to {LONGEST:,} bytes as characters, got {short(token)}")
-    return bytes(BYTE_OF[character] for character in token)
+    return bytes(map(BYTE_OF.__getitem__, token))
 
 
-def _check_merges(merges: object, ranks: dict[bytes, int]) -> None:
+def _check_merges(merges: object, tokens: dict[str, bytes], ranks: dict[bytes, int]) -> None:
     """Refused where merging by this list differs from tiktoken's, which merges any two tokens that make a third, the
     one of the lowest id first."""
     if not isinstance(merges, list):
@@ -87,16 +88,16 @@ def _check_merges(merges: object, ranks: dict[bytes, int]) -> None:
         parts = merge.split(" ") if isinstance(merge, str) else merge  # the library's older form: "a b"
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
             raise Refused(f"each of its merges must be two tokens, got {short(merge)}")
-        pair = _bytes_of(parts[0]), _bytes_of(parts[1])
+        pair = tokens.get(parts[0], b""), tokens.get(parts[1], b"")
         rank = ranks.get(pair[0] + pair[1], -1)
-        if rank < last or rank < 0 or pair[0] not in ranks or pair[1] not in ranks:
+        if rank < max(last, 0) or not all(pair):
             raise Refused(f"its merges must be tokens in the order of what they become, got {short(str(merge))}")
         pairs.add(pair)
         last = rank
     for token in ranks:
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
-            if pair[0] in ranks and pair[1] in ranks and pair not in pairs:
+            if pair[1] in ranks and pair[0] in ranks and pair not in pairs:
                 raise Refused(
                     f"its merges lack {short(pair[0])} + {short(pair[1])}, so it may give other ids than tiktoken: "
                     "put the run's tokenizer.pkl beside, and this file away"
