@@ -281,7 +281,7 @@ def samples(every: int, plan: Plan, tokenizer: Tokenizer) -> Measurement:
 
     def measure(params, progress) -> dict[str, list[str]]:
         own = own_devices(plan.mesh)
-        engine = Engine(plan.model, tokenizer, own, tools=False, dtype=plan.dtype, attention=plan.attention)
+        engine = Engine(plan.model, tokenizer, own, tools=None, dtype=plan.dtype, attention=plan.attention)
         with engine.holding(params, plan.mesh) as held:
             return {"samples": sample_texts(engine, held, prompts, progress)}
 

@@ -39,10 +39,11 @@ from nanochat_jax.evals.records import core_csv, make_core_record, make_record, 
 from nanochat_jax.evals.samples import sample_prompts, sample_texts
 from nanochat_jax.files import bucket
 from nanochat_jax.files.json_numbers import finite_or_null
-from nanochat_jax.files.paths import base_dir, output_dir, write_atomically, write_to
+from nanochat_jax.files.paths import output_dir, write_atomically, write_to
 from nanochat_jax.flags.eval import EvalConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import Toolbox, make_toolbox
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks.registry import TASKS, find_name, make_task
@@ -132,6 +133,7 @@ def main(cfg: EvalConfig) -> int:
     """Evaluate -> the exit code, 0."""
     sampling = check(cfg)
     task_names(cfg.task_name)  # a wrong name is found before anything is loaded
+    tools = make_toolbox(cfg.tool, cfg.tool_tokens)
     write_to(cfg.output_dir)
     start_device(cfg.device_type, cfg)
     mesh = make_mesh(cfg.mesh or "")
@@ -140,10 +142,10 @@ def main(cfg: EvalConfig) -> int:
     dtype = compute_dtype(cfg.dtype)
 
     # Problems and model; what can fail without the weights comes before they are read
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
+    tokenizer = Tokenizer.load(found.tokenizer)
     meta = find.peek_meta(found)
-    check_tokenizer(tokenizer, meta)
+    check_tokenizer(tokenizer, meta, found)
     with processes.process_zero_first("the problems"):
         problems = make_problems(cfg, tokenizer, find.load_config(found).sequence_len)
     sizes = [f"{eval_set.name}: {len(eval_set.prompts)}" for eval_set in problems.eval_sets]
@@ -165,16 +167,18 @@ def main(cfg: EvalConfig) -> int:
     print0(f"{dtype.name}, attention {attention}")
 
     # One after the other; after each, --json has the numbers so far
-    kept = place_beside(cfg.source, found)
+    kept = place_beside(found.source, found)
     report = {
         "model": str(found),
         "checkpoint": find.identity(found),
         "time": round(time.time(), 3),
-        "source": cfg.source,
+        "source": found.source,
         "step": found.step,
         "dtype": dtype.name,
         "attention": attention,
         "sampling": dataclasses.asdict(sampling) | {"samples": cfg.num_samples, "seed": cfg.seed},
+        "max_turns": cfg.max_turns,
+        "tools": [tool.name for tool in tools.tools],
         "max_problems": cfg.max_problems,
         "tasks": {},
         "not_run": problems.not_run,
@@ -194,7 +198,7 @@ def main(cfg: EvalConfig) -> int:
             if problems.sample:
                 report["samples"] = sample(model, bars)
             evaluate_core(cfg, model, problems.core, report, bars)
-            evaluate_tasks(cfg, model, problems.eval_sets, sampling, report, bars)
+            evaluate_tasks(cfg, model, problems.eval_sets, sampling, tools, report, bars)
     accuracies = {name: record["accuracy"]["value"] for name, record in report["tasks"].items()}
     report["chatcore"] = chatcore(accuracies)
     report["chatcore_with_spelling"] = chatcore(accuracies, WITH_SPELLING)
@@ -203,7 +207,7 @@ def main(cfg: EvalConfig) -> int:
         print_table(bars.console, report)
     if "core" in report:
         print_core(bars.console, report)
-        keep_csv(cfg.source, found, core_csv(report["core"], report["core_metric"]))
+        keep_csv(found.source, found, core_csv(report["core"], report["core_metric"]))
     keep(kept, report)
     return 0
 
@@ -214,7 +218,13 @@ def placed(params: Any, mesh: Mesh) -> Any:
 
 
 def evaluate_tasks(
-    cfg: EvalConfig, model: Model, eval_sets: list[EvalSet], sampling: SamplingParams, report: dict, bars: Bars
+    cfg: EvalConfig,
+    model: Model,
+    eval_sets: list[EvalSet],
+    sampling: SamplingParams,
+    tools: Toolbox,
+    report: dict,
+    bars: Bars,
 ) -> None:
     """Put each task's record into the report, and the report so far into --json."""
     if not eval_sets:
@@ -227,12 +237,19 @@ def evaluate_tasks(
         attention=model.attention,
         rows=cfg.batch_size,
         slots=max(1, cfg.slots // processes.count()),
+        tools=tools,
     )
     for eval_set in eval_sets:
         began = time.perf_counter()
         with bars.bar(eval_set.name, len(eval_set.prompts)) as progress:
             result = evaluator.evaluate(
-                model.params, eval_set, sampling, samples=cfg.num_samples, seed=cfg.seed, progress=progress
+                model.params,
+                eval_set,
+                sampling,
+                samples=cfg.num_samples,
+                seed=cfg.seed,
+                max_turns=cfg.max_turns,
+                progress=progress,
             )
         record = report["tasks"][eval_set.name] = make_record(eval_set, result, time.perf_counter() - began)
         bars.say(f"{eval_set.name}: {summary(record)}")
@@ -283,9 +300,7 @@ def held_out_bits(cfg: EvalConfig, model: Model, rows: DocumentRows, document_ma
 def sample(model: Model, bars: Bars) -> list[str]:
     """A few continuations, a line each."""
     prompts = sample_prompts(model.tokenizer, model.config.sequence_len)
-    engine = Engine(
-        model.config, model.tokenizer, model.mesh, tools=False, dtype=model.dtype, attention=model.attention
-    )
+    engine = Engine(model.config, model.tokenizer, model.mesh, tools=None, dtype=model.dtype, attention=model.attention)
     texts = sample_texts(engine, engine.cast_params(model.params), prompts)
     for text in texts:
         bars.say(f"sample: {text}")

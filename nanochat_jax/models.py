@@ -21,9 +21,9 @@ from nanochat_jax.flags.models import ModelsConfig
 from nanochat_jax.interop.nanochat_model import model_file
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig
+from nanochat_jax.reports.model_card import MEASURED
 from nanochat_jax.reports.runs import evaluated, evaluated_numbers
 
-MEASURED = ("val_bpb", "core_metric", "chatcore", "pass@1")  # what is shown, where it was measured
 WIDE = 200  # columns of a file or pipe
 COLUMNS = ("stage", "tag", "steps", "parameters", "on disk", "measured", "from", "saved")
 

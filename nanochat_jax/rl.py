@@ -21,10 +21,11 @@ from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
-from nanochat_jax.files.paths import base_dir, write_to
+from nanochat_jax.files.paths import write_to
 from nanochat_jax.flags.rl import RLConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import make_toolbox
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import NO_LIMITS, Limits
@@ -42,6 +43,7 @@ from nanochat_jax.rollouts.watch import warnings, watch_of
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
+from nanochat_jax.train.base_model import run_tokenizer
 from nanochat_jax.train.loop import exit_code, open_run
 from nanochat_jax.train.plan import Plan, make_plan
 from nanochat_jax.train.start import Start, find_start, fine_tuning_groups, initial_state
@@ -61,11 +63,12 @@ def main(cfg: RLConfig) -> int:
     describe_device(mesh, print0)
 
     # The run: a new one from a chat model, or one to go on with
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    tokenizer = run_tokenizer(cfg)
     start = find_rl_start(cfg, tokenizer)
     cfg = start.cfg
     sampling = check(cfg)  # also what a checkpoint recorded
     check_attention_backend(cfg.attention, mesh, packed=True)
+    tools = make_toolbox(cfg.tool, cfg.tool_tokens)
 
     # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
     with processes.process_zero_first("the problems"):
@@ -107,7 +110,12 @@ def main(cfg: RLConfig) -> int:
     if cfg.kl_coef:
         with plan.scope():
             params, reference = load_reference(
-                cfg.source, cfg.model_tag, cfg.model_step, start.record.get("reference"), plan.abstract_state.params
+                cfg.source,
+                cfg.model_tag,
+                cfg.model_step,
+                start.record.get("reference"),
+                plan.abstract_state.params,
+                base=start.started_from,
             )
         score = functools.partial(
             make_score(plan.model, params, plan.mesh, dtype=plan.dtype, attention=plan.attention), params
@@ -119,6 +127,7 @@ def main(cfg: RLConfig) -> int:
         dtype=plan.dtype,
         attention=plan.attention,
         slots=max(1, cfg.slots // processes.count()),
+        tools=tools,
         prompt_tokens=longest,
     )
     collector = RolloutCollector(
@@ -130,6 +139,7 @@ def main(cfg: RLConfig) -> int:
         num_samples=cfg.num_samples,
         advantage=cfg.advantage,
         cut_answers=cfg.cut_answers,
+        max_turns=cfg.max_turns,
         seed=cfg.seed,
         resample=cfg.resample,
     )
@@ -144,6 +154,7 @@ def main(cfg: RLConfig) -> int:
         seed=cfg.seed,
         every=cfg.eval_every,
         cut_answers=cfg.cut_answers,
+        max_turns=cfg.max_turns,
     )
 
     # Train. Beside the state, a step depends on the position of its first problem; a checkpoint keeps it.
@@ -252,9 +263,7 @@ def plan_of(
 def preflight_of(cfg: RLConfig) -> int:
     """--preflight -> the exit code: 0 where it fits, else 1."""
     devices = preflight.start(cfg)
-    model, cfg = preflight.model_for(
-        cfg, cfg.source, lambda: find_rl_start(cfg, Tokenizer.load(base_dir() / "tokenizer"))
-    )
+    model, cfg = preflight.model_for(cfg, cfg.source, lambda: find_rl_start(cfg, run_tokenizer(cfg)))
     print0(f"NOTE: without data, prompts of up to {preflight.PROMPT_TOKENS} tokens are assumed")
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd), preflight.PROMPT_TOKENS)
     answers = {"rollouts": preflight.Answers(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)}

@@ -61,7 +61,7 @@ def bench_infer(cfg: BenchConfig, subject: Subject) -> dict[str, Any]:
             attention=attention,
             slots=batch,
             chunk=cfg.chunk,
-            tools=False,
+            tools=None,
             prompt_tokens=len(prompt),
         )
         with jax.set_mesh(mesh):

@@ -30,6 +30,7 @@ from nanochat_jax.flags.rl import RLConfig
 from nanochat_jax.inference.engine import Engine, GenerationStats
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import arrange_slots
+from nanochat_jax.inference.tools import CALCULATOR_ALONE
 from nanochat_jax.model.cost import flops_per_token
 from nanochat_jax.model.gpt import abstract_gpt
 from nanochat_jax.optim.schedules import rl_scalars
@@ -81,7 +82,7 @@ def bench_rl(cfg: BenchConfig, subject: Subject) -> dict[str, Any]:
         attention=plan.attention,
         slots=cfg.slots,
         chunk=cfg.chunk,
-        tools=cfg.tools,
+        tools=CALCULATOR_ALONE if cfg.tools else None,
     )
     sampling = SamplingParams(1.0 if cfg.temperature is None else cfg.temperature, cfg.top_k, cfg.decode_tokens)
     rng = np.random.default_rng(1)

@@ -9,7 +9,6 @@ from flax import nnx
 
 from nanochat_jax.checkpoints import find
 from nanochat_jax.cli.settings import require
-from nanochat_jax.files.paths import base_dir
 from nanochat_jax.flags.bench import BenchConfig, ModelSizes
 from nanochat_jax.model.gpt import GPT, GPTConfig
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -41,7 +40,7 @@ def config_of(cfg: BenchConfig) -> tuple[str, GPTConfig]:
     fit together."""
     if cfg.source is None:
         return f"depth {cfg.depth}, random weights", config_of_sizes(cfg)
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
     return str(found), find.load_config(found)
 
 
@@ -50,9 +49,9 @@ def subject_of(cfg: BenchConfig) -> Subject:
     if cfg.source is None:
         config, tokenizer = config_of_sizes(cfg), byte_pair_tokenizer(cfg.vocab_size)
         return Subject(config, random_params(config), tokenizer)
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
-    find.check_tokenizer(tokenizer, find.peek_meta(found))
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
+    tokenizer = Tokenizer.load(found.tokenizer)
+    find.check_tokenizer(tokenizer, find.peek_meta(found), found)
     config, params, _ = find.load_params(found)
     return Subject(config, params, tokenizer)
 

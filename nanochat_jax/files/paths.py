@@ -10,6 +10,7 @@ from typing import Any
 
 from nanochat_jax.files import bucket
 
+BUNDLED = Path(__file__).parents[1] / "bundled"  # data files of the package
 OUTPUT = "NANOCHAT_OUTPUT_DIR"  # environment variable
 
 

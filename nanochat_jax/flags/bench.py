@@ -17,6 +17,7 @@ from nanochat_jax.cli.settings import (
     setting,
     short,
 )
+from nanochat_jax.flags.model import ModelConfig
 
 COUNT = at_least(1)
 
@@ -38,7 +39,7 @@ class ModelSizes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig(ModelSizes):
+class BenchConfig(ModelConfig, ModelSizes):
     """Time a model: generating one prompt's continuations in batches (infer), an SFT step, or a step of RL.
 
     python -m nanochat_jax.bench --depth 12                     # infer: nanochat's protocol, on random weights
@@ -51,8 +52,6 @@ class BenchConfig(ModelSizes):
     source: Annotated[Maybe[str], short("-i")] = setting(
         None, "stage of a real model; default: random weights", SOURCES, group=RUN
     )
-    model_tag: Annotated[Maybe[str], short("-g")] = setting(None, "its tag; default: the one saved last", group=RUN)
-    step: Annotated[Maybe[int], short("-s", "--model-step")] = setting(None, "its step; default: the last", group=RUN)
     prompt_tokens: Maybe[int] = setting(
         None, "tokens of a prompt; default: 2048, but infer cuts it to the context; of rl 150", COUNT, group=ANSWERS
     )

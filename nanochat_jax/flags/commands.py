@@ -35,7 +35,7 @@ COMMANDS = {  # in the order of use
         "curves, settings and results of all runs on one HTML page, also while they train", "ReportConfig"
     ),
     "nanochat_import": Command("convert a nanochat base directory", "ImportConfig"),
-    "nanochat_export": Command("write a model as nanochat's files", "ExportConfig"),
+    "nanochat_export": Command("write a model as files of nanochat or transformers, and upload it", "ExportConfig"),
 }
 
 

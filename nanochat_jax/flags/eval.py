@@ -10,18 +10,18 @@ from nanochat_jax.cli.settings import (
     DEVICES,
     LARGEST,
     RUN,
-    SOURCES,
     Maybe,
-    ModelStep,
     at_least,
     between,
     setting,
     short,
 )
+from nanochat_jax.flags.model import ModelConfig
+from nanochat_jax.flags.tools import ToolConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(ModelConfig, ToolConfig):
     """Evaluate a model on tasks: which share of their problems it solves. One-letter flags are those of nanochat.
 
     python -m nanochat_jax.eval                                 # the newest SFT model on all tasks
@@ -29,13 +29,6 @@ class EvalConfig:
     python -m nanochat_jax.eval -i rl -a "GSM8K|Arithmetic" -n 8 -t 1.0 --json gsm8k.json
     """
 
-    source: Annotated[str, short("-i")] = setting("sft", "stage that made the model", SOURCES, group=RUN)
-    model_tag: Annotated[Maybe[str], short("-g")] = setting(
-        None, "tag of the model; default: the one saved last", group=RUN
-    )
-    step: Annotated[ModelStep, short("-s", "--model-step")] = setting(
-        None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN
-    )
     json: Maybe[Path] = setting(
         None, "new file for all numbers; they are also kept in a new file in the model's folder", group=RUN
     )
@@ -60,7 +53,13 @@ class EvalConfig:
         0.0, "of generated answers; 0 = the most likely one", group=ANSWERS
     )
     max_new_tokens: Annotated[int, short("-m")] = setting(
-        512, "tokens of an answer, the calculator's included", group=ANSWERS
+        512, "tokens of an answer, results of tools included", group=ANSWERS
+    )
+    max_turns: int = setting(
+        8,
+        "answers in a conversation with a task that responds; --max-new-tokens is the limit of all together",
+        at_least(1),
+        group=ANSWERS,
     )
     num_samples: Annotated[int, short("-n")] = setting(
         1, "answers to each problem, for pass@1 to pass@n", at_least(1), group=ANSWERS

@@ -6,6 +6,7 @@ Everything is read as others may have left it: what has another form is left out
 import collections
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,15 @@ class Run(NamedTuple):
 def find_runs(base: Path) -> list[Path]:
     """Folders of runs in a base directory, stage after stage."""
     return [path.parent for stage in STAGES for path in sorted((base / stage).glob("*/metrics.jsonl"))]
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the folders' paths, as many as tell them apart."""
+    for count in range(1, max((len(folder.parts) for folder in folders), default=0)):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len({*names}) == len({*folders}):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def read_run(folder: Path, log: Log = str) -> Run:
@@ -95,6 +105,11 @@ def is_number(value: object) -> bool:
     return type(value) in (float, int) and abs(value) < 1e300
 
 
+def is_number_or_none(value: object) -> bool:
+    """The same, or what stands in a file for a number that is not finite."""
+    return value is None or is_number(value)
+
+
 # ------------------------------------------------------------------------------------------------------ answers of RL
 def last_answers(path: Path, log: Log = str) -> list[dict]:
     """All answers to the last problem in rollouts.jsonl, from the best to the worst."""
@@ -109,16 +124,28 @@ def last_answers(path: Path, log: Log = str) -> list[dict]:
         return []
     records, others = [], 0
     for line in filter(None, lines[1:] if start else lines):  # the seek has cut the first one
-        with contextlib.suppress(ValueError, RecursionError):
-            if is_rollout(record := json.loads(line)):
-                records.append(record)
-                continue
-        others += 1
+        if record := read_rollout(line):
+            records.append(record)
+        else:
+            others += 1
     if others:
-        log(f"{path}: {others:,} line{'s are' if others > 1 else ' is'} no answer of a rollout")
+        log(f"{path}: {no_rollouts(others)}")
     last = records[-1] if records else {}
     answers = [r for r in records if (r["step"], r["example"]) == (last["step"], last["example"])]
-    return sorted(answers, key=lambda record: -record["reward"])
+    return sorted(answers, key=lambda record: math.inf if record["reward"] is None else -record["reward"])
+
+
+def read_rollout(line: bytes) -> dict | None:
+    """The answer in a line of rollouts.jsonl, its numbers that are not finite as None; None where it is another."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line, parse_constant=lambda _: None)
+        return record if is_rollout(record) else None
+    return None
+
+
+def no_rollouts(lines: int) -> str:
+    """What is said of so many lines."""
+    return f"{lines:,} line{'s are' if lines > 1 else ' is'} no answer of a rollout"
 
 
 def is_rollout(record: object) -> bool:
@@ -127,7 +154,7 @@ def is_rollout(record: object) -> bool:
         isinstance(record, dict)
         and is_step(record.get("step"))
         and type(record.get("example")) is int
-        and all(is_number(record.get(name)) for name in ("reward", "advantage"))
+        and all(name in record and is_number_or_none(record[name]) for name in ("reward", "advantage"))
         and all(isinstance(record.get(name), str) for name in ("prompt", "text"))
     )
 

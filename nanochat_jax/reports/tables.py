@@ -145,12 +145,17 @@ def last_answers(shown: Shown) -> str:
     count = min(SHOWN_ANSWERS, len(answers))
     some = [answers[round(i * (len(answers) - 1) / max(1, count - 1))] for i in range(count)]
     texts = "".join(
-        f"<pre class='{'right' if record['reward'] > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
-        f"<small>reward {record['reward']:g}, advantage {record['advantage']:g}</small></pre>"
+        f"<pre class='{'right' if (record['reward'] or 0) > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
+        f"<small>reward {number(record['reward'])}, advantage {number(record['advantage'])}</small></pre>"
         for record in some
     )
     said = f"step {answers[0]['step']:,}: {count} of {len(answers)} answers to one problem"
     return details("answers", shown, said, f"<pre>{html.escape(answers[0]['prompt'])}</pre>{texts}")
+
+
+def number(value: float | None) -> str:
+    """A number as text, also one that was not finite."""
+    return "–" if value is None else f"{value:g}"
 
 
 def details(kind: str, shown: Shown, said: str, inside: str, *, is_open: bool = False) -> str:

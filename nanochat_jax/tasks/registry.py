@@ -7,6 +7,7 @@ from pathlib import Path
 from nanochat_jax.tasks import sandbox
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.arithmetic import Arithmetic
+from nanochat_jax.tasks.environments import GuessNumber, SecondTry
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.mmlu import MMLU
@@ -35,6 +36,8 @@ TASKS: dict[str, Callable[[str, int, Path | None, bool], Task]] = {  # called wi
     "SimpleSpelling": lambda split, size, data_dir, unsafe: SimpleSpelling(split, size, data_dir=data_dir),
     # SFT shows the answers to the training problems of seed 0, so RL trains on those of another seed
     "Arithmetic": lambda split, size, data_dir, unsafe: Arithmetic(split, size, seed=int(split == "train")),
+    "SecondTry": lambda split, size, data_dir, unsafe: SecondTry(split, size, seed=int(split == "train")),
+    "GuessNumber": lambda split, size, data_dir, unsafe: GuessNumber(split, size),
 }
 NAMES = {name.lower(): name for name in TASKS} | {"spelling": "SpellingBee"}  # what users type, in any case -> name
 
