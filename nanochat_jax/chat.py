@@ -1,6 +1,6 @@
 """Talk with a model in the terminal. Its settings, with examples: flags/chat.py.
 
-Answers go to standard output, notes about them to standard error. A calculator call is shown as [expression = result],
+Answers go to standard output, notes about them to standard error. A call of a tool is shown as [expression = result],
 one without a result as [expression].
 """
 
@@ -28,6 +28,7 @@ from nanochat_jax.cli.waiting import saying
 from nanochat_jax.flags.chat import ChatConfig
 from nanochat_jax.inference.engine import Engine, text_pieces
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import make_toolbox
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tokenizer.show import visible
 
@@ -245,9 +246,10 @@ class Chat:
 
 def load_model(cfg: ChatConfig) -> tuple[Engine, Any, find.Found]:
     """(engine, its parameters, where they were found), on one device."""
+    tools = make_toolbox(cfg.tool, cfg.tool_tokens)
     found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
     start_device(cfg.device_type)
-    model = find.chat_model_of(found, compute_dtype(cfg.dtype))
+    model = find.chat_model_of(found, compute_dtype(cfg.dtype), tools=tools)
     return model.engine, model.params, found
 
 

@@ -131,7 +131,7 @@ def main(cfg: QuickstartConfig) -> int:
     shares = {model: [result.accuracy for result in both] for model, both in results.items()}
     tour.show_shares(shares)
     write_atomically(folder / "shares.json", json.dumps(shares, indent=1).encode())
-    write_atomically(folder / "report.html", report.page(report.find_runs(folder)).encode())
+    report.write_pages(report.find_runs(folder), folder / "report.html")
     tour.say(f"Curves of all stages, for a browser:  {folder / 'report.html'}")
     tour.say(f"Talk to it:  {tour.command('chat', ('-i', 'rl'))}")
     tour.say(f"{time.perf_counter() - began:.0f} seconds in all")

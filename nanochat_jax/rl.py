@@ -25,6 +25,7 @@ from nanochat_jax.files.paths import write_to
 from nanochat_jax.flags.rl import RLConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import make_toolbox
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import NO_LIMITS, Limits
@@ -67,6 +68,7 @@ def main(cfg: RLConfig) -> int:
     cfg = start.cfg
     sampling = check(cfg)  # also what a checkpoint recorded
     check_attention_backend(cfg.attention, mesh, packed=True)
+    tools = make_toolbox(cfg.tool, cfg.tool_tokens)
 
     # Problems: every prompt through the tokenizer, so that all sizes are known before anything is compiled
     with processes.process_zero_first("the problems"):
@@ -113,7 +115,7 @@ def main(cfg: RLConfig) -> int:
                 cfg.model_step,
                 start.record.get("reference"),
                 plan.abstract_state.params,
-                base=cfg.base,
+                base=start.started_from,
             )
         score = functools.partial(
             make_score(plan.model, params, plan.mesh, dtype=plan.dtype, attention=plan.attention), params
@@ -125,6 +127,7 @@ def main(cfg: RLConfig) -> int:
         dtype=plan.dtype,
         attention=plan.attention,
         slots=max(1, cfg.slots // processes.count()),
+        tools=tools,
         prompt_tokens=longest,
     )
     collector = RolloutCollector(
@@ -136,6 +139,7 @@ def main(cfg: RLConfig) -> int:
         num_samples=cfg.num_samples,
         advantage=cfg.advantage,
         cut_answers=cfg.cut_answers,
+        max_turns=cfg.max_turns,
         seed=cfg.seed,
         resample=cfg.resample,
     )
@@ -150,6 +154,7 @@ def main(cfg: RLConfig) -> int:
         seed=cfg.seed,
         every=cfg.eval_every,
         cut_answers=cfg.cut_answers,
+        max_turns=cfg.max_turns,
     )
 
     # Train. Beside the state, a step depends on the position of its first problem; a checkpoint keeps it.

@@ -16,6 +16,7 @@ from nanochat_jax.cli.settings import check_bounds, require
 from nanochat_jax.cli.waiting import saying
 from nanochat_jax.flags.serve import ServeConfig
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import make_toolbox
 from nanochat_jax.serving.app import ServerSettings, make_app
 from nanochat_jax.serving.http import http_server
 from nanochat_jax.serving.requests import MOST_ALTERNATIVES, Limits
@@ -34,13 +35,19 @@ def main(cfg: ServeConfig) -> int:
     require(api_key != "", "--api-key, or NANOCHAT_API_KEY where it is not given, must not be empty")
     if cfg.host not in LOOPBACK and api_key is None:
         print("WARNING: who can reach this machine may use the model: --api-key asks for a key", file=sys.stderr)
+    tools = make_toolbox(cfg.tool, cfg.tool_tokens)
     listening = listen(cfg.host, cfg.port)  # a port that is taken is an error before a model is read
     with listening:
         found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
         start_device(cfg.device_type)
         with saying("reading the model"):
             model = find.chat_model_of(
-                found, compute_dtype(cfg.dtype), slots=cfg.max_concurrent, chunk=CHUNK, alternatives=MOST_ALTERNATIVES
+                found,
+                compute_dtype(cfg.dtype),
+                slots=cfg.max_concurrent,
+                chunk=CHUNK,
+                alternatives=MOST_ALTERNATIVES,
+                tools=tools,
             )
         worker = EngineWorker(model.engine, model.params, max_waiting=cfg.max_waiting)
         with saying("compiling"):

@@ -127,7 +127,7 @@ def test_reinforcement_learning_finds_its_model_and_later_its_reference_there(he
     forget()
     params = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), find.load_params(start.base)[1])
     which = start.cfg.source, start.cfg.model_tag, start.cfg.model_step
-    _, digest = load_reference(*which, None, params, base=start.cfg.base)
+    _, digest = load_reference(*which, None, params, base=start.started_from)
     with pytest.raises(ValueError, match="--kl-coef needs the model that the run started from"):
         load_reference(*which, digest, params)
 
@@ -142,4 +142,6 @@ def test_a_folder_of_one_model_is_named_like_a_base_directory(tmp_path, capsys):
     assert find.identity(found[0]).partition(",")[2] == find.identity(found[1]).partition(",")[2]
     inside = tmp_path / "theirs" / "base_checkpoints" / "d2"
     assert find.find_model("sft", base=inside).source == "base"
+    with pytest.raises(ValueError, match=f"--base={inside} names the model d2: leave --model-tag=d4 out"):
+        find.find_model("sft", "d4", base=inside)
     assert f"{flat}: nanochat's files of one model, base model, step 7" in capsys.readouterr().out

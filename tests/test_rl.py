@@ -18,7 +18,8 @@ from nanochat_jax import rl
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sample, ToolCall
+from nanochat_jax.inference.samples import Sample
+from nanochat_jax.inference.tools import ToolCall
 from nanochat_jax.rollouts.collector import Group
 from nanochat_jax.rollouts.log import RolloutLog
 from nanochat_jax.rollouts.prompts import PromptStream

@@ -25,6 +25,7 @@ from nanochat_jax.files.paths import base_dir, kept_dir
 from nanochat_jax.files.safetensors_read import shard_files
 from nanochat_jax.inference.chat_model import ChatModel
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.tools import CALCULATOR_ALONE, Toolbox
 from nanochat_jax.interop import transformers_model
 from nanochat_jax.interop.nanochat_model import (
     find_steps,
@@ -328,9 +329,17 @@ def load_chat_model(
     return chat_model_of(find_model(source, model_tag, step, base), dtype)
 
 
-def chat_model_of(found: Found, dtype=None, *, slots: int = 256, chunk: int = 16, alternatives: int = 0) -> ChatModel:
+def chat_model_of(
+    found: Found,
+    dtype=None,
+    *,
+    slots: int = 256,
+    chunk: int = 16,
+    alternatives: int = 0,
+    tools: Toolbox = CALCULATOR_ALONE,
+) -> ChatModel:
     """The same of a model that `find_model` has found. Its context is the length that it was trained with. slots,
-    chunk, alternatives: of the `Engine`."""
+    chunk, alternatives, tools: of the `Engine`."""
     tokenizer = Tokenizer.load(found.tokenizer)
     check_tokenizer(tokenizer, peek_meta(found), found)
     config, params, _ = load_params(found)
@@ -344,6 +353,7 @@ def chat_model_of(found: Found, dtype=None, *, slots: int = 256, chunk: int = 16
         chunk=chunk,
         context=config.sequence_len,
         alternatives=alternatives,
+        tools=tools,
     )
     return ChatModel(engine, engine.cast_params(params))
 

@@ -25,7 +25,7 @@ class Located(NamedTuple):
 
     folder: Any  # a base directory where the layout is a tree, else the model's own folder
     layout: str
-    source: str  # the model's stage
+    source: str | None  # the model's stage
     tag: str | None  # None: in a tree on a disk, still to be chosen
     step: int | str | None
     tokenizer: Any  # folder
@@ -77,7 +77,7 @@ def _on_disk(base: Any, source: str | None, tag: str | None, step: int | str | N
     if bucket.in_bucket(folder):
         return Located(folder, TREE, source, tag, step, folder / "tokenizer", str(folder))
     folder, stage, named = layout.enclosing(folder.expanduser().absolute())
-    source, tag = stage or source, named or tag
+    source, tag = stage or source, _agreed(named, tag)
     in_tree = Located(folder, TREE, source, tag, step, folder / "tokenizer", str(folder))
     if stage or any((folder / name).is_dir() for name in layout.STAGES) or not folder.is_dir():
         return in_tree
@@ -92,7 +92,7 @@ def _on_disk(base: Any, source: str | None, tag: str | None, step: int | str | N
 @functools.cache  # asked once a process
 def _on_hub(text: str, source: str | None, tag: str | None, step: int | str | None, optimizer: bool) -> Located:
     address, place, stage, named, commit, paths = _find_on_hub(text)
-    source, tag = stage or source, named or tag
+    source, tag = stage or source, _agreed(named, tag)
     name = "--".join([address.repo.replace("/", "--"), *PurePosixPath(place.folder).parts])
     choice = layout.choose(paths, place, source, tag, step, optimizer=optimizer)
     root = fetch_model(address.repo, address.revision, commit, choice.files)
@@ -122,8 +122,16 @@ def _find_on_hub(text: str) -> tuple[Address, Place, str | None, str | None, str
 
 def stages_at(base: Any) -> list[str]:
     """The stages that a repository of the hub has folders for; none where it holds a single model."""
-    _, place, stage, _, _, paths = _find_on_hub(str(base))
+    with naming(str(base)):
+        _, place, stage, _, _, paths = _find_on_hub(str(base))
     return [stage] if stage else layout.stages_in(paths, place)
+
+
+def _agreed(named: str | None, tag: str | None) -> str | None:
+    """The model's tag, from the folder that was named or from --model-tag. ValueError: they differ."""
+    if named and tag not in (None, named):
+        raise ValueError(f"names the model {named}: leave --model-tag={tag} out")
+    return named or tag
 
 
 def _single(

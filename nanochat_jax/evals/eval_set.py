@@ -1,11 +1,12 @@
 """A task's problems as the model gets them, and whether an answer to one of them is right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nanochat_jax.tasks import Task
+from nanochat_jax.tasks.task import as_played
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def make_eval_set(name: str, task: Task, tokenizer, limit: int | None = None) ->
         raise ValueError(f"{name} has no problems to put to the model")
     eval_set = EvalSet(name, task, conversations, prompts, letters if choice else None)
     judge(eval_set, 0, conversations[0]["letters"][0] if choice else "")  # fails now, before any answer is generated
+    if not choice and (reply := replies(task, conversations.__getitem__)):
+        reply(0, [""])
     return eval_set
 
 
@@ -54,16 +57,37 @@ def letter_tokens(letters: Sequence[str], tokenizer) -> list[int]:
     return [ids[0] for ids in split]
 
 
-def judge(eval_set: EvalSet, i: int, answer: str) -> bool:
-    """Whether the task accepts the answer to problem i. ValueError: `evaluate` fails, or returns neither 0 nor 1."""
+def judge(eval_set: EvalSet, i: int, *turns: str) -> bool:
+    """Whether the task accepts the answer to problem i; of an environment all answers and the replies, in turns.
+    ValueError: `evaluate` fails, or returns neither 0 nor 1."""
     try:
-        score = eval_set.task.evaluate(eval_set.conversations[i], answer)
+        score = eval_set.task.evaluate(as_played(eval_set.task, eval_set.conversations[i], turns), turns[-1])
         known = bool(score in (0, 1))
     except (Exception, SystemExit) as e:
         raise ValueError(f"{eval_set.name} cannot judge the answer to problem {i}: {error_text(e)}") from e
     if not known:
         raise ValueError(f"{eval_set.name}: evaluate must return 0 or 1, got {score!r:.40} for problem {i}")
     return bool(score)
+
+
+def replies(task: Task, conversation: Callable[[int], dict]) -> Callable[[int, Sequence[str]], str | None] | None:
+    """reply(i, turns): what an environment says to the last of the turns, answers and replies, of its problem i, which
+    is conversation(i); None: nothing more. None in place of the function: the task is no environment.
+
+    Its ValueError: `respond` fails, or returns something else."""
+    if getattr(task, "respond", None) is None:
+        return None
+
+    def reply(i: int, turns: Sequence[str]) -> str | None:
+        try:
+            said = task.respond(as_played(task, conversation(i), turns))
+            if not isinstance(said, str | None):
+                raise TypeError(f"respond must return text or None, got {type(said).__name__}")
+        except (Exception, SystemExit) as e:  # a user's class may do anything
+            raise ValueError(f"{task.name} cannot respond to an answer to problem {i}: {error_text(e)}") from e
+        return said
+
+    return reply
 
 
 def error_text(e: BaseException) -> str:

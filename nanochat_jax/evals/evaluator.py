@@ -1,7 +1,7 @@
 """Evaluate a model on tasks: how many of its answers are right.
 
 Multiple choice: the offered letter with the largest logit after the prompt, the first of equals, without generating.
-Every other task: a text is generated, with the calculator, and `task.evaluate` judges it. Facts of nanochat, 2026: its
+Every other task: a text is generated, with tools, and `task.evaluate` judges it. Facts of nanochat, 2026: its
 five tasks and their baselines, the test splits, 512 new tokens, greedy. Until 2026-07 SpellingBee was the sixth task.
 """
 
@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.signals import collect
-from nanochat_jax.evals.eval_set import EvalSet, judge
+from nanochat_jax.evals.eval_set import EvalSet, judge, replies
 from nanochat_jax.evals.intervals import Share, pass_at_k
 from nanochat_jax.evals.multiple_choice import make_letter_logits
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import answer_text
+from nanochat_jax.inference.samples import turns_of
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import CALCULATOR_ALONE, Toolbox
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tasks import HumanEval
 
@@ -65,9 +66,10 @@ class Evaluator:
         attention: str = "chunked",
         rows: int | None = None,
         slots: int = 256,
+        tools: Toolbox = CALCULATOR_ALONE,
     ):
         self.tokenizer = tokenizer
-        self.engine = Engine(config, tokenizer, mesh, dtype=dtype, attention=attention, slots=slots)
+        self.engine = Engine(config, tokenizer, mesh, dtype=dtype, attention=attention, slots=slots, tools=tools)
         self.letter_logits = make_letter_logits(
             config, mesh, tokenizer.bos, dtype=dtype, attention=attention, rows=rows
         )
@@ -80,14 +82,16 @@ class Evaluator:
         *,
         samples: int = 1,
         seed: int = 0,
+        max_turns: int = 1,
         progress: Progress | None = None,
     ) -> EvalResult:
         """Judge `samples` generated answers to each problem, or the one letter of multiple choice.
 
-        params: a tree as GPT's, on the mesh. If `progress` raises Interrupted on one process, all processes raise it.
+        max_turns: answers in a conversation with an environment, of which the last is judged. params: a tree as GPT's,
+        on the mesh. If `progress` raises Interrupted on one process, all processes raise it.
         """
         if eval_set.letters is None:
-            return self._evaluate_generated(params, eval_set, sampling, samples, seed, progress)
+            return self._evaluate_generated(params, eval_set, sampling, samples, seed, max_turns, progress)
         letters = self.choose_letters(params, eval_set, progress)
         return EvalResult(np.array([[judge(eval_set, i, letter)] for i, letter in enumerate(letters)]))
 
@@ -102,16 +106,24 @@ class Evaluator:
 
         return collect_items("the chosen letters", choose_own)
 
-    def _evaluate_generated(self, params, eval_set, sampling, samples, seed, progress) -> EvalResult:
+    def _evaluate_generated(self, params, eval_set, sampling, samples, seed, max_turns, progress) -> EvalResult:
         fitting = [i for i, prompt in enumerate(eval_set.prompts) if len(prompt) < self.engine.context]
 
         def answer_own():
             own = processes.mine(fitting)
             prompts = [eval_set.prompts[i] for i in own]
             groups = self.engine.generate(
-                params, prompts, sampling, samples=samples, seed=seed, examples=own, progress=progress
+                params,
+                prompts,
+                sampling,
+                samples=samples,
+                seed=seed,
+                examples=own,
+                respond=replies(eval_set.task, eval_set.conversations.__getitem__),
+                max_turns=max_turns,
+                progress=progress,
             )
-            answers = [(i, answer_text(self.tokenizer, sample)) for i, group in zip(own, groups) for sample in group]
+            answers = [(i, *turns_of(self.tokenizer, sample)) for i, group in zip(own, groups) for sample in group]
             passed = np.reshape(judge_answers(eval_set, answers, progress), (len(own), samples)).tolist()
             return [(row, [sample.ended for sample in group]) for row, group in zip(passed, groups)]
 
@@ -122,9 +134,9 @@ class Evaluator:
         return EvalResult(passed, len(eval_set.prompts) - len(fitting), cut)
 
 
-def judge_answers(eval_set: EvalSet, answers: list[tuple[int, str]], progress: Progress | None = None) -> list[bool]:
-    """Whether each answer (number of the problem, text) is right. progress(n, n), with the number of answers, is called
-    after each one or at least once a second, so that it can interrupt the judging too."""
+def judge_answers(eval_set: EvalSet, answers: list[tuple], progress: Progress | None = None) -> list[bool]:
+    """Whether each answer (number of the problem, its turns as texts) is right. progress(n, n), with the number of
+    answers, is called after each one or at least once a second, so that it can interrupt the judging too."""
 
     def interruptible():
         if progress:
@@ -132,13 +144,13 @@ def judge_answers(eval_set: EvalSet, answers: list[tuple[int, str]], progress: P
 
     if not isinstance(eval_set.task, HumanEval):  # a user's task may not be made for several threads
         passed = []
-        for i, text in answers:
-            passed.append(judge(eval_set, i, text))
+        for answer in answers:
+            passed.append(judge(eval_set, *answer))
             interruptible()
         return passed
     pool = ThreadPoolExecutor(JUDGES)
     try:
-        futures = [pool.submit(judge, eval_set, i, text) for i, text in answers]
+        futures = [pool.submit(judge, eval_set, *answer) for answer in answers]
         while wait(futures, timeout=1).not_done:
             interruptible()
         return [future.result() for future in futures]

@@ -7,6 +7,7 @@ imported when something is downloaded, because the import takes 0.2 seconds that
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -93,21 +94,22 @@ def fetch_model(repo: str, revision: str, commit: str, paths: Sequence[str], log
 
     commit: what `list_repository` has said of the revision. DownloadError: a file cannot be had; those that have
     arrived stay."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    what = f"model {repo} ({revision})"
 
     def fetch(path: str) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        found = Path(
-            _repeat(functools.partial(hf_hub_download, repo, path, revision=revision), f"{path} of {what}", log)
-        )
+        get = functools.partial(hf_hub_download, repo, path, revision=revision)
+        found = Path(_repeat(get, f"{path} of {what}", log))
         if found.parents[path.count("/")].name != commit:
             raise DownloadError(f"{what} has changed while it was downloaded: start again")
         return found
 
-    what = f"model {repo} ({revision})"
-    folder = fetch(paths[0]).parents[paths[0].count("/")]
-    _fetch_all(fetch, paths[1:], log)
-    return folder
+    missing = [path for path in paths if not isinstance(try_to_load_from_cache(repo, path, revision=commit), str)]
+    if missing:
+        log(f"downloading {what}, {len(missing)} files, to {constants.HF_HUB_CACHE}")
+        _fetch_all(fetch, missing, log)
+    return Path(try_to_load_from_cache(repo, paths[0], revision=commit)).parents[paths[0].count("/")]
 
 
 def cached_model(repo: str, revision: str) -> tuple[str, list[str]]:
@@ -152,29 +154,29 @@ def _fetch_all(fetch: Callable[[str], Path], paths: Sequence[str], log: Callable
 
 
 def download(url: str, final: Path, log: Callable = print0) -> Path:
-    """A small file of any web address under the name `final`; one that is there already stays. DownloadError."""
+    """A file of any web address under the name `final`; one that is there already stays. DownloadError."""
 
-    def get() -> bytes:
+    def get() -> None:
         from huggingface_hub.utils import get_session  # its client obeys HF_HUB_OFFLINE
 
-        response = get_session().get(url, timeout=TIMEOUT)
-        response.raise_for_status()
-        body, shown = response.content, url.split("?")[0]  # the query may hold a signature
-        if url.startswith("https:") and response.url.scheme != "https":
-            raise DownloadError(f"{shown} redirects to plain http, which is refused")
-        is_page = body.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html"))
-        if is_page or "text/html" in response.headers.get("Content-Type", ""):
-            raise DownloadError(f"{shown} answered with a web page, not with the file: {LOGIN_PAGE}")
-        if not body:
-            raise OSError("the answer is empty")
-        return body
+        with get_session().stream("GET", url, timeout=TIMEOUT) as response:
+            response.raise_for_status()
+            parts, shown = response.iter_bytes(1 << 20), url.split("?")[0]  # the query may hold a signature
+            if url.startswith("https:") and response.url.scheme != "https":
+                raise DownloadError(f"{shown} redirects to plain http, which is refused")
+            first = next(parts, b"")
+            is_page = first.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html"))
+            if is_page or "text/html" in response.headers.get("Content-Type", ""):
+                raise DownloadError(f"{shown} answered with a web page, not with the file: {LOGIN_PAGE}")
+            if not first:
+                raise OSError("the answer is empty")
+            with writing(final.parent):
+                write_atomically(final, itertools.chain([first], parts))
 
     if not final.is_file():
         with locked(final, log):
             if not final.is_file():  # another process may have made it meanwhile
-                body = _repeat(get, url.split("?")[0], log)
-                with writing(final.parent):
-                    write_atomically(final, body)
+                _repeat(get, url.split("?")[0], log)
     return final
 
 

@@ -24,6 +24,7 @@ from nanochat_jax.cli.settings import (
     setting,
 )
 from nanochat_jax.flags.stage import StageConfig
+from nanochat_jax.flags.tools import ToolConfig
 
 COUNT = between(1, 65536, "from 1 to 65536")
 ADVANTAGES = ("mean", "grpo", "rloo")  # of rollouts/objective.py
@@ -32,7 +33,7 @@ CUT_ANSWERS = ("wrong", "mask", "keep")  # of rollouts/collector.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig(StageConfig):
+class RLConfig(StageConfig, ToolConfig):
     """Train a chat model on what its own answers to a task's problems are worth. Defaults are nanochat's.
 
     python -m nanochat_jax.rl                                   # GSM8K, from the newest SFT model
@@ -82,7 +83,13 @@ class RLConfig(StageConfig):
         between(2, 65536, "from 2 to 65536, as answers are compared with each other"),
         group=ANSWERS,
     )
-    max_new_tokens: int = setting(256, "tokens of an answer, the calculator's included", group=ANSWERS)
+    max_new_tokens: int = setting(256, "tokens of an answer, results of tools included", group=ANSWERS)
+    max_turns: int = setting(
+        8,
+        "answers in a conversation with a task that responds; --max-new-tokens is the limit of all together",
+        at_least(1),
+        group=ANSWERS,
+    )
     temperature: float = setting(
         1.0,
         "of the sampling",

@@ -37,6 +37,7 @@ class SFTConfig(StageConfig):
     python -m nanochat_jax.sft                                  # everything inherited from the newest base model
     python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run my-run
     python -m nanochat_jax.sft --source sft --custom-json mine.jsonl --run second    # a chat model learns more
+    python -m nanochat_jax.sft --base hub:karpathy/nanochat-d32 --output-dir ~/from_d32    # from a model of the hub
     python -m nanochat_jax.sft --run my-run --resume            # go on after a stop
     """
 

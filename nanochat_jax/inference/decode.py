@@ -53,7 +53,7 @@ class DecodeSettings(NamedTuple):
     """What holds for all rows of a call: scalars."""
 
     step: np.uint32  # the second number of the key, after the seed
-    refill: np.bool  # whether samples wait for a row: then a call returns early for rows that are done too
+    refill: np.bool  # whether rows that are done have more to do: then a call returns early for them too
 
 
 class DecodeOutput(NamedTuple):

@@ -1,8 +1,8 @@
-"""Rollouts: prompts in, samples with masks and log-probabilities out, calculator calls answered on the way.
+"""Rollouts: prompts in, samples with masks and log-probabilities out, tool calls answered on the way.
 
 The device runs calls of `chunk` tokens (see `decode`); between two of them the host (see `scheduler`) takes what came,
-answers the rows that closed a calculator block, and gives the rows of finished samples to the next ones. Nothing else
-travels, and what a row computes does not depend on its neighbours.
+answers the rows that have called a tool, and gives the rows of finished samples to the next ones. Nothing else travels,
+and what a row computes does not depend on its neighbours, nor on when a tool answers.
 """
 
 import codecs
@@ -25,6 +25,7 @@ from nanochat_jax.inference.samples import ControlTokens, Sample
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.scheduler import SlotScheduler
 from nanochat_jax.inference.shapes import PROMPT_STEP, arrange_slots, padded_size
+from nanochat_jax.inference.tools import CALCULATOR_ALONE, Toolbox
 from nanochat_jax.model.gpt import GPTConfig
 
 MOST_ANSWERS = 1 << 24  # of one call: each is some Python objects of a hundred bytes
@@ -44,9 +45,10 @@ class Engine:
     """Generates with models of one config; its programs are compiled once for all parameters.
 
     attention: the prefill's backend. slots: rows that are decoded together. chunk: tokens between two visits of the
-    host. context: most tokens of a prompt with its continuation; default ten times the sequence length, which is how
-    far nanochat's positions go. prompt_tokens: length of the longest prompt to expect, so that longer ones do not
-    compile everything anew. alternatives: how many of the likeliest tokens may be asked for beside those drawn.
+    host. tools: that the model may call; None: a call is text. context: most tokens of a prompt with its continuation;
+    default ten times the sequence length, which is how far nanochat's positions go. prompt_tokens: length of the
+    longest prompt to expect, so that longer ones do not compile everything anew. alternatives: how many of the
+    likeliest tokens may be asked for beside those drawn.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Engine:
         attention: str = "chunked",
         slots: int = 256,
         chunk: int = 16,
-        tools: bool = True,
+        tools: Toolbox | None = CALCULATOR_ALONE,
         context: int | None = None,
         prompt_tokens: int = 1,
         alternatives: int = 0,
@@ -104,13 +106,20 @@ class Engine:
         seed: int = 0,
         step: int = 0,
         examples: Sequence[int] | None = None,
+        respond: Callable[[int, list[str]], str | None] | None = None,
+        max_turns: int = 1,
         progress: Callable[[int, int], None] | None = None,
         report: Callable[[GenerationStats], None] | None = None,
     ) -> list[list[Sample]]:
         """`samples` continuations of each prompt (token ids, at least one) -> [prompt][sample].
 
         params: a tree as GPT's, sharded in any way. A sample's draws depend on (seed, step, examples[p], number of the
-        sample, position) and on nothing else; examples default to 0, 1, ... progress(samples done, samples in all) is
+        sample, position) and on nothing else; examples default to 0, 1, ...
+
+        respond(example, turns), of an environment, is asked after each answer that ends, at most max_turns - 1 times in
+        a sample: turns are the answers and replies so far, and what it returns is the next reply, None where the sample
+        is over. The reply and the next answer go on in the same sample, of whose tokens the limit is that of all turns
+        together; a reply that would leave no room for an answer is not given. progress(samples done, samples in all) is
         called after each device call, report(what it took) at the end. ValueError: a prompt that is empty, or too long
         to be continued. FloatingPointError: logits are not finite; the prompt is named by its number in examples.
         """
@@ -123,16 +132,19 @@ class Engine:
                 f"{len(prompts):,} problems with {samples:,} answers each would be {answers:,} answers, at most "
                 f"{MOST_ANSWERS:,} are held at once: lower --num-samples, --eval-samples or the number of problems"
             )
-        scheduler = self._schedule(self.programs, params, prompts, examples, samples, sampling, seed, step)
+        scheduler = self._schedule(
+            self.programs, params, prompts, examples, samples, sampling, seed, step, respond, max_turns
+        )
         results = [[None] * samples for _ in prompts]
         done = 0
-        while active := scheduler.advance():
-            for sample in active:
-                if sample.finished:
-                    results[sample.prompt][sample.number] = sample.finish()
-                    done += 1
-            if progress:
-                progress(done, len(prompts) * samples)
+        with contextlib.closing(scheduler):
+            while active := scheduler.advance():
+                for sample in active:
+                    if sample.finished:
+                        results[sample.prompt][sample.number] = sample.finish()
+                        done += 1
+                if progress:
+                    progress(done, len(prompts) * samples)
         if report:
             seconds = time.perf_counter() - began
             tokens = sum(len(sample.tokens) for group in results for sample in group)
@@ -145,10 +157,11 @@ class Engine:
         """One continuation as it comes, as (token, mask); the same as sample 0 of `generate`."""
         scheduler = self._schedule(self.stream_programs, params, [prompt], [0], 1, sampling, seed, 0)
         shown = 0
-        while active := scheduler.advance():
-            for sample in active:
-                yield from zip(sample.tokens[shown:], sample.mask[shown:])
-                shown = len(sample.tokens)
+        with contextlib.closing(scheduler):
+            while active := scheduler.advance():
+                for sample in active:
+                    yield from zip(sample.tokens[shown:], sample.mask[shown:])
+                    shown = len(sample.tokens)
 
     def open_schedule(self, params) -> SlotScheduler:
         """A scheduler for prompts that come at any time, each in a row of its own; `check_prompt` them first.
@@ -180,7 +193,9 @@ class Engine:
         if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
             raise ValueError(f"{name} has ids outside of 0..{self.config.vocab_size - 1}")
 
-    def _schedule(self, programs, params, prompts, examples, samples, sampling, seed, step) -> SlotScheduler:
+    def _schedule(
+        self, programs, params, prompts, examples, samples, sampling, seed, step, respond=None, max_turns=1
+    ) -> SlotScheduler:
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         for number, prompt in enumerate(prompts):
             self.check_prompt(prompt, f"prompt {number}")
@@ -204,7 +219,15 @@ class Engine:
             prompt_size=self._prompt_sizes[shape],
         )
         for prompt, example in zip(prompts, examples):
-            scheduler.add(prompt, sampling, seed=seed, example=example, samples=samples)
+            scheduler.add(
+                prompt,
+                sampling,
+                seed=seed,
+                example=example,
+                samples=samples,
+                respond=respond and partial(respond, example),
+                max_turns=max_turns,
+            )
         return scheduler
 
 

@@ -1,6 +1,7 @@
 """The host's side of generation: which sample is in which row (slot), and what the next device call must know of it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from nanochat_jax.inference.decode import DecodeSettings, GenerationPrograms, Pr
 from nanochat_jax.inference.samples import ControlTokens, SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, coarse_size, padded_size, prefill_prompts
+
+MOMENT = 0.05  # seconds without a look at anything else
 
 
 @dataclass(eq=False)
@@ -24,6 +27,8 @@ class PromptInProgress:
     seed: int
     example: int  # its number in the keys
     alternatives: bool  # whether the likeliest tokens are wanted too
+    respond: Callable[[list[str]], str | None] | None  # of an environment: the reply to the turns so far
+    max_turns: int
     started: int = 0  # samples that have got a row
 
     @property
@@ -83,12 +88,17 @@ class SlotScheduler:
         example: int = 0,
         samples: int = 1,
         alternatives: bool = False,
+        respond: Callable[[list[str]], str | None] | None = None,
+        max_turns: int = 1,
     ) -> int:
         """Continue a prompt, int32 [length], `samples` times, as soon as rows are free -> its number: 0, 1, 2, ...
 
-        A sample's draws depend on (seed, the scheduler's step, example, number of the sample, position) only."""
+        respond, max_turns: as of `SampleInProgress`. A sample's draws depend on (seed, the scheduler's step, example,
+        number of the sample, position) only."""
         self.added += 1
-        prompt = PromptInProgress(self.added - 1, ids, sampling, samples, seed, example, alternatives)
+        prompt = PromptInProgress(
+            self.added - 1, ids, sampling, samples, seed, example, alternatives, respond, max_turns
+        )
         self.waiting.append(prompt)
         return prompt.number
 
@@ -100,23 +110,34 @@ class SlotScheduler:
                 prompt.samples = prompt.started
         for r, sample in enumerate(self.rows):
             if sample and sample.prompt == number:
+                sample.give_up_call()
                 self.rows[r], self.slots.remaining[r] = None, 0
+
+    def close(self) -> None:
+        """Wait for no tool any more; for a scheduler that is left before its samples are finished."""
+        for sample in filter(None, self.rows):
+            sample.give_up_call()
 
     def advance(self) -> list[SampleInProgress]:
         """One device call -> the samples that it has extended; an empty list when all samples are finished.
 
-        FloatingPointError: logits are not finite."""
+        Samples that wait for a tool stay in their rows, which are idle meanwhile. Where all wait, there is no device
+        call: after MOMENT seconds at most they are returned as they are. FloatingPointError: logits are not finite."""
         self._fill_rows()
-        active = [(r, sample) for r, sample in enumerate(self.rows) if sample]
-        if not active:
+        rows = [(r, sample) for r, sample in enumerate(self.rows) if sample]
+        if not rows:
             return []
+        active = self._not_waiting(rows)
+        if not active:
+            return [sample for _, sample in rows]
         slots, chunk = self.slots, self.programs.chunk
         for r, sample in active:
             forced = sample.forced[:chunk]
             slots.forced[r, : len(forced)] = forced
             slots.forced_count[r] = len(forced)
             slots.block[r] = -1 if sample.block is None else len(sample.block)
-        settings = DecodeSettings(np.uint32(self.step % 2**32), refill=np.bool(bool(self.waiting)))
+        refill = bool(self.waiting) or any(sample.respond for _, sample in active)
+        settings = DecodeSettings(np.uint32(self.step % 2**32), refill=np.bool(refill))
         began = time.perf_counter()
         output, fresh = self.programs.decode(self.params, self.prompt_cache, self.continuation, slots, settings)
         output = jax.device_get(output)
@@ -138,10 +159,11 @@ class SlotScheduler:
             slots.previous[r] = tokens[-2] if n > 1 else slots.token[r]
             slots.token[r] = tokens[-1]
             slots.length[r] += n
-            slots.remaining[r] = 0 if sample.finished else sample.remaining
+            slots.remaining[r] = 0 if sample.finished or sample.call else sample.remaining
             if sample.finished:
+                sample.give_up_call()
                 self.rows[r] = None
-        unfinished = [int(lengths[r]) for r, sample in active if not sample.finished]
+        unfinished = [int(lengths[r]) for r, sample in rows if not sample.finished]
         if unfinished:
             self.continuation_size = self._continuation_size(max(unfinished) + chunk)
             self.continuation = self.programs.append(self.continuation, fresh, lengths, self.continuation_size)
@@ -150,6 +172,18 @@ class SlotScheduler:
             layout = self.programs.layout.continuation(len(self.rows), self.least_continuation)
             self.continuation = self.programs.resize(self.continuation, layout)
         return [sample for _, sample in active]
+
+    def _not_waiting(self, rows: list[tuple[int, SampleInProgress]]) -> list[tuple[int, SampleInProgress]]:
+        """The rows that can go on; where there is none, whoever gets an answer from its tool within a moment."""
+        waiting = [(r, sample) for r, sample in rows if sample.call]
+        if not waiting:
+            return rows
+        if len(waiting) == len(rows):
+            self.control_tokens.tools.wait([sample.call for _, sample in waiting], MOMENT)
+        for r, sample in waiting:
+            if sample.take_answer():
+                self.slots.remaining[r] = sample.remaining
+        return [(r, sample) for r, sample in rows if not sample.call]
 
     def _continuation_size(self, needed: int) -> int:
         if self.follows:
@@ -192,7 +226,9 @@ class SlotScheduler:
         prompt.started += 1
         ids, sampling, slots = prompt.ids, prompt.sampling, self.slots
         remaining = min(sampling.max_new_tokens, self.context - len(ids))
-        self.rows[r] = SampleInProgress(self.control_tokens, prompt.number, number, remaining)
+        self.rows[r] = SampleInProgress(
+            self.control_tokens, prompt.number, number, remaining, prompt.respond, prompt.max_turns
+        )
         slots.token[r] = ids[-1]
         slots.previous[r] = ids[-2] if len(ids) > 1 else 0
         slots.prompt_length[r] = len(ids) - 1

@@ -22,6 +22,7 @@ from nanochat_jax.tasks.smoltalk import SmolTalk
 
 MEASURED = {  # field of the metadata -> its name in a table
     "val_bpb": "validation bits per byte",
+    "core_metric": "CORE",
     "chatcore": "ChatCORE",
     "pass@1": "pass@1",
 }

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.signals import Interrupted
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import Sample, answer_text
+from nanochat_jax.inference.samples import Sample, turns_of
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.rollouts.exchange import from_bytes, to_bytes
 from nanochat_jax.rollouts.objective import advantages
@@ -98,6 +98,7 @@ class RolloutCollector:
     num_samples: int  # answers to each problem
     advantage: str  # a kind of `advantages`
     cut_answers: str  # a rule of `make_group`
+    max_turns: int  # answers of the model in a conversation with an environment
     seed: int
     resample: bool = False
 
@@ -150,6 +151,7 @@ class RolloutCollector:
         """The draws depend on the position, so that a problem that comes twice is not answered twice alike."""
         if not positions:
             return []  # more processes than problems
+        reply = self.prompts.reply
         return self.engine.generate(
             params,
             [self.prompts[position][1] for position in positions],
@@ -158,6 +160,8 @@ class RolloutCollector:
             seed=self.seed,
             step=step,
             examples=positions,
+            respond=reply and (lambda position, turns: reply(self.prompts[position][0], turns)),
+            max_turns=self.max_turns,
             progress=progress,
         )
 
@@ -165,4 +169,4 @@ class RolloutCollector:
         progress(len(samples), len(samples))  # a slow judge must not keep a signal waiting
         example, _ = self.prompts[position]
         tokenizer = self.prompts.tokenizer
-        return np.array([self.prompts.reward(example, answer_text(tokenizer, sample)) for sample in samples])
+        return np.array([self.prompts.reward(example, *turns_of(tokenizer, sample)) for sample in samples])

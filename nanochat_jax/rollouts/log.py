@@ -1,5 +1,6 @@
 """rollouts.jsonl: every answer that a run of RL keeps, with what it was worth."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class RolloutLog:
                 "ended": bool(sample.ended),
                 "prompt": decode(group.prompt),
                 "text": decode(sample.tokens),
-                "tools": [{"expression": call.expression, "result": call.result} for call in sample.tool_calls],
+                "tools": [dataclasses.asdict(call) for call in sample.tool_calls],
                 "tokens": sample.tokens.tolist(),
                 "mask": sample.mask.tolist(),
                 "logprobs": [_short(value) for value in sample.logprobs],

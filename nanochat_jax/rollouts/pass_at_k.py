@@ -6,11 +6,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.distributed import processes
-from nanochat_jax.evals.eval_set import EvalSet, judge
+from nanochat_jax.evals.eval_set import EvalSet, judge, replies
 from nanochat_jax.evals.evaluator import collect_items
 from nanochat_jax.evals.intervals import pass_at_k
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.samples import answer_text
+from nanochat_jax.inference.samples import turns_of
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.train.measurement import Measurement
 
@@ -28,12 +28,14 @@ def pass_at_k_measurement(
     seed: int,
     every: int,
     cut_answers: str,
+    max_turns: int = 1,
 ) -> Measurement:
     """pass@k for k = 1..samples of parameters on `mesh`, with 95 % intervals as pass@k_low and pass@k_high; also before
     the first step. What its progress raises ends the measurement on all processes. eval_set: None measures nothing.
 
     cut_answers: "keep" counts an answer that does not end as it is judged, as `eval` and nanochat do; otherwise it is
-    wrong, and what it would have been is there as pass@k_kept. held_out_cut: share of such answers."""
+    wrong, and what it would have been is there as pass@k_kept. held_out_cut: share of such answers. max_turns: answers
+    in a conversation with an environment."""
     if eval_set is None:
         return Measurement("held-out answers", -1, lambda params, progress: {})
 
@@ -48,10 +50,12 @@ def pass_at_k_measurement(
                 seed=seed,
                 step=EVAL_STEP,
                 examples=numbers,
+                respond=replies(eval_set.task, eval_set.conversations.__getitem__),
+                max_turns=max_turns,
                 progress=progress,
             )
         return [
-            ([judge(eval_set, i, answer_text(tokenizer, s)) for s in group], [s.ended for s in group])
+            ([judge(eval_set, i, *turns_of(tokenizer, s)) for s in group], [s.ended for s in group])
             for i, group in zip(numbers, groups)
         ]
 

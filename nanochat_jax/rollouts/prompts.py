@@ -8,11 +8,11 @@ import numpy as np
 from nanochat_jax.cli.settings import require
 from nanochat_jax.data.rows import shuffled
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.evals.eval_set import error_text
+from nanochat_jax.evals.eval_set import error_text, replies
 from nanochat_jax.files.digest import digest_of
 from nanochat_jax.rollouts.objective import MAX_REWARD
 from nanochat_jax.tasks import Task
-from nanochat_jax.tasks.task import as_number
+from nanochat_jax.tasks.task import as_played, total
 from nanochat_jax.tokenizer import MAX_TOKENS
 
 
@@ -25,7 +25,10 @@ class PromptStream:
         self.task, self.tokenizer, self.seed, self.size = task, tokenizer, seed, len(task)
         self.order = functools.lru_cache(2)(functools.partial(shuffled, self.size, seed))
         self.prompts = [self._render(i) for i in range(min(self.size, count))]
+        self.reply = replies(task, task.__getitem__)  # (number of the problem, turns) -> of an environment
         self.reward(0, "")  # a task without a reward is found out now
+        if self.reply:
+            self.reply(0, [""])
 
     def __getitem__(self, position: int) -> tuple[int, list[int]]:
         """(number of the problem in the task, its prompt's ids)"""
@@ -44,10 +47,11 @@ class PromptStream:
             digest.update(np.int64(len(prompt)).tobytes() + prompt.tobytes())
         return digest.hexdigest()
 
-    def reward(self, example: int, answer: str) -> float:
-        """What an answer is worth. ValueError: the task fails to say, or says what is no number of at most 1e6."""
+    def reward(self, example: int, *turns: str) -> float:
+        """What an answer is worth; of an environment all answers and the replies, in turns. ValueError: the task fails
+        to say, or says what is no number of at most 1e6."""
         try:
-            reward = as_number(self.task.reward(self.task[example], answer))
+            reward = total(self.task.reward(as_played(self.task, self.task[example], turns), turns[-1]))
         except (Exception, SystemExit) as e:  # a user's class may do anything
             raise ValueError(f"{self.task.name} cannot reward an answer to problem {example}: {error_text(e)}") from e
         if not abs(reward) <= MAX_REWARD:

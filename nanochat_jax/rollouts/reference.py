@@ -13,7 +13,7 @@ from nanochat_jax.train.step import place
 
 
 def load_reference(
-    source: str, model_tag: str, model_step: int, recorded: str | None, like: Any, *, base: Path | None = None
+    source: str, model_tag: str, model_step: int, recorded: str | None, like: Any, *, base: Path | str | None = None
 ) -> tuple[Any, str]:
     """(parameters on the shardings of the abstract ones `like`, their sha256) of the model with this stage, tag, step.
 

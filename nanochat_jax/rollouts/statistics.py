@@ -18,9 +18,10 @@ def step_statistics(samples: Groups, rewards: np.ndarray, advantages: np.ndarray
     """What a step's samples [P][G], rewards and advantages [P,G] show, as logged.
 
     reward: mean; pass_rate: share of samples with a reward above 0; no_signal: share of groups without an advantage;
-    length_mean, length_max: generated tokens; cut: share not ended by an end token; tool_calls, tool_failed: shares of
-    samples with a call, with a failed one; entropy: of the sampling distribution, in nats a sampled token, estimated by
-    the mean of -log p over what was sampled.
+    length_mean, length_max: generated tokens; cut: share not ended by an end token; turns: mean number of answers in a
+    sample; tool_calls, tool_failed, tool_timeouts: shares of samples with a call, with one that has no result, with one
+    that was given up; entropy: of the sampling distribution, in nats a sampled token, estimated by the mean of -log p
+    over what was sampled.
     """
     rewards = np.asarray(rewards, np.float64)
     flat = [sample for group in samples for sample in group]
@@ -33,8 +34,10 @@ def step_statistics(samples: Groups, rewards: np.ndarray, advantages: np.ndarray
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
         "cut": float(np.mean([not sample.ended for sample in flat])),
+        "turns": float(np.mean([sample.turns for sample in flat])),
         "tool_calls": float(np.mean([bool(sample.tool_calls) for sample in flat])),
         "tool_failed": float(np.mean([any(call.result is None for call in sample.tool_calls) for sample in flat])),
+        "tool_timeouts": float(np.mean([any(call.timed_out for call in sample.tool_calls) for sample in flat])),
         "entropy": float(-sampled.mean()) if sampled.size else 0.0,
     }
 

@@ -89,7 +89,7 @@ def read_chat(body: Body, model: str, limits: Limits) -> ChatRequest:
     """The body of /v1/chat/completions. RequestError says what is wrong with it. model: the name that is served."""
     _check_model(body, model)
     for name in ("tools", "functions"):
-        _refuse(body, name, "the calculator is the only tool, and the model calls it by itself")
+        _refuse(body, name, "the tools are those that the server was started with, and the model calls them by itself")
     response_format = body.get("response_format")
     if response_format is not None and response_format != {"type": "text"}:
         raise RequestError("response_format must be text", param="response_format")

@@ -31,7 +31,7 @@ class Progress(NamedTuple):
     """What a device call has added to an answer."""
 
     tokens: list[int]
-    sampled: list[int]  # 1 where the model drew the token, 0 where the calculator's result was put in
+    sampled: list[int]  # 1 where the model drew the token, 0 where a tool's result was put in
     logprobs: list[float]  # under the model's own distribution
     alternatives: list[tuple[np.ndarray, np.ndarray]]  # for each token the likeliest ids and theirs; [] if not wanted
     finished: bool
@@ -175,13 +175,15 @@ class EngineWorker:
                     if sample.finished:
                         del running[sample.prompt], numbers[job]
                         self._close(job)
-                    self._deliver(job, progress)
+                    if progress.tokens:  # else it waits for a tool
+                        self._deliver(job, progress)
                 idle = not (active or scoring)
                 self.running = self._scheduler.running
             except Exception as e:  # a model that is broken, memory that is full: who waits is told, and others may try
                 traceback.print_exc(file=sys.stderr)
                 self._fail([*numbers, *scoring], str(e)[:500])
                 numbers, running, scoring, idle = {}, {}, {}, True
+                self._scheduler.close()
                 self._scheduler = None  # its caches go before the new ones come
                 self._scheduler = self.engine.open_schedule(self._params)
 

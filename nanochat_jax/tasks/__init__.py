@@ -3,6 +3,8 @@
 from nanochat_jax.tasks.arc import ARC as ARC
 from nanochat_jax.tasks.arithmetic import Arithmetic as Arithmetic
 from nanochat_jax.tasks.custom_json import CustomJSON as CustomJSON
+from nanochat_jax.tasks.environments import GuessNumber as GuessNumber
+from nanochat_jax.tasks.environments import SecondTry as SecondTry
 from nanochat_jax.tasks.gsm8k import GSM8K as GSM8K
 from nanochat_jax.tasks.humaneval import HumanEval as HumanEval
 from nanochat_jax.tasks.mixture import TaskMixture as TaskMixture

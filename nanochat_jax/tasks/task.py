@@ -3,24 +3,30 @@
     len(task)  task[i]                       conversations, {"messages": [{"role", "content"}, ...], ...}
     task.eval_type                           "generative" (judge a text) or "categorical" (judge one of few letters)
     task.evaluate(conversation, answer)      1 or True where the answer is right
-    task.reward(conversation, answer)        float, what reinforcement learning maximises
+    task.reward(conversation, answer)        float, what reinforcement learning maximises; or a list, its sum
+    task.respond(conversation)               only of an environment: what the user says to an answer, None to end
     task.name  task.fingerprint()            for reports; for caches
 
 A new dataset overrides num_examples, get_example and evaluate; `--task module:Class` also takes any class that only has
 __len__ and __getitem__.
+
+A task with `respond` is an environment: a conversation of several turns. What its respond, evaluate and reward get is
+the conversation as it went: its messages are those of the problem without the reference, and then the model's answers
+and the replies in turns, of which the last is the answer to be judged. All other keys are as the task has given them;
+there it finds what it must know. Its reward may be a list, a number for each answer.
 """
 
 import hashlib
-import importlib
-import inspect
+import itertools
 import json
 import numbers
 import operator
-import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
+from nanochat_jax.cli.own_code import load_object
 from nanochat_jax.files.digest import digest_of
 
 MAX_SIZE = 2**31 - 1  # conversations are numbered by int32
@@ -44,6 +50,7 @@ class Task:
     """
 
     eval_type = "generative"
+    respond: Callable[[dict], str | None] | None = None  # a method of environments
     start, stop, step, clip = 0, None, 1, True  # also what a subclass has that does not call __init__
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1, *, clip: bool = True):
@@ -137,6 +144,7 @@ class AdaptedTask(Task):
         super().__init__(**slice_)
         self.inner = inner
         self.eval_type = getattr(inner, "eval_type", Task.eval_type)
+        self.respond = getattr(inner, "respond", None)
 
     def num_examples(self) -> int:
         return len(self.inner)
@@ -148,7 +156,7 @@ class AdaptedTask(Task):
         return (getattr(self.inner, "evaluate", None) or super().evaluate)(conversation, answer)
 
     def reward(self, conversation: dict, answer: str) -> float:
-        return as_number((getattr(self.inner, "reward", None) or super().reward)(conversation, answer))
+        return total((getattr(self.inner, "reward", None) or super().reward)(conversation, answer))
 
     @property
     def name(self) -> str:
@@ -171,6 +179,24 @@ def as_number(value) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"it must be a number, got {type(value).__name__}")
     return float(value)
+
+
+def total(reward) -> float:
+    """A reward as one number: itself, or the sum of a list. Errors as of `as_number`."""
+    return sum(map(as_number, reward)) if isinstance(reward, list | tuple) else as_number(reward)
+
+
+def as_played(task: Any, conversation: dict, turns: Sequence[str]) -> dict:
+    """The conversation that a task judges; turns: the model's answers and the replies to them, answer first and last.
+
+    For an environment the conversation as it went, for other tasks the one with the reference."""
+    if getattr(task, "respond", None) is None:
+        return conversation
+    messages = list(conversation["messages"])
+    if messages[-1]["role"] == "assistant":
+        del messages[-1]
+    said = zip(itertools.cycle(("assistant", "user")), turns)
+    return conversation | {"messages": [*messages, *({"role": role, "content": text} for role, text in said)]}
 
 
 def _as_json(value):
@@ -196,30 +222,9 @@ def require_text(answer: str) -> None:
 
 
 def load_task(spec: str, flag: str = "--task") -> Task:
-    """The task that `--task module:Class` names, made without arguments; modules of the current directory count.
-
-    flag is what the user typed it after. Class may also be a function that makes a task, or a task. ValueError, one
-    sentence, where this does not work.
-    """
-    module_name, colon, attribute = spec.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(f"{flag} must be module:Class, got {spec!r}")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    importlib.invalidate_caches()  # the module may be younger than the last look into its folder
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as e:  # whatever a user's module does when it runs
-        raise ValueError(f"{flag} {spec}: cannot import {module_name}: {type(e).__name__}: {e}") from e
-    if not hasattr(module, attribute):
-        raise ValueError(f"{flag} {spec}: {module.__file__ or module_name} has no {attribute}")
-    made = getattr(module, attribute)
-    if inspect.isclass(made) or inspect.isroutine(made):
-        try:
-            made = made()
-        except (Exception, SystemExit) as e:
-            raise ValueError(f"{flag} {spec}: {attribute}() failed, {type(e).__name__}: {e}") from e
+    """The task that `--task module:Class` names, see `load_object`. ValueError, one sentence, where this does not
+    work."""
+    made, attribute = load_object(spec, flag), spec.partition(":")[2]
     if missing := [m for m in ("__len__", "__getitem__") if not hasattr(made, m)]:
         lacks = " and ".join(missing)
         raise ValueError(f"{flag} {spec}: {attribute} is no sequence of conversations, it lacks {lacks}")

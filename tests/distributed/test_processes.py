@@ -16,7 +16,8 @@ import pytest
 
 from nanochat_jax.checkpoints import integrity, store
 from nanochat_jax.distributed import coordinator, processes
-from nanochat_jax.inference.samples import Sample, ToolCall
+from nanochat_jax.inference.samples import Sample
+from nanochat_jax.inference.tools import ToolCall
 from nanochat_jax.rollouts import exchange
 from nanochat_jax.train import start
 from nanochat_jax.train.metrics import read_metrics

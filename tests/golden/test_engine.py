@@ -10,6 +10,7 @@ import pytest
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference import sampling
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.samples import ControlTokens, SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.tokenizer import Tokenizer
@@ -133,3 +134,34 @@ def test_streams_with_tool_calls_are_nanochats(scripted):
             assert shown == columns[: len(shown)], trace["name"]
             ended = shown[-1][0] in engine.control_tokens.ends and shown[-1][1] == 1
             assert ended or len(shown) == len(columns) == trace["max_tokens"], trace["name"]
+
+
+# ---- several turns
+
+
+def test_conversations_with_an_environment_are_rendered_as_nanochats():
+    """The model says what the assistant says, token by token, and the environment what the user says."""
+    played = 0
+    for row in data.rows("render.jsonl"):
+        messages = row.get("conversation", {}).get("messages", []) if "ids" in row else []
+        said = [message["content"] for message in messages if message["role"] == "assistant"]
+        if len(said) < 2 or messages[-1]["role"] != "assistant" or not all(isinstance(text, str) for text in said):
+            continue
+        model = tokenizer(row["tokenizer"])
+        if row["ids"][-1] != model.special("<|assistant_end|>"):
+            continue  # it was cut
+        replies = [message["content"] for message in messages if message["role"] == "user"][1:]
+        start = row["ids"].index(model.special("<|assistant_start|>")) + 1
+        rest, mask = row["ids"][start:], row["mask"][start:]
+
+        def respond(turns, said=said, replies=replies):
+            assert turns[::2] == said[: len(turns) // 2 + 1] and turns[1::2] == replies[: len(turns) // 2]
+            return [*replies, None][len(turns) // 2]
+
+        sample = SampleInProgress(ControlTokens(model), 0, 0, 100_000, respond, max_turns=100)
+        while not sample.finished:
+            tokens = sample.forced[:3] or rest[len(sample.tokens) : len(sample.tokens) + 1]
+            sample.extend(list(tokens), [0.0] * len(tokens), [0.0] * len(tokens))
+        assert (sample.tokens, sample.mask, sample.turns) == (rest, mask, len(said)), messages
+        played += 1
+    assert played >= 3

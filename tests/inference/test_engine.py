@@ -15,15 +15,13 @@ from flax import nnx
 
 from nanochat_jax.distributed import device_memory
 from nanochat_jax.distributed.mesh import make_mesh
-from nanochat_jax.inference import sampling
 from nanochat_jax.inference.engine import MOST_ANSWERS, Engine, text_pieces
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.inference.shapes import arrange_slots, padded_size
-from nanochat_jax.model.gpt import GPT, abstract_gpt
-from tests.support import tiny
+from nanochat_jax.model.gpt import abstract_gpt
 from tests.support.models import random_params, tiny_config
+from tests.support.scripted import END, TOKENIZER, call, scripted
 
-TOKENIZER = tiny.tokenizer()
 CONFIG = tiny_config(vocab_size=265, padded_vocab=320, n_layer=2, windows=(7, -1))  # a ring that turns, grouped heads
 PARAMS = random_params(CONFIG)
 PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (1, 5, 33, 2, 20)]
@@ -208,38 +206,7 @@ def test_no_prompts_give_no_samples(engine):
     assert engine.generate(PARAMS, [], SAMPLING) == []
 
 
-# ---- a scripted model: example e, sample s draws the token SCRIPT[e][s][column]; the loop is the engine's own
-
-
-def scripted(monkeypatch, script, **settings):
-    """script: [examples][samples][columns] of ids -> generate(prompts, ...) of an engine that draws them behind prompts
-    of one token."""
-    ids = np.full((len(script), max(map(len, script)), 200), 7, np.int32)
-    for e, samples in enumerate(script):
-        for s, row in enumerate(samples):
-            ids[e, s, : len(row)] = row
-
-    def choose_tokens(logits, draws, temperature, top_k):
-        example, sample, column = jnp.moveaxis(draws, 1, 0)
-        return jnp.asarray(ids)[example, sample, column], jnp.full(len(logits), -0.5)
-
-    def uniform_draws(keys, positions):
-        return jnp.concatenate([keys, positions[:, None] - 1], 1)
-
-    monkeypatch.setattr(sampling, "sample_keys", lambda seed, step, *numbers: jnp.stack(numbers, -1).astype(jnp.int32))
-    monkeypatch.setattr(sampling, "uniform_draws", uniform_draws)
-    monkeypatch.setattr(sampling, "choose_tokens", choose_tokens)
-    monkeypatch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 265)))
-    config = tiny_config(vocab_size=265, padded_vocab=320, n_layer=1, windows=(-1,))
-    return functools.partial(make(config=config, **settings).generate, random_params(config))
-
-
-def call(expression):
-    start, end = (TOKENIZER.special(f"<|python_{side}|>") for side in ("start", "end"))
-    return [start, *TOKENIZER.encode(expression), end]
-
-
-END = TOKENIZER.special("<|assistant_end|>")
+# ---- a scripted model
 
 
 def test_the_calculator_answers_and_what_was_sampled_there_is_thrown_away(monkeypatch):
@@ -265,7 +232,7 @@ def test_a_result_longer_than_a_call_of_the_device_is_cut_at_the_limit_only(monk
 
 
 def test_without_tools_a_block_is_text(monkeypatch):
-    (sample,) = scripted(monkeypatch, [[[*call("1+1"), 9, END]]], tools=False)([[1]], SamplingParams())[0]
+    (sample,) = scripted(monkeypatch, [[[*call("1+1"), 9, END]]], tools=None)([[1]], SamplingParams())[0]
     assert sample.tokens.tolist() == [*call("1+1"), 9, END] and sample.mask.all() and not sample.tool_calls
 
 

@@ -30,12 +30,14 @@ class Sample:
     logprobs: np.ndarray
     ended: bool
     tool_calls: list = dataclasses.field(default_factory=list)
+    turns: int = 1
 
 
 @dataclasses.dataclass
 class Call:
     expression: str
     result: str | None
+    timed_out: bool = False
 
 
 def sample(tokens, mask=None, ended=True, logprobs=None, calls=()):
@@ -149,7 +151,7 @@ def test_passes_of_a_group_must_be_whole():
 
 
 def test_what_a_step_shows():
-    failed, right = Call("1/0", None), Call("1+1", "2")
+    failed, right = Call("1/0", None, True), Call("1+1", "2")
     samples = [
         [sample([5, END], logprobs=np.array([-1, -3])), sample([5, 6, 7, 8], [1, 0, 0, 1], ended=False, calls=[right])],
         [sample([END], logprobs=np.array([-2])), sample([5, END], calls=[right, failed], logprobs=np.array([0, 0]))],
@@ -162,8 +164,10 @@ def test_what_a_step_shows():
         "length_mean": 2.25,
         "length_max": 4,
         "cut": 0.25,
+        "turns": 1.0,
         "tool_calls": 0.5,
         "tool_failed": 0.25,
+        "tool_timeouts": 0.25,
         "entropy": pytest.approx((1 + 3 + 1 + 4 + 2) / 7),
     }
 

@@ -114,7 +114,8 @@ def serve_repository(server, api, files_at, revision, files, commit):
     )
     listing = [{"type": "file", "path": path, "size": len(body), "oid": "0" * 40} for path, body in files.items()]
     folders = [{"type": "directory", "path": path, "oid": "0" * 40} for path in {p.split("/")[0] for p in files}]
-    server.answers[addresses.revision] = Answer(json.dumps({"id": repo, "sha": commit}).encode())
+    for known_as in (addresses.revision, f"{api}/revision/{commit}"):
+        server.answers[known_as] = Answer(json.dumps({"id": repo, "sha": commit}).encode())
     server.answers[addresses.tree] = Answer(json.dumps(folders + listing).encode())
     for path, body in files.items():
         for known_as in {revision, commit}:

@@ -1,7 +1,9 @@
 """Tasks for runs of several processes."""
 
 import os
+import random
 import time
+from pathlib import Path
 
 
 class Letters:
@@ -41,3 +43,30 @@ class Slow(Vowels):
     def __getitem__(self, i: int) -> dict:
         time.sleep(float(os.environ.get("SLOW_SECONDS", 1)))
         return super().__getitem__(i)
+
+
+class Talk(Vowels):
+    """Answers back, and rewards every turn. Where PAUSE_AFTER names a checkpoint's folder it waits for ever in the
+    middle of the second turn, once that is there, and says so by a file beside it."""
+
+    def respond(self, conversation: dict) -> str | None:
+        turns = len(conversation["messages"]) // 2
+        checkpoint = os.environ.get("PAUSE_AFTER")
+        if checkpoint and turns == 2 and (Path(checkpoint) / "INTEGRITY.json").exists():
+            (Path(checkpoint).parent / "paused").touch()
+            time.sleep(600)
+        return f"more than {len(conversation['messages'][-1]['content'])}" if turns < 4 else None
+
+    def reward(self, conversation: dict, answer: str) -> list[float]:
+        said = [message["content"] for message in conversation["messages"] if message["role"] == "assistant"]
+        return [sum(c < "n" for c in text) / max(1, len(text)) for text in said]
+
+
+class Late:
+    """A tool that takes its time."""
+
+    name, seconds = "late", 30.0
+
+    def call(self, text: str) -> str | None:
+        time.sleep(random.random() / 50)
+        return text[::-1][:6] if len(text) % 3 else None

@@ -60,11 +60,22 @@ def meta(groups: optim.Groups, config: GPTConfig = CONFIG, **more) -> dict:
     return {"model_config": sizes, "user_config": SETTINGS, "optimizer_groups": recorded} | more
 
 
-def write_base(base: Path, tag: str = "d2", step: int = 7, config: GPTConfig = CONFIG, seed: int = 0) -> Path:
-    """tokenizer/ and base_checkpoints/<tag>/<step> -> the checkpoint's folder."""
+def write_base(
+    base: Path,
+    tag: str = "d2",
+    step: int = 7,
+    config: GPTConfig = CONFIG,
+    seed: int = 0,
+    *,
+    likely: tuple[str, ...] = (),
+) -> Path:
+    """tokenizer/ and base_checkpoints/<tag>/<step> -> the checkpoint's folder. likely: special tokens that the model
+    draws often."""
     made = tokenizer()
     made.save(base / "tokenizer")
     state, groups = random_state(config, seed)
+    for name in likely:
+        state.params["lm_head"] = state.params["lm_head"].at[made.special(name)].multiply(2)
     saver = Saver(base / "base_checkpoints" / tag, keep=9)
     saver.save(step, train.state_items(state), lambda: meta(groups, config, step=step, tokenizer=made.digest()))
     saver.wait()

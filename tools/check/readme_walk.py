@@ -37,6 +37,9 @@ SIZES = {  # flags for a command that begins so, the first that fits; a flag tha
     "nanochat_jax.sft --preflight v5e-8": "--total-batch-size 8192 --device-batch-size 4",
     "nanochat_jax.sft": f"{STEPS} --simple-spelling-rows 300 --spelling-bee-rows 300 --chatcore-max-cat 8 "
     "--chatcore-max-sample 2",
+    "nanochat_jax.bench -i": "--batch-sizes 1 --decode-tokens 8 --repeats 1",
+    "nanochat_jax.bench": f"{DIALS} --batch-sizes 1 --decode-tokens 8 --prompt-tokens 20 --repeats 1 "
+    "--examples-per-step 2 --num-samples 2 --device-batch-size 4 --total-batch-size -1",
     "nanochat_jax.eval": "-x 4 -m 16",
     "nanochat_jax.rl --resume": "",
     "nanochat_jax.rl": "--num-steps 2 --examples-per-step 2 --num-samples 2 --max-new-tokens 16 --eval-examples 4",
@@ -50,6 +53,7 @@ ELSEWHERE = {  # what is run by other means
     ".venv/bin/python tools/": "measures or checks, which takes minutes",
     "tools/tpu_vm.py": "needs a Google Cloud project; tests drive it against a stand-in",
     ".venv/bin/python -m nanochat_jax.sft --coordinator": "needs further processes; tests start them",
+    ".venv/bin/python -m nanochat_jax.eval -i base": "needs CORE's tasks; tests make some",
     ".venv/bin/python -m nanochat_jax.serve": "serves until it is stopped; tests start it",
     ".venv/bin/python -m nanochat_jax.nanochat_export --push": "uploads; tests do, to a hub on loopback",
     "sbatch": "needs a SLURM cluster",
