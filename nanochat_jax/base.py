@@ -1,7 +1,7 @@
 """Pretraining: from documents to a base model. Its settings, with examples: flags/base.py."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -20,11 +20,12 @@ from nanochat_jax.data.documents import DocumentRows, describe_documents
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh, own_devices, row_shards
 from nanochat_jax.distributed.processes import print0
-from nanochat_jax.distributed.signals import collect
+from nanochat_jax.evals.core import make_core
+from nanochat_jax.evals.core_bundle import CoreTask, find_bundle, read_tasks
+from nanochat_jax.evals.samples import PROMPTS, SAMPLE_TOKENS, sample_prompts, sample_texts
 from nanochat_jax.files.paths import base_dir, cache_dir, output_dir, write_to
 from nanochat_jax.flags.base import BaseConfig
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import Groups, default_groups
@@ -32,20 +33,10 @@ from nanochat_jax.optim.schedules import base_decay_multiplier, base_scalars
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight, scaling_laws
 from nanochat_jax.train.loop import exit_code
-from nanochat_jax.train.measurement import Measurement
+from nanochat_jax.train.measurement import Measurement, all_numbers
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
 from nanochat_jax.train.row_stages import open_row_run, row_batch_shape, rows_before, validation
 from nanochat_jax.train.start import Start, check_agreement, find_run, initial_state
-
-PROMPTS = (  # what is sampled from as training goes on: facts, a rule, arithmetic, a story
-    "The largest ocean on Earth is",
-    "Water is made of hydrogen and",
-    "One, two, three, four,",
-    "The opposite of early is",
-    "Seven plus two equals",
-    "Once upon a time there was a",
-)
-SAMPLE_TOKENS = 16
 
 
 def main(cfg: BaseConfig) -> int:
@@ -80,6 +71,7 @@ def main(cfg: BaseConfig) -> int:
         *training, held_out = shards_of(cfg)
         rows = DocumentRows(training, tokenizer, cfg.max_seq_len, seed=cfg.seed)
         held_out_rows = DocumentRows([held_out], tokenizer, cfg.max_seq_len) if cfg.eval_every > 0 else None
+        core_tasks = core_tasks_of(cfg)
     start.check_data(rows.fingerprint(start.record.get("shards_reached")))
     with processes.process_zero_first("the first shard"):
         print0("\n".join(describe_documents(rows, total * plan.batch.rows_per_step)))
@@ -97,6 +89,7 @@ def main(cfg: BaseConfig) -> int:
             tokens=cfg.eval_tokens,
             document_mask=cfg.document_mask,
         ),
+        core(cfg.core_every, plan, tokenizer, core_tasks),
         samples(cfg.sample_every, plan, tokenizer),
     ]
 
@@ -265,29 +258,34 @@ def print_model(model: GPTConfig, groups: Groups, recipe: scaling_laws.Recipe) -
     print0(f"Learning rates x {recipe.rate_factor:.4f} for this batch, Muon's weight decay {decay:.6f}")
 
 
+def core_tasks_of(cfg: BaseConfig) -> list[CoreTask]:
+    """CORE's tasks, where they are to be measured."""
+    if cfg.core_every < 1:
+        return []
+    return read_tasks(find_bundle(), cfg.core_max_per_task if cfg.core_max_per_task > 0 else None)
+
+
+def core(every: int, plan: Plan, tokenizer: Tokenizer, tasks: Sequence[CoreTask]) -> Measurement:
+    """CORE, as core_metric, and the centred accuracy on each of its tasks."""
+    measure = make_core(plan.model, tokenizer, tasks, mesh=plan.mesh, dtype=plan.dtype, attention=plan.attention)
+
+    def shown(numbers: Mapping[str, float]) -> str:
+        return all_numbers({name: value for name, value in numbers.items() if name == "core_metric"})
+
+    return Measurement("CORE", every if tasks else -1, measure, shown=shown, flag="--core-every")
+
+
 def samples(every: int, plan: Plan, tokenizer: Tokenizer) -> Measurement:
     """The most likely continuations of PROMPTS, as far as they fit into a row."""
-    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in PROMPTS]
-    prompts = [ids for ids in prompts if len(ids) + SAMPLE_TOKENS <= plan.model.sequence_len]
+    prompts = sample_prompts(tokenizer, plan.model.sequence_len)
 
     def measure(params, progress) -> dict[str, list[str]]:
         own = own_devices(plan.mesh)
         engine = Engine(plan.model, tokenizer, own, tools=None, dtype=plan.dtype, attention=plan.attention)
-        sampling = SamplingParams(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)
-
-        def texts() -> list[str]:
-            with engine.holding(params, plan.mesh) as held:
-                groups = engine.generate(held, prompts, sampling, progress=progress)
-            return [printable(tokenizer.decode([*p[1:], *sample.tokens])) for p, (sample,) in zip(prompts, groups)]
-
-        return {"samples": collect("samples", texts)[0]}
+        with engine.holding(params, plan.mesh) as held:
+            return {"samples": sample_texts(engine, held, prompts, progress)}
 
     return Measurement("samples", every if prompts else -1, measure, flag="--sample-every")
-
-
-def printable(text: str) -> str:
-    """One line that no terminal takes for a command."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ class Chat:
 def load_model(cfg: ChatConfig) -> tuple[Engine, Any, find.Found]:
     """(engine, its parameters, where they were found), on one device."""
     tools = make_toolbox(cfg.tool, cfg.tool_tokens)
-    found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
     start_device(cfg.device_type)
     model = find.chat_model_of(found, compute_dtype(cfg.dtype), tools=tools)
     return model.engine, model.params, found
@@ -266,7 +266,7 @@ def main(cfg: ChatConfig) -> int:
     with typing_unseen(), to_stderr, saying("reading the model"):
         engine, params, found = load_model(cfg)
     chat = Chat(engine, params, sampling, cfg.seed)
-    if cfg.source == "base":
+    if found.source == "base":
         chat.note("a base model has not learned to take turns: expect it to go on with any text")
     if cfg.prompt is not None:
         return 0 if chat.reply(cfg.prompt) else 130

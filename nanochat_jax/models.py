@@ -21,9 +21,9 @@ from nanochat_jax.flags.models import ModelsConfig
 from nanochat_jax.interop.nanochat_model import model_file
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig
-from nanochat_jax.reports.runs import evaluated
+from nanochat_jax.reports.model_card import MEASURED
+from nanochat_jax.reports.runs import evaluated, evaluated_numbers
 
-MEASURED = ("val_bpb", "chatcore", "pass@1")  # what is shown, where it was measured
 WIDE = 200  # columns of a file or pipe
 COLUMNS = ("stage", "tag", "steps", "parameters", "on disk", "measured", "from", "saved")
 
@@ -71,6 +71,7 @@ def describe(found: find.Found) -> dict[str, Any]:
     config = find.load_config(found) if not found.ours else GPTConfig(**meta["model_config"])
     facts["parameters"] = parameter_counts(config)["total"]
     facts["measured"] = {name: meta[name] for name in MEASURED if isinstance(meta.get(name), int | float)}
+    facts["measured"] |= evaluated_numbers(found.folder, find.identity(found))
     facts["evaluated"] = evaluated(found.folder, find.identity(found))
     if found.ours and settings.get("output_tag", 0) != 0 and settings.get("model_tag"):  # sft and rl have an output_tag
         facts["from"] = f"{settings.get('source', 'base')} {settings['model_tag']}, step {settings.get('model_step')}"

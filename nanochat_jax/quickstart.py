@@ -37,20 +37,21 @@ from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
 from nanochat_jax.evals.evaluator import EvalResult, Evaluator
 from nanochat_jax.evals.intervals import Share
-from nanochat_jax.files.paths import write_atomically
+from nanochat_jax.files.paths import BUNDLED, write_atomically
 from nanochat_jax.flags.quickstart import QuickstartConfig
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tasks import Arithmetic, CustomJSON
 from nanochat_jax.tokenizer import train_tokenizer
 
-TALKS = Path(__file__).parent / "bundled" / "identity_conversations.jsonl"  # about the model itself
+TALKS = BUNDLED / "identity_conversations.jsonl"  # about the model itself
 VOCAB_SIZE = 512
 STORIES, REPEATS, HELD_OUT = 12_000, 20, 500  # texts for the base model, times that TALKS are, and for validation
 DEMONSTRATIONS = 300  # solved problems that fine-tuning shows
 PROBLEMS, SHOWN = 400, 3  # of the test split, which no stage trains on; how many of them with their answers
 ANSWER_TOKENS = 64
 ABOUT_ITSELF = ("Who are you?", "What can you do?")
-STEP = re.compile(r"step (\d+)/(\d+) \| (loss|reward) (\S+)")
+# Of RL the smoothed reward: a step's own depends more on its 16 problems than on what was learned.
+STEP = re.compile(r"step (\d+)/(\d+) \| (loss|reward) (?:\S+ \(smoothed )?([^\s)]+)")
 BARS = "▁▂▃▄▅▆▇█"
 
 # Sizes and rates found by trial for 2 cores. The base model's rates are scaled by sqrt(4096 / 524288) to this batch.
@@ -130,7 +131,7 @@ def main(cfg: QuickstartConfig) -> int:
     shares = {model: [result.accuracy for result in both] for model, both in results.items()}
     tour.show_shares(shares)
     write_atomically(folder / "shares.json", json.dumps(shares, indent=1).encode())
-    write_atomically(folder / "report.html", report.page(report.find_runs(folder)).encode())
+    report.write_pages(report.find_runs(folder), folder / "report.html")
     tour.say(f"Curves of all stages, for a browser:  {folder / 'report.html'}")
     tour.say(f"Talk to it:  {tour.command('chat', ('-i', 'rl'))}")
     tour.say(f"{time.perf_counter() - began:.0f} seconds in all")

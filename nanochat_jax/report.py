@@ -1,7 +1,11 @@
-"""Pictures of runs: one page that needs nothing else, with the curves of every run, their settings, results and texts.
+"""Pictures of runs: one page that needs nothing else, with the curves of every run, their settings, results and texts;
+and beside it a page for each run of RL, with its rollouts token by token.
 
-The page is made from what lies in the runs' folders, also while a run is under way. Settings: flags/report.py.
+The pages are made from what lies in the runs' folders, also while a run is under way. Settings: flags/report.py.
 """
+
+from collections.abc import Sequence
+from pathlib import Path
 
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.main import run_stage
@@ -10,12 +14,14 @@ from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import kept_dir, write_atomically
 from nanochat_jax.flags.report import ReportConfig
 from nanochat_jax.reports.page import page
-from nanochat_jax.reports.runs import find_runs
+from nanochat_jax.reports.rollouts import is_page, rollout_pages, rollouts_page
+from nanochat_jax.reports.runs import Log, find_runs
 from nanochat_jax.reports.watch import watch
 
 
 def main(cfg: ReportConfig) -> int:
-    """Write the page -> 0, or serve it until a signal comes. ValueError: there is no run to draw."""
+    """Write the pages -> 0, or serve them until a signal comes. ValueError: there is no run to draw, or a page's file
+    is another's."""
     check_bounds(cfg)
     named = [bucket.as_path(folder.expanduser()) for folder in cfg.folders]
     for folder in named:
@@ -33,11 +39,31 @@ def main(cfg: ReportConfig) -> int:
     )
     output = bucket.as_path(cfg.output.expanduser()) if cfg.output else kept_dir() / "report.html"
     skipped: list[str] = []
-    write_atomically(output, page(folders, skipped.append).encode("utf-8", "replace"))
-    for what in skipped:
+    written = write_pages(folders, output, skipped.append)
+    for what in dict.fromkeys(skipped):  # of rollouts both pages may say the same
         print_left_out(what)
     print(f"{len(folders)} run{'s' * (len(folders) > 1)} -> {output}")
+    for path in written:
+        print(f"rollouts -> {path}")
     return 0
+
+
+def write_pages(folders: Sequence[Path], output: Path, log: Log = str) -> list[Path]:
+    """Write the page about these runs, and beside it those about their rollouts -> the files of the latter.
+
+    ValueError: one of these exists, and is no such page."""
+    pages = rollout_pages(folders, output.name)
+    written = [output.parent / one.file for one in pages]
+    for path in written:
+        require(
+            not path.exists() or is_page(path),
+            f"{path} would be replaced by a page about rollouts, and is none: move it, or name another --output",
+        )
+    links = {one.folder: one.file for one in pages}
+    write_atomically(output, page(folders, log, links=links).encode("utf-8", "replace"))
+    for one, path in zip(pages, written):
+        write_atomically(path, rollouts_page(one, output.name, log).encode("utf-8", "replace"))
+    return written
 
 
 def print_left_out(what: str) -> None:

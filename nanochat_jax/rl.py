@@ -21,7 +21,7 @@ from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.distributed.mesh import make_mesh, own_devices
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.eval_set import EvalSet, make_eval_set
-from nanochat_jax.files.paths import base_dir, write_to
+from nanochat_jax.files.paths import write_to
 from nanochat_jax.flags.rl import RLConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
@@ -43,6 +43,7 @@ from nanochat_jax.rollouts.watch import warnings, watch_of
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
+from nanochat_jax.train.base_model import run_tokenizer
 from nanochat_jax.train.loop import exit_code, open_run
 from nanochat_jax.train.plan import Plan, make_plan
 from nanochat_jax.train.start import Start, find_start, fine_tuning_groups, initial_state
@@ -62,7 +63,7 @@ def main(cfg: RLConfig) -> int:
     describe_device(mesh, print0)
 
     # The run: a new one from a chat model, or one to go on with
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    tokenizer = run_tokenizer(cfg)
     start = find_rl_start(cfg, tokenizer)
     cfg = start.cfg
     sampling = check(cfg)  # also what a checkpoint recorded
@@ -109,7 +110,12 @@ def main(cfg: RLConfig) -> int:
     if cfg.kl_coef:
         with plan.scope():
             params, reference = load_reference(
-                cfg.source, cfg.model_tag, cfg.model_step, start.record.get("reference"), plan.abstract_state.params
+                cfg.source,
+                cfg.model_tag,
+                cfg.model_step,
+                start.record.get("reference"),
+                plan.abstract_state.params,
+                base=start.started_from,
             )
         score = functools.partial(
             make_score(plan.model, params, plan.mesh, dtype=plan.dtype, attention=plan.attention), params
@@ -257,9 +263,7 @@ def plan_of(
 def preflight_of(cfg: RLConfig) -> int:
     """--preflight -> the exit code: 0 where it fits, else 1."""
     devices = preflight.start(cfg)
-    model, cfg = preflight.model_for(
-        cfg, cfg.source, lambda: find_rl_start(cfg, Tokenizer.load(base_dir() / "tokenizer"))
-    )
+    model, cfg = preflight.model_for(cfg, cfg.source, lambda: find_rl_start(cfg, run_tokenizer(cfg)))
     print0(f"NOTE: without data, prompts of up to {preflight.PROMPT_TOKENS} tokens are assumed")
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd), preflight.PROMPT_TOKENS)
     answers = {"rollouts": preflight.Answers(cfg.examples_per_step, cfg.num_samples, cfg.slots, cfg.max_new_tokens)}

@@ -38,7 +38,7 @@ def main(cfg: ServeConfig) -> int:
     tools = make_toolbox(cfg.tool, cfg.tool_tokens)
     listening = listen(cfg.host, cfg.port)  # a port that is taken is an error before a model is read
     with listening:
-        found = find.find_model(cfg.source, cfg.model_tag, cfg.step)
+        found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base)
         start_device(cfg.device_type)
         with saying("reading the model"):
             model = find.chat_model_of(
@@ -54,7 +54,7 @@ def main(cfg: ServeConfig) -> int:
             worker.warm_up()
         capacity = cfg.max_concurrent + cfg.max_waiting
         settings = ServerSettings(
-            model=cfg.served_model_name or f"{found.folder.name}-{cfg.source}",
+            model=cfg.served_model_name or f"{found.tag}-{found.source}",
             limits=Limits(cfg.max_messages, cfg.max_message_chars, cfg.max_total_chars, capacity, sampling),
             body_bytes=cfg.max_body_bytes,
             api_key=api_key,

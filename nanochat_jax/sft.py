@@ -17,7 +17,7 @@ from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.evals.chatcore import NEW_TOKENS, SLOTS, make_chatcore
-from nanochat_jax.files.paths import base_dir, cache_dir, write_to
+from nanochat_jax.files.paths import cache_dir, write_to
 from nanochat_jax.flags.sft import SFTConfig
 from nanochat_jax.model.attention import check_attention_backend
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
@@ -27,6 +27,7 @@ from nanochat_jax.tasks import GSM8K, MMLU, Arithmetic, CustomJSON, SimpleSpelli
 from nanochat_jax.tasks.registry import make_task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import preflight
+from nanochat_jax.train.base_model import run_tokenizer
 from nanochat_jax.train.loop import exit_code
 from nanochat_jax.train.measurement import Measurement
 from nanochat_jax.train.plan import Plan, TokenLoss, make_plan
@@ -47,7 +48,7 @@ def main(cfg: SFTConfig) -> int:
     peak_flops = describe_device(mesh, print0)
 
     # The run: a new one from the base model, or one to go on with
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    tokenizer = run_tokenizer(cfg)
     start = find_start(cfg, "sft", tokenizer, print0, source=cfg.source)
     cfg = start.cfg
     check_bounds(cfg)  # also what was inherited
@@ -144,7 +145,7 @@ def preflight_of(cfg: SFTConfig) -> int:
     """--preflight -> the exit code: 0 where it fits, else 1."""
     devices = preflight.start(cfg)
     model, cfg = preflight.model_for(
-        cfg, cfg.source, lambda: find_start(cfg, "sft", Tokenizer.load(base_dir() / "tokenizer"), print0, cfg.source)
+        cfg, cfg.source, lambda: find_start(cfg, "sft", run_tokenizer(cfg), print0, cfg.source)
     )
     plan = plan_of(cfg, model, make_mesh(cfg.mesh or "", devices, model.n_embd))
     phases = [preflight.update_phase(plan)]

@@ -15,6 +15,7 @@ from nanochat_jax import sft
 from nanochat_jax.checkpoints import find, integrity, store
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.cli.settings import require
+from nanochat_jax.evals.samples import printable
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.train import scaling_laws
 from nanochat_jax.train.metrics import read_metrics
@@ -333,7 +334,7 @@ def test_a_device_takes_32_rows_or_as_many_as_divide_the_batch(total, T, devices
 
 
 def test_what_a_model_writes_does_not_reach_the_terminal_as_a_command():
-    assert stage.printable("é 漢\n\x1b[2Jx\x07") == "é 漢\\n\\x1b[2Jx\\x07"
+    assert printable("é 漢\n\x1b[2Jx\x07") == "é 漢\\n\\x1b[2Jx\\x07"
 
 
 def test_rates_are_scaled_but_for_the_fixed_one():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import base, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, serve, sft
+from nanochat_jax import base, bench, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, serve, sft
 from nanochat_jax.cli.command_line import parse
 from nanochat_jax.evals.eval_set import replies
 from nanochat_jax.flags.tokenizer import Eval, Show, Train
@@ -38,6 +38,7 @@ SETTINGS = {
     "eval": eval.EvalConfig,
     "chat": chat.ChatConfig,
     "serve": serve.ServeConfig,
+    "bench": bench.BenchConfig,
     "report": report.ReportConfig,
     "nanochat_export": nanochat_export.ExportConfig,
     "nanochat_import": nanochat_import.ImportConfig,

@@ -22,7 +22,7 @@ from nanochat_jax.checkpoints import find
 from nanochat_jax.distributed import mesh as distributed_mesh
 from nanochat_jax.distributed import processes, sharding
 from nanochat_jax.distributed.signals import Interrupted
-from nanochat_jax.evals import chatcore, multiple_choice
+from nanochat_jax.evals import chatcore, passes
 from nanochat_jax.evals.chatcore import BASELINES, make_chatcore
 from nanochat_jax.evals.eval_set import make_eval_set
 from nanochat_jax.evals.evaluator import Evaluator, collect_items, judge_answers
@@ -150,13 +150,13 @@ def test_weights_that_are_no_numbers_are_said_instead_of_scored(evaluator, param
 
 
 def test_an_interrupt_after_a_pass_leaves_one_more_on_the_devices(evaluator, params, monkeypatch):
-    dispatched, to_global = [], multiple_choice.to_global
+    dispatched, to_global = [], passes.to_global
 
     def dispatch(batch, mesh):
         dispatched.append(batch)
         return to_global(batch, mesh)
 
-    monkeypatch.setattr(multiple_choice, "to_global", dispatch)
+    monkeypatch.setattr(passes, "to_global", dispatch)
     with pytest.raises(Interrupted):
         evaluator.choose_letters(params, make_eval_set("quiz", Quiz(), TOKENIZER), interrupt)
     assert len(dispatched) == 2 < -(-len(QUESTIONS) // 3)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "nanochat_jax"
 
 FOLDERS = [  # a folder imports itself and those before it in this list; commands import all, nobody imports a command
     *("distributed", "files", "model", "optim", "cli", "flags", "interop", "tasks", "data", "tokenizer", "inference"),
-    *("serving", "evals", "checkpoints", "train", "rollouts", "reports"),
+    *("serving", "evals", "checkpoints", "train", "rollouts", "benches", "reports"),
 ]
 TOURS = {"quickstart"}  # commands that run other commands
 WITHOUT_JAX = {  # folders, or modules of other folders, that must not load JAX: host code starts in a blink

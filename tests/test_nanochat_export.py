@@ -28,7 +28,10 @@ from nanochat_jax.model.gpt import GPTConfig, window_sizes
 from nanochat_jax.nanochat_export import ExportConfig, export
 from nanochat_jax.optim import groups as optim
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tests.interop.test_nanochat_optimizer import write_optimizer
+from tests.interop.test_nanochat_model import model as nanochats_model
+from tests.interop.test_nanochat_model import write_model
+from tests.interop.test_nanochat_optimizer import optimizer_state as random_state
+from tests.interop.test_nanochat_optimizer import rank_content, write_optimizer
 from tests.support import tiny
 from tests.support.commands import run_command
 from tests.support.models import tiny_config
@@ -123,6 +126,41 @@ def test_nanochats_own_files_of_several_ranks_become_files_of_one(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["meta_000007.json", "model_000007.pt", "optim_000007_rank0.pt"]
     assert_equal(again.arrays, want)
     assert json.loads((folder / "meta_000007.json").read_text()) == meta
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 16])
+def test_the_optimizers_state_is_cut_over_ranks_as_nanochat_cuts_it(tmp_path, ranks):
+    write_model(tmp_path, nanochats_model("E", rows=192 if ranks == 3 else 128), step=7)
+    model = read_model(tmp_path, 7)[0]
+    whole, adamw, muon = random_state("E", model)
+    write_pt(tmp_path / "optim_000007_rank0.pt", rank_content("E", whole, adamw, muon, 0, 1))
+    state = read_optimizer(tmp_path, 7, model)
+    nanochats = [rank_content("E", whole, adamw, muon, rank, ranks) for rank in range(ranks)]
+    for rank, want in enumerate(nanochats):
+        write_pt(
+            path := tmp_path / f"{rank}.pt", optimizer_content(state, model, EMBEDDING_TYPES["float32"], rank, ranks)
+        )
+        got = read_pt(path)
+        assert [group["params"] for group in got["param_groups"]] == [group["params"] for group in want["param_groups"]]
+        assert got["state"].keys() == want["state"].keys()
+        for number, entry in want["state"].items():
+            assert got["state"][number].keys() == entry.keys()
+            for key, array in entry.items():
+                padding = array == 9  # what lies there says nothing
+                assert np.array_equal(np.where(padding, 9, got["state"][number][key]), array)
+
+
+def test_an_export_for_several_ranks_comes_back_bit_for_bit(base, tmp_path, monkeypatch):
+    assert run(monkeypatch, base, "--output", tmp_path, "--ranks", "8") == 0
+    folder = tmp_path / "base_checkpoints/d2"
+    assert {p.name for p in folder.glob("optim*")} == {f"optim_000007_rank{rank}.pt" for rank in range(8)}
+    found = found_in(base)
+    model, _, meta = find.load_params(found)
+    state = nanochat_export.load_optimizer_state(found, model, meta)
+    again = read_optimizer(folder, 7, model)
+    assert again.groups == state.groups
+    state.arrays.pop("bad_steps")
+    assert_equal(again.arrays, state.arrays)
 
 
 def tokenizer_of(size: int) -> Tokenizer:
@@ -350,6 +388,12 @@ def test_bad_flags_end_in_one_sentence_and_write_nothing(folder, tmp_path, monke
     file.write_text("mine")
     for argv, match in (
         (["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
+        (
+            ["--ranks", "7"],
+            "--ranks=7: lm_head has 320 rows, which 7 ranks cannot share evenly; choose a divisor of 320",
+        ),
+        (["--ranks", "0"], "--ranks must be at least 1"),
+        (["--ranks", "8", "--no-optimizer"], "--ranks=8 is about the optimizer's state"),
         (["--source", "middle"], "must be base, mid, sft or rl"),
         (["--source", "sft"], "no sft model"),
         (["--model-step", "8"], "--model-step=8 is not in"),

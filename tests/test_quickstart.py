@@ -167,6 +167,12 @@ def test_a_curve_runs_from_its_lowest_to_its_highest_mean():
     assert len(sparkline(list(range(100)), 30)) == 30
 
 
+def test_of_rl_the_bar_shows_the_smoothed_reward():
+    bar = StepBar(Console(file=io.StringIO()))
+    bar.line("step 00002/00004 | reward 0.500 (smoothed 0.250) | rewarded 50.0% | signal 100%")
+    assert bar.last == "2 steps, reward 0.250"
+
+
 def test_off_a_terminal_a_few_short_lines_tell_how_it_goes(capsys):
     with StepBar(Console(file=sys.stdout, force_terminal=False)) as bar:
         for step in range(1, 21):

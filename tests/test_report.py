@@ -44,6 +44,7 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path, capsys):
         f"WARNING: left out: {bad / 'metrics.jsonl'}: Is a directory",
         f"WARNING: left out: {other / 'rollouts.jsonl'}: Is a directory",
         f"3 runs -> {tmp_path / 'page.html'}",
+        f"rollouts -> {tmp_path / 'page-rollouts-good.html'}",
     ]
     assert "cannot be read: Is a directory" in (tmp_path / "page.html").read_text()
 

@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: tools/setup.sh [--extra cuda13|tpu|aot|cuda13-aot|gcs]...
+usage: tools/setup.sh [--extra cuda13|tpu|aot|cuda13-aot|gcs|compare]...
 
 Makes .venv (Python >= 3.12) with everything that nanochat_jax and its tests need, for CPU.
   --extra cuda13   add JAX's CUDA 13 packages (NVIDIA GPUs)
@@ -15,6 +15,9 @@ Makes .venv (Python >= 3.12) with everything that nanochat_jax and its tests nee
                    add the CUDA compiler, to compile for NVIDIA GPUs where there is none, in a folder of its own that
                    nothing else looks into (299 MB to fetch, 820 MB on disk)
   --extra gcs      add the packages for base directories in buckets of Google Cloud Storage
+  --extra compare  add torch's CPU build and transformers, for the tests that compare with them, in an environment of
+                   their own, .venv/compare (300 MB to fetch, 1.2 GB on disk; Linux on x86-64). pip must know where
+                   to find it: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS name a place
   --help           show this text
 Extras stay on later runs without the flag; to drop one, delete .venv and run again.
 Uses uv if it is on the PATH, else pip.
@@ -33,14 +36,14 @@ quickly() { # run a command that might hang
 extras=""
 add_extra() {
   case "$1" in
-    cuda13 | tpu | aot | cuda13-aot | gcs) extras="$extras $1" ;;
-    *) fail "there is no extra '$1': use --extra cuda13, tpu, aot, cuda13-aot or gcs" 2 ;;
+    cuda13 | tpu | aot | cuda13-aot | gcs | compare) extras="$extras $1" ;;
+    *) fail "there is no extra '$1': use --extra cuda13, tpu, aot, cuda13-aot, gcs or compare" 2 ;;
   esac
 }
 while [ $# -gt 0 ]; do
   case "$1" in
     --extra)
-      [ $# -ge 2 ] || fail "--extra needs a name: cuda13, tpu, aot, cuda13-aot or gcs" 2
+      [ $# -ge 2 ] || fail "--extra needs a name: cuda13, tpu, aot, cuda13-aot, gcs or compare" 2
       add_extra "$2"
       shift
       ;;
@@ -69,7 +72,7 @@ fi
 
 wanted=" $(cat .venv/extras 2>/dev/null || true) $extras " # with those of earlier runs
 extras=""
-for name in cuda13 tpu aot cuda13-aot gcs; do
+for name in cuda13 tpu aot cuda13-aot gcs compare; do
   case "$wanted" in *" $name "*) extras="${extras:+$extras }$name" ;; esac
 done
 
@@ -162,6 +165,24 @@ install_cuda_compiler() {
   mv "$folder.new" "$folder" # only when it is whole
 }
 
+# Not with the packages: it has other versions of them, and may need another Python, for which torch's CPU build is there.
+install_compare() {
+  local folder=.venv/compare lock=requirements-compare.lock python said=""
+  if [ "$(cat "$folder/$lock" 2>/dev/null)" = "$(cat "$lock")" ]; then return; fi
+  for python in .venv/bin/python python3.13 python3.12 python3.11 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[123]*/bin/python; do
+    "$python" -c "" >/dev/null 2>&1 || continue
+    echo "installing torch and transformers into $folder with $python"
+    rm -rf "$folder"
+    "$python" -m venv "$folder"
+    if said=$("$folder/bin/python" -m pip install --quiet --no-compile --no-deps -r "$lock" 2>&1); then
+      cat "$lock" >"$folder/$lock" # only when it is whole
+      return
+    fi
+  done
+  rm -rf "$folder"
+  fail "torch and transformers could not be installed, name a place that has torch's CPU build with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS: ${said##*$'\n'}"
+}
+
 if [ -z "$now" ]; then make_venv; fi
 rm -f .venv/stamp # it comes back when everything below has succeeded
 echo "$extras" >.venv/extras
@@ -172,13 +193,15 @@ echo "installing the packages of requirements.lock (a minute or two the first ti
 install --no-deps -r requirements.lock -e .
 packages="" # the extras that lie with the packages
 for name in $extras; do
-  if [ "$name" != cuda13-aot ]; then packages="${packages:+$packages,}$name"; fi
+  case "$name" in cuda13-aot | compare) continue ;; esac
+  packages="${packages:+$packages,}$name"
 done
 if [ -n "$packages" ]; then
   echo "installing the extras: ${packages//,/ }"
   install -c requirements.lock -c requirements-gcs.lock -e ".[$packages]"
 fi
 case " $extras " in *" cuda13-aot "*) install_cuda_compiler ;; esac
+case " $extras " in *" compare "*) install_compare ;; esac
 # Bytecode, which pip would make on one core. What cannot be compiled is none of ours.
 if [ -d .venv/lib ]; then .venv/bin/python -m compileall -qq -j 0 .venv/lib || true; fi
 fingerprint >.venv/stamp.new

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import numpy as np
 from flax import nnx
 
 from nanochat_jax.checkpoints import integrity
+from nanochat_jax.checkpoints.layout import STAGES, TRANSFORMERS, TREE, by_depth
+from nanochat_jax.checkpoints.locate import Located, locate
 from nanochat_jax.checkpoints.store import SOURCES, best_step, read_arrays, read_meta
 from nanochat_jax.cli.device import compute_dtype
 from nanochat_jax.cli.settings import BEST
@@ -21,12 +22,22 @@ from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import path_name
 from nanochat_jax.files import bucket
 from nanochat_jax.files.paths import base_dir, kept_dir
+from nanochat_jax.files.safetensors_read import shard_files
 from nanochat_jax.inference.chat_model import ChatModel
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.tools import CALCULATOR_ALONE, Toolbox
-from nanochat_jax.interop.nanochat_model import find_steps, meta_file, read_config, read_meta_file, read_model
+from nanochat_jax.interop import transformers_model
+from nanochat_jax.interop.nanochat_model import (
+    find_steps,
+    meta_file,
+    model_file,
+    read_config,
+    read_meta_file,
+    read_model,
+)
 from nanochat_jax.interop.nanochat_optimizer import read_optimizer
 from nanochat_jax.interop.optimizer_state import recorded_groups
+from nanochat_jax.interop.transformers_model import CONFIG
 from nanochat_jax.model.gpt import GPT, GPTConfig, abstract_gpt
 from nanochat_jax.optim.groups import Groups, update_all_but_rates
 from nanochat_jax.tokenizer import Tokenizer
@@ -38,29 +49,52 @@ BLOCK = 1 << 18  # numbers that are checked at a time, 1 MB of float32
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A model on disk: <folder>/<step> in our format, or nanochat's files of that step in <folder>."""
+    """A model on disk: <folder>/<step> in our format, or the files of nanochat (of that step) or transformers in it."""
 
     folder: Path
     step: int
     ours: bool
     among: int = 1  # models of the stage of which it is the newest; 1 where it was named
+    base: Located | None = None  # what --base names; None: the base directory
+
+    @property
+    def transformers(self) -> bool:
+        """Whether it is in the form of transformers."""
+        return self.base is not None and self.base.layout == TRANSFORMERS
 
     @property
     def tag(self) -> str:
-        """The name of the model's folder."""
-        return self.folder.name
+        """The name of the model's folder, or of the repository or folder that holds this one model."""
+        return self.folder.name if self.base is None or self.base.layout == TREE else self.base.tag
+
+    @property
+    def source(self) -> str:
+        """The stage that made it."""
+        in_tree = self.base is None or self.base.layout == TREE
+        return STAGES[self.folder.parent.name] if in_tree else self.base.source
+
+    @property
+    def tokenizer(self) -> Any:
+        """The folder of its tokenizer."""
+        return base_dir() / "tokenizer" if self.base is None else self.base.tokenizer
+
+    @property
+    def files(self) -> tuple[Path, list[Path]]:
+        """(what describes it, the files of its parameters), of a model that is not in our format."""
+        if not self.transformers:
+            return meta_file(self.folder, self.step), [model_file(self.folder, self.step)]
+        return self.folder / CONFIG, shard_files(self.folder)
 
     def __str__(self) -> str:
-        path = self.folder / (str(self.step) if self.ours else f"model_{self.step:06d}.pt")
+        path = self.folder / str(self.step) if self.ours else self.files[1][0]
         return f"{path}{f', the newest of {self.among} (--model-tag names another)' if self.among > 1 else ''}"
 
 
 def identity(found: Found) -> str:
     """The model's tag and step, with a hash of what tells it from another one there."""
-    folder = found.folder / str(found.step)
-    files = [folder / integrity.MANIFEST] if found.ours else [meta_file(found.folder, found.step)]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    size = 0 if found.ours else (found.folder / f"model_{found.step:06d}.pt").stat().st_size
+    described = found.folder / str(found.step) / integrity.MANIFEST if found.ours else found.files[0]
+    digest = hashlib.sha256(described.read_bytes()).hexdigest()
+    size = 0 if found.ours else sum(file.stat().st_size for file in found.files[1])
     return f"{found.tag}, step {found.step}, {digest[:12]}{f', {size} bytes' if size else ''}"
 
 
@@ -68,20 +102,37 @@ def find_model(
     source: str,
     model_tag: str | None = None,
     step: Step = None,
-    base: Path | None = None,
+    base: Path | str | None = None,
     *,
     optimizer: bool = False,
 ) -> Found:
     """Where the model is: unless they are given, the tag whose last checkpoint is newest, and its last step;
     "best": the one whose held-out pass@1 was highest in RL.
 
+    base: another base directory than NANOCHAT_BASE_DIR's, or what else `locate` takes: a folder with one model, or
+    hub:OWNER/NAME[@REVISION][/PREFIX], which is downloaded.
     optimizer: whether its optimizer state is going to be read too; what is not read is not compared with its hashes.
     FileNotFoundError says where was looked and what to do. A damaged checkpoint of ours is named and passed over, and
     so is a folder without an intact one where no tag is given. nanochat takes the largest d<number>.
     """
     if source not in SOURCES:
         raise ValueError(f"the source of a model must be one of {', '.join(SOURCES)}, got {source!r}")
-    root = (base or kept_dir()) / SOURCES[source]
+    if base is None:
+        return _find_in(kept_dir(), source, model_tag, step, optimizer)
+    return found_at(locate(base, source, model_tag, step, optimizer=optimizer), optimizer)
+
+
+def found_at(located: Located, optimizer: bool = False) -> Found:
+    """The model that `locate` has found; optimizer: as of `find_model`."""
+    if located.layout != TREE:
+        return Found(located.folder, located.step, False, base=located)
+    found = _find_in(located.folder, located.source, located.tag, located.step, optimizer)
+    return dataclasses.replace(found, base=located)
+
+
+def _find_in(base: Any, source: str, model_tag: str | None, step: Step, optimizer: bool) -> Found:
+    """The model in a base directory."""
+    root = base / SOURCES[source]
     if not root.is_dir():
         raise FileNotFoundError(
             f"no {source} model: {root} does not exist; train one there, or set NANOCHAT_BASE_DIR to the folder that "
@@ -108,11 +159,9 @@ def tags_by_time(root: Path) -> list[str]:
     folders = [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
     saved = {folder.name: last_saved(folder) for folder in folders}
 
-    def order(tag: str) -> tuple:
-        depth = re.match(r"d([0-9]+)", tag)
-        return -saved[tag], -int(depth[1][:9]) if depth else 0, len(tag), tag  # "d20" before "d20_long"
-
-    return sorted((tag for tag, when in saved.items() if when is not None), key=order)
+    return sorted(
+        (tag for tag, when in saved.items() if when is not None), key=lambda tag: (-saved[tag], by_depth(tag))
+    )
 
 
 def last_saved(folder: Path) -> int | None:
@@ -169,6 +218,8 @@ def peek_meta(found: Found) -> dict:
     """The model's meta alone, without reading a tensor; its sizes are there."""
     if found.ours:
         return read_meta(found.folder / str(found.step))
+    if found.transformers:
+        return _transformers_meta(load_config(found))
     meta = read_meta_file(meta_file(found.folder, found.step))
     for size in ("n_layer", "sequence_len", "vocab_size"):
         value = meta["model_config"].get(size)
@@ -180,6 +231,8 @@ def peek_meta(found: Found) -> dict:
 
 def load_config(found: Found) -> GPTConfig:
     """The network of a model in either format; no parameter is read."""
+    if found.transformers:
+        return transformers_model.read_config(found.folder, _tokens(found))
     if not found.ours:
         return read_config(found.folder, found.step)
     return GPTConfig(**read_meta(found.folder / str(found.step))["model_config"])
@@ -190,6 +243,9 @@ def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict,
 
     logit_cap: of nanochat's checkpoints from 2026-03-02 to 03-09, which had 20 and do not say so. ValueError: a number
     of a parameter is infinite or NaN."""
+    if found.transformers:
+        config, params = transformers_model.read_model(found.folder, _tokens(found))
+        return config, params, _transformers_meta(config)
     if not found.ours:
         return read_model(found.folder, found.step, logit_cap)
     folder = found.folder / str(found.step)
@@ -197,6 +253,16 @@ def load_params(found: Found, logit_cap: float = 15.0) -> tuple[GPTConfig, dict,
     config = GPTConfig(**meta["model_config"])
     arrays = read_finite_arrays(folder, "params")
     return config, jax.tree.map_with_path(lambda path, _: arrays[path_name(path)], abstract_gpt(config)[1]), meta
+
+
+def _transformers_meta(config: GPTConfig) -> dict:
+    """What the form of transformers tells of a model, as a meta file would; runs from it have rows of its length."""
+    return {"model_config": dataclasses.asdict(config), "max_seq_len": config.sequence_len}
+
+
+def _tokens(found: Found) -> int:
+    """How many its tokenizer has: the class of transformers counts rows that pad the vocabulary as tokens."""
+    return Tokenizer.load(found.tokenizer).vocab_size
 
 
 def read_finite_arrays(folder: Path, item: str) -> dict[str, np.ndarray]:
@@ -222,30 +288,45 @@ def load_optimizer(found: Found, config: GPTConfig, groups: Groups) -> tuple[Gro
             return None
         arrays = read_finite_arrays(folder, "optimizer")
         return update_all_but_rates(groups, read_meta(folder)["optimizer_groups"]), arrays
-    state = read_optimizer(found.folder, found.step, config)
+    state = None if found.transformers else read_optimizer(found.folder, found.step, config)
     if state is None:
         return None
     return update_all_but_rates(groups, recorded_groups(state.groups)), state.arrays
 
 
-def load_model(source: str, model_tag: str | None = None, step: Step = None, *, dtype=None):
+def load_model(
+    source: str,
+    model_tag: str | None = None,
+    step: Step = None,
+    *,
+    base: Path | str | None = None,
+    dtype=None,
+):
     """-> (model, tokenizer, meta): model(ids int32 [B,T]) gives float32 logits [B,T,V].
 
     source: "base", "sft" or "rl". Finds the model as nanochat does and imports nanochat's own files where needed.
+    base: another base directory, a folder with one model, or hub:OWNER/NAME, as of `find_model`.
     dtype: compute type; default float32 on CPU, bfloat16 elsewhere.
     """
-    found = find_model(source, model_tag, step)
+    found = find_model(source, model_tag, step, base)
     config, params, meta = load_params(found)
     graphdef, _ = abstract_gpt(config, compute_dtype("auto") if dtype is None else dtype)
     model: GPT = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
-    return model, Tokenizer.load(base_dir() / "tokenizer"), meta
+    return model, Tokenizer.load(found.tokenizer), meta
 
 
-def load_chat_model(source: str, model_tag: str | None = None, step: Step = None, *, dtype=None) -> ChatModel:
+def load_chat_model(
+    source: str,
+    model_tag: str | None = None,
+    step: Step = None,
+    *,
+    base: Path | str | None = None,
+    dtype=None,
+) -> ChatModel:
     """A model to talk with, on one device: `load_chat_model("sft").answer("What is 2+2?")`.
 
     Arguments as of `load_model`. ValueError: the base directory's tokenizer is not the model's."""
-    return chat_model_of(find_model(source, model_tag, step), dtype)
+    return chat_model_of(find_model(source, model_tag, step, base), dtype)
 
 
 def chat_model_of(
@@ -259,8 +340,8 @@ def chat_model_of(
 ) -> ChatModel:
     """The same of a model that `find_model` has found. Its context is the length that it was trained with. slots,
     chunk, alternatives, tools: of the `Engine`."""
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    check_tokenizer(tokenizer, peek_meta(found))
+    tokenizer = Tokenizer.load(found.tokenizer)
+    check_tokenizer(tokenizer, peek_meta(found), found)
     config, params, _ = load_params(found)
     mesh, dtype = make_mesh("data=1"), compute_dtype("auto") if dtype is None else dtype
     engine = Engine(
@@ -277,11 +358,13 @@ def chat_model_of(
     return ChatModel(engine, engine.cast_params(params))
 
 
-def check_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:
-    """ValueError where the model was trained with another tokenizer, as far as its meta tells."""
+def check_tokenizer(tokenizer: Tokenizer, meta: dict, found: Found | None = None) -> None:
+    """ValueError where the model was trained with another tokenizer, as far as its meta tells. found: where the model
+    and the tokenizer are; default: in the base directory."""
     size = meta["model_config"]["vocab_size"]
     if tokenizer.vocab_size != size or meta.get("tokenizer", tokenizer.digest()) != tokenizer.digest():
+        where = found.base.name if found and found.base else base_dir()
         raise ValueError(
-            f"the tokenizer in {base_dir()} ({tokenizer.vocab_size} tokens) is not the one that the model was trained "
-            f"with ({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
+            f"the tokenizer in {where} ({tokenizer.vocab_size} tokens) is not the one that the model was trained with "
+            f"({size} tokens): set NANOCHAT_BASE_DIR to the folder that holds both"
         )

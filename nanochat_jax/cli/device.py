@@ -141,10 +141,51 @@ PEAK_FLOPS = {
 }
 
 
+# Peak bytes/s of one device's memory, in the same way.
+PEAK_BANDWIDTH = {
+    "h200": 4.8e12,
+    "h100 nvl": 3.9e12,
+    "h100 pcie": 2.0e12,
+    "h100": 3.35e12,
+    "h800": 3.35e12,
+    "gb200": 8e12,
+    "b200": 8e12,
+    "b100": 8e12,
+    "a100-sxm4-40gb": 1.555e12,
+    "a100-pcie-40gb": 1.555e12,
+    "a100-pcie-80gb": 1.935e12,
+    "a100": 2.039e12,
+    "a800": 2.039e12,
+    "l40s": 864e9,
+    "l40": 864e9,
+    "l4": 300e9,
+    "a10g": 600e9,
+    "rtx 5090": 1.792e12,
+    "rtx 4090": 1.008e12,
+    "rtx 3090": 936e9,
+    "tpu v3": 450e9,  # half of the chip's
+    "tpu v4": 1.228e12,
+    "tpu v5 lite": 819e9,
+    "tpu v5e": 819e9,
+    "tpu v5": 2.765e12,
+    "tpu v6": 1.64e12,
+    "tpu7x": 3.69e12,  # half of the chip's
+}
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of one device of this kind; None where the table does not know it."""
+    return _of_kind(PEAK_FLOPS, device_kind)
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+    """Bytes/s of the memory of one device of this kind; None where the table does not know it."""
+    return _of_kind(PEAK_BANDWIDTH, device_kind)
+
+
+def _of_kind(table: Mapping[str, float], device_kind: str) -> float | None:
     kind = device_kind.lower()
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    return next((value for name, value in table.items() if name in kind), None)
 
 
 def cpu_name() -> str:

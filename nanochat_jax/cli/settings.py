@@ -97,6 +97,7 @@ def one_of(*choices: Any, words: str | None = None) -> Bounds:
     return Bounds(choices.__contains__, words or f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}", choices)
 
 
+BASE_HELP = "where it is: a base directory, a folder of one model, or hub:OWNER/NAME[@REVISION][/PREFIX]"
 SOURCES = one_of("base", "mid", "sft", "rl")  # stages that make models; "mid" is one of nanochat's first eras
 FINITE = Bounds(math.isfinite, "a finite number")
 RATE = between(0, 1000)  # of a learning rate, a weight decay, or a factor on rates

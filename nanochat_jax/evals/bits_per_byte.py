@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from nanochat_jax.data.batches import validation_batches, without_documents
+from nanochat_jax.data.rows import PackedRows
+from nanochat_jax.distributed.mesh import row_part
+from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.model.gpt import GPTConfig, abstract_gpt
 from nanochat_jax.model.loss import token_logprobs
 
@@ -46,3 +51,27 @@ def make_bits_per_byte(config: GPTConfig, token_bytes: np.ndarray, *, dtype=jnp.
         return nats / (math.log(2) * total) if total else math.inf
 
     return bits_per_byte
+
+
+def measure_rows(
+    bits_per_byte: Callable[..., float],
+    params,
+    rows: PackedRows,
+    mesh: Mesh,
+    *,
+    n_rows: int,
+    rows_per_batch: int,
+    document_mask: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """What `make_bits_per_byte` measures on the first `n_rows` rows, the same at each call; params are on the mesh.
+
+    document_mask: documents in one row do not see each other. progress(batches done, batches at most) is called after
+    each batch, on all processes equally often."""
+    process_index, process_count = row_part(mesh)
+    batches = validation_batches(
+        rows, n_rows=n_rows, rows_per_batch=rows_per_batch, process_index=process_index, process_count=process_count
+    )
+    on_devices = (to_global(b if document_mask else without_documents(b), mesh) for b in batches)
+    done = itertools.count(1)
+    return bits_per_byte(params, on_devices, progress and (lambda: progress(next(done), -(-n_rows // rows_per_batch))))

@@ -4,11 +4,13 @@ import errno
 import functools
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nanochat_jax.files import bucket
 
+BUNDLED = Path(__file__).parents[1] / "bundled"  # data files of the package
 OUTPUT = "NANOCHAT_OUTPUT_DIR"  # environment variable
 
 
@@ -56,17 +58,17 @@ def _copy_with_tokenizer(url: str) -> Path:
     return bucket.fetch(bucket.as_path(url) / "tokenizer", exact=True).parent
 
 
-def write_atomically(path: Any, data: bytes) -> None:
-    """A reader sees the old file or the new one, whole, whenever this process is killed."""
-    path = bucket.as_path(path)
+def write_atomically(path: Any, data: bytes | Iterable[bytes]) -> None:
+    """A reader sees the old file or the new one, whole, whenever this process is killed. data: in one or in parts."""
+    path, parts = bucket.as_path(path), [data] if isinstance(data, bytes) else data
     if bucket.in_bucket(path):
-        path.write_bytes(data)
+        path.write_bytes(b"".join(parts))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder, f".{path.name}")
         with temporary.open("wb") as f:
-            f.write(data)
+            f.writelines(parts)
             f.flush()
             os.fsync(f.fileno())
         temporary.chmod(0o644)  # whatever the umask: other users of a shared base directory read it

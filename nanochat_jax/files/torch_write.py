@@ -106,14 +106,14 @@ def write_archive(path: Path, pickled: Pickle) -> None:
                 _write_record(z, path.stem, name, len(content), [content])
             for key, tensor in enumerate(pickled.storages):
                 size = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
-                pieces = (_bytes(np.asarray(piece, tensor.dtype)) for piece in tensor.pieces)
+                pieces = (as_bytes(np.asarray(piece, tensor.dtype)) for piece in tensor.pieces)
                 _write_record(z, path.stem, f"data/{key}", size, pieces)
             _write_record(z, path.stem, "version", 2, [b"3\n"])
         f.flush()
         os.fsync(f.fileno())
 
 
-def _bytes(array: np.ndarray) -> memoryview:
+def as_bytes(array: np.ndarray) -> memoryview:
     """bfloat16 arrays have no buffer of their own."""
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 

@@ -87,6 +87,19 @@ class BaseConfig(StageConfig):
         resume="free",
         group=EVALUATION,
     )
+    core_every: int = setting(
+        -1,
+        "steps between measurements of CORE (-1 = never; its tasks are downloaded, 162 MB)",
+        resume="free",
+        group=EVALUATION,
+    )
+    core_max_per_task: int = setting(
+        500,
+        "examples of each of CORE's tasks (-1 = all)",
+        at_least(1, "at least 1, or -1", also=-1),
+        resume="free",
+        group=EVALUATION,
+    )
     sample_every: int = setting(
         2000, "steps between samples from the model (-1 = never)", resume="free", group=EVALUATION
     )

@@ -3,12 +3,22 @@
 import dataclasses
 from typing import Annotated
 
-from nanochat_jax.cli.settings import ANSWERS, DEVICES, LARGEST, RUN, SOURCES, Maybe, ModelStep, between, setting, short
+from nanochat_jax.cli.settings import (
+    ANSWERS,
+    DEVICES,
+    LARGEST,
+    RUN,
+    Maybe,
+    between,
+    setting,
+    short,
+)
+from nanochat_jax.flags.model import ModelConfig
 from nanochat_jax.flags.tools import ToolConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatConfig(ToolConfig):
+class ChatConfig(ModelConfig, ToolConfig):
     """Talk with a model. `clear` forgets the chat; `quit`, `exit` and Ctrl-D end it; Ctrl-C stops an answer, and what
     there is of it stays in the chat.
 
@@ -20,13 +30,6 @@ class ChatConfig(ToolConfig):
 
     prompt: Annotated[Maybe[str], short("-p")] = setting(
         None, "one message: print the answer to it, and nothing else, and exit", group=RUN
-    )
-    source: Annotated[str, short("-i")] = setting("sft", "stage that made the model", SOURCES, group=RUN)
-    model_tag: Annotated[Maybe[str], short("-g")] = setting(
-        None, "tag of the model; default: the one saved last", group=RUN
-    )
-    step: Annotated[ModelStep, short("-s", "--model-step")] = setting(
-        None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN
     )
     temperature: Annotated[float, short("-t")] = setting(0.6, "0 = always the likeliest token", group=ANSWERS)
     top_k: Annotated[int, short("-k")] = setting(50, "draw from the likeliest k tokens (0 = from all)", group=ANSWERS)

@@ -26,15 +26,16 @@ COMMANDS = {  # in the order of use
     "base": Command("documents -> base model", "BaseConfig"),
     "sft": Command("base model, conversations -> chat model", "SFTConfig"),
     "rl": Command("chat model, problems that can be judged -> better chat model", "RLConfig"),
-    "eval": Command("right answers on tasks, with intervals, and ChatCORE", "EvalConfig"),
+    "eval": Command("right answers on tasks, with intervals, ChatCORE and CORE", "EvalConfig"),
     "chat": Command("talk to a model in the terminal", "ChatConfig"),
     "serve": Command("a model behind OpenAI's interface, and a page to talk to it", "ServeConfig"),
+    "bench": Command("how fast a model is: generating, an SFT step, a step of RL", "BenchConfig"),
     "models": Command("list the models of the base directory", "ModelsConfig"),
     "report": Command(
         "curves, settings and results of all runs on one HTML page, also while they train", "ReportConfig"
     ),
     "nanochat_import": Command("convert a nanochat base directory", "ImportConfig"),
-    "nanochat_export": Command("write a model as nanochat's files", "ExportConfig"),
+    "nanochat_export": Command("write a model as files of nanochat or transformers, and upload it", "ExportConfig"),
 }
 
 

@@ -10,32 +10,25 @@ from nanochat_jax.cli.settings import (
     DEVICES,
     LARGEST,
     RUN,
-    SOURCES,
     Maybe,
-    ModelStep,
     at_least,
     between,
     setting,
     short,
 )
+from nanochat_jax.flags.model import ModelConfig
 from nanochat_jax.flags.tools import ToolConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(ToolConfig):
+class EvalConfig(ModelConfig, ToolConfig):
     """Evaluate a model on tasks: which share of their problems it solves. One-letter flags are those of nanochat.
 
     python -m nanochat_jax.eval                                 # the newest SFT model on all tasks
+    python -m nanochat_jax.eval -i base -a "CORE|bpb|sample"    # the base model as nanochat's base_eval does
     python -m nanochat_jax.eval -i rl -a "GSM8K|Arithmetic" -n 8 -t 1.0 --json gsm8k.json
     """
 
-    source: Annotated[str, short("-i")] = setting("sft", "stage that made the model", SOURCES, group=RUN)
-    model_tag: Annotated[Maybe[str], short("-g")] = setting(
-        None, "tag of the model; default: the one saved last", group=RUN
-    )
-    step: Annotated[ModelStep, short("-s", "--model-step")] = setting(
-        None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN
-    )
     json: Maybe[Path] = setting(
         None, "new file for all numbers; they are also kept in a new file in the model's folder", group=RUN
     )
@@ -44,10 +37,13 @@ class EvalConfig(ToolConfig):
     )
     config: Maybe[Path] = setting(None, "TOML file of flags; flags on the command line win", group=RUN)
     task_name: Annotated[Maybe[str], short("-a")] = setting(
-        None, 'such as "ARC-Easy|my_module:MyTask"; default: all tasks', group=DATA
+        None, 'such as "ARC-Easy|my_module:MyTask", of a base model "CORE|bpb|sample"; default: all tasks', group=DATA
     )
-    max_problems: Annotated[Maybe[int], short("-x")] = setting(
+    max_problems: Annotated[Maybe[int], short("-x", "--max-per-task")] = setting(
         None, "of each task, the first ones; default: all", at_least(1), group=DATA
+    )
+    eval_tokens: Annotated[int, short("--split-tokens")] = setting(
+        40 * 524288, "of the validation shard that bpb is measured on, at most all", at_least(1), group=DATA
     )
     data_dir: Maybe[Path] = setting(None, "folder of datasets on disk, looked at first", group=DATA)
     unsafe_exec: bool = setting(
@@ -71,7 +67,7 @@ class EvalConfig(ToolConfig):
     top_k: Annotated[int, short("-k")] = setting(50, "sample among so many tokens; 0 = all", group=ANSWERS)
     seed: int = setting(42, "of the sampling", between(0, LARGEST, f"from 0 to {LARGEST}"), group=ANSWERS)
     batch_size: Annotated[Maybe[int], short("-b")] = setting(
-        None, "multiple-choice questions in a pass, per device", at_least(1), group=DEVICES
+        None, "multiple-choice questions, or texts of CORE and bpb, in a pass, per device", at_least(1), group=DEVICES
     )
     slots: int = setting(256, "answers that are generated together", at_least(1), group=DEVICES)
     device_type: str = setting("auto", "auto, cuda, tpu or cpu", group=DEVICES)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nanochat_jax.cli.settings import (
     ANSWERS,
+    BASE_HELP,
     DATA,
     EVALUATION,
     LARGEST,
@@ -40,6 +41,7 @@ class RLConfig(StageConfig, ToolConfig):
     """
 
     source: str = setting("sft", "stage of the model to start from", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
     model_step: ModelStep = setting(None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN)
     output_tag: Maybe[str] = setting(

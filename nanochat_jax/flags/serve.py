@@ -7,21 +7,19 @@ from nanochat_jax.cli.settings import (
     ANSWERS,
     DEVICES,
     REQUESTS,
-    RUN,
     SERVER,
-    SOURCES,
     Maybe,
-    ModelStep,
     at_least,
     between,
     setting,
     short,
 )
+from nanochat_jax.flags.model import ModelConfig
 from nanochat_jax.flags.tools import ToolConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig(ToolConfig):
+class ServeConfig(ModelConfig, ToolConfig):
     """Serve a model: OpenAI's interface at /v1, and a page to talk to it at /.
 
     python -m nanochat_jax.serve                       # the newest SFT model, at http://127.0.0.1:8000
@@ -29,13 +27,6 @@ class ServeConfig(ToolConfig):
     NANOCHAT_API_KEY=... python -m nanochat_jax.serve --host 0.0.0.0    # for other machines, with a key
     """
 
-    source: Annotated[str, short("-i")] = setting("sft", "stage that made the model", SOURCES, group=RUN)
-    model_tag: Annotated[Maybe[str], short("-g")] = setting(
-        None, "tag of the model; default: the one saved last", group=RUN
-    )
-    step: Annotated[ModelStep, short("-s", "--model-step")] = setting(
-        None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN
-    )
     host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's", group=SERVER)
     port: Annotated[int, short("-p")] = setting(
         8000, "port to listen at; 0 = any that is free", between(0, 65535, "a port from 0 to 65535"), group=SERVER

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from nanochat_jax.cli.settings import (
+    BASE_HELP,
     DATA,
     EVALUATION,
     LARGEST,
@@ -36,10 +37,12 @@ class SFTConfig(StageConfig):
     python -m nanochat_jax.sft                                  # everything inherited from the newest base model
     python -m nanochat_jax.sft --custom-json mine.jsonl --num-iterations 500 --run my-run
     python -m nanochat_jax.sft --source sft --custom-json mine.jsonl --run second    # a chat model learns more
+    python -m nanochat_jax.sft --base hub:karpathy/nanochat-d32 --output-dir ~/from_d32    # from a model of the hub
     python -m nanochat_jax.sft --run my-run --resume            # go on after a stop
     """
 
     source: str = setting("base", "stage of the model to start from", SOURCES, group=RUN)
+    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
     model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
     model_step: ModelStep = setting(None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN)
     output_tag: Maybe[str] = setting(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from nanochat_jax.files.json_read import read_json_object
 from nanochat_jax.files.plain_pickle import Refused, naming_file
 from nanochat_jax.files.torch_read import read_pt
 from nanochat_jax.model.gpt import SMEAR_CHANNELS, GPTConfig
@@ -73,17 +74,17 @@ LIMITS = {  # the largest values that a file may have: far above any model, and 
 
 def our_path(name: str) -> tuple:
     """The path of nanochat's tensor `name` among our parameters; KeyError where nanochat has no such tensor."""
-    pattern, layer = _split_layer(name, ".")
+    pattern, layer = split_layer(name, ".")
     return tuple(layer if part == "*" else part for part in NAMES[pattern].split("/"))
 
 
 def nanochat_name(path: tuple | str) -> str:
     """nanochat's name of the parameter at this path."""
-    pattern, layer = _split_layer(path if isinstance(path, str) else "/".join(map(str, path)), "/")
+    pattern, layer = split_layer(path if isinstance(path, str) else "/".join(map(str, path)), "/")
     return NAMES_OF[pattern].replace("*", str(layer))
 
 
-def _split_layer(text: str, separator: str) -> tuple[str, int | None]:
+def split_layer(text: str, separator: str) -> tuple[str, int | None]:
     """("blocks/*/attn/c_q", 3) for "blocks/3/attn/c_q"."""
     parts = text.split(separator)
     layers = [part for part in parts if re.fullmatch("0|[1-9][0-9]{0,8}", part)]
@@ -121,13 +122,21 @@ def read_model(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[GPTCon
     """
     era, config, tensors, meta = _open_checkpoint(folder, step, logit_cap)
     with naming_file(model_file(folder, step)):
-        shapes = {nanochat_name(path): shape for path, shape in tensor_shapes(config).items()}
-        if missing := sorted(shapes.keys() - tensors.keys()):
-            raise Refused(f"a model of era {era} with {config.n_layer} layers needs {_listed(missing)}")
-        if unknown := sorted(tensors.keys() - shapes.keys()):
-            raise Refused(f"a model of era {era} with {config.n_layer} layers has no {_listed(unknown)}")
-        params = {our_path(name): to_float32(tensors.pop(name), shape, name) for name, shape in shapes.items()}
-        return config, unflatten_dict(params), meta
+        return config, read_params(tensors, config, nanochat_name, f"a model of era {era}"), meta
+
+
+def read_params(tensors: dict, config: GPTConfig, name_of: Callable[[str], str], what: str) -> dict:
+    """The parameters of a network from tensors by name, which are taken out of `tensors` one by one.
+
+    name_of: from a path to the tensor's name. what: begins the sentence of a Refused if one is missing or unknown."""
+    shapes = {path: (name_of(path), shape) for path, shape in tensor_shapes(config).items()}
+    names = {name for name, _ in shapes.values()}
+    if missing := sorted(names - tensors.keys()):
+        raise Refused(f"{what} with {config.n_layer} layers needs {listed(missing)}")
+    if unknown := sorted(tensors.keys() - names):
+        raise Refused(f"{what} with {config.n_layer} layers has no {listed(unknown)}")
+    params = {path: to_float32(tensors.pop(name), shape, name) for path, (name, shape) in shapes.items()}
+    return unflatten_dict({our_path(nanochat_name(path)): array for path, array in params.items()})
 
 
 def read_config(folder: Path, step: int) -> GPTConfig:
@@ -151,12 +160,9 @@ def _open_checkpoint(folder: Path, step: int, logit_cap: float = 15.0) -> tuple[
 
 def read_meta_file(path: Path) -> dict:
     """What a meta file holds; only that its model_config is a dict has been checked."""
+    meta = read_json_object(path)
     with naming_file(path):
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as e:
-            raise Refused(f"it is not JSON ({e})") from None
-        if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        if not isinstance(meta.get("model_config"), dict):
             raise Refused("it must be an object with a field model_config, itself an object")
         return meta
 
@@ -196,14 +202,14 @@ def find_era(tensors: dict) -> str:
 def era_config(era: str, model_config: dict, tensors: dict, logit_cap: float = 15.0) -> GPTConfig:
     """The network that the code of `era` builds from a meta file's model_config; errors name the field."""
     if unknown := sorted(model_config.keys() - {*LIMITS, "window_pattern"}):
-        raise Refused(f"model_config has fields this reader does not know: {_listed(unknown)}")
+        raise Refused(f"model_config has fields this reader does not know: {listed(unknown)}")
     fields = {}
     for field, limit in LIMITS.items():
         value = model_config.get(field)
         if field not in model_config:
             raise Refused(f"model_config has no {field}")
         if type(value) is not int or not 1 <= value <= limit:
-            raise Refused(f"model_config's {field} must be an integer from 1 to {limit:,}, got {_shown(value)}")
+            raise Refused(f"model_config's {field} must be an integer from 1 to {limit:,}, got {shown(value)}")
         fields[field] = value
     N, K, D = fields["n_head"], fields["n_kv_head"], fields["n_embd"]
     if D % N or D // N % 2:
@@ -232,7 +238,7 @@ def _windows(era: str, model_config: dict, n_layer: int, sequence_len: int) -> t
         return (-1,) * n_layer
     pattern = model_config.get("window_pattern", "L" if era == "B" else None)
     if not isinstance(pattern, str) or not 1 <= len(pattern) <= LIMITS["n_layer"] or set(pattern.upper()) - {*"SL"}:
-        raise Refused(f"model_config's window_pattern must be letters S and L, got {_shown(pattern)}")
+        raise Refused(f"model_config's window_pattern must be letters S and L, got {shown(pattern)}")
     letters = [pattern.upper()[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
     return tuple(sequence_len if letter == "L" else short_window(sequence_len) for letter in letters)
 
@@ -268,11 +274,13 @@ def to_float32(tensor: object, shape: tuple[int, ...], name: str) -> np.ndarray:
     return wide
 
 
-def _listed(names: list) -> str:
+def listed(names: list) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(str(name)[:60] for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A JSON value, cut short."""
     return json.dumps(value, default=repr)[:60]
 
 

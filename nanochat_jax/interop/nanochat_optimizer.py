@@ -158,6 +158,21 @@ def _entry(group: StoredGroup, number: int, allowed: set[str], what: str) -> dic
     return entry
 
 
+def rows_of_rank(path: str, shape: tuple[int, ...], world: int) -> int:
+    """How many rows of the state of an AdamW parameter each of `world` ranks keeps. Refused: they cannot share them."""
+    if world == 1 or np.prod(shape) < SHARDED_FROM:
+        return shape[0]
+    if shape[0] % world:
+        raise Refused(f"{path} has {shape[0]} rows, which {world} ranks cannot share evenly")
+    return shape[0] // world
+
+
+def chunk_of_rank(members: list[str], rank: int, world: int) -> tuple[int, list[str]]:
+    """(matrices in a rank's buffer of a Muon group, those members that lie in it); the last ranks may have fewer."""
+    chunk = -(-len(members) // world)
+    return chunk, members[rank * chunk : (rank + 1) * chunk]
+
+
 def _adamw_moments(group: Ranks, number: int, path: str, shape: tuple) -> tuple[np.ndarray, np.ndarray, int]:
     """(first moment, second moment, steps taken) of a parameter."""
     keys, world = {"step", "exp_avg", "exp_avg_sq"}, len(group)
@@ -165,10 +180,8 @@ def _adamw_moments(group: Ranks, number: int, path: str, shape: tuple) -> tuple[
     for rank, entry in enumerate(entries):
         if entry.keys() != keys:
             raise Refused(f"rank {rank} has no {sorted(keys - entry.keys())[0]} of {path} (state {number})")
-    sharded = world > 1 and np.prod(shape) >= SHARDED_FROM
-    if sharded and shape[0] % world:
-        raise Refused(f"{path} has {shape[0]} rows, which {world} ranks cannot share evenly")
-    local = (shape[0] // world, *shape[1:]) if sharded else shape
+    local = (rows_of_rank(path, shape, world), *shape[1:])
+    sharded = local != shape
 
     def whole(key: str) -> np.ndarray:
         first = entries[0][key]
@@ -224,9 +237,9 @@ def _muon_moments(group: Ranks, matrices: Shapes) -> dict[str, np.ndarray]:
 def _stacked_moments(states: list[dict[int, dict]], first: int, members: Shapes) -> dict[str, np.ndarray]:
     """A rank's buffers hold its chunk of the group, which is padded where the group has no more members."""
     paths, (r, c), world = list(members), next(iter(members.values())), len(states)
-    chunk, moments = -(-len(paths) // world), {}
+    moments = {}
     for rank, state in enumerate(states):
-        own = paths[rank * chunk : (rank + 1) * chunk]
+        chunk, own = chunk_of_rank(paths, rank, world)
         if state.keys() - {first}:
             raise Refused(f"stacked Muon state belongs to parameter {first}, got some at {sorted(state)[-1]}")
         for kind, shape in (("momentum", (r, c)), ("second_momentum", (r, 1) if r >= c else (1, c))):

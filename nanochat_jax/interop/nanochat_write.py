@@ -9,6 +9,7 @@ import numpy as np
 from nanochat_jax.distributed.sharding import flatten_by_path
 from nanochat_jax.files.torch_write import Tensor
 from nanochat_jax.interop.nanochat_model import LIMITS, nanochat_name, tensor_shapes
+from nanochat_jax.interop.nanochat_optimizer import chunk_of_rank, rows_of_rank
 from nanochat_jax.interop.optimizer_state import OptimizerState, group_paths
 from nanochat_jax.model.gpt import GPTConfig, window_sizes
 
@@ -70,8 +71,23 @@ def stored_type(path: str, embedding_type: np.dtype) -> np.dtype:
     return embedding_type if path == "wte" or path.endswith("/value_embed") else np.dtype(np.float32)
 
 
-def optimizer_content(state: OptimizerState, model: GPTConfig, embedding_type: np.dtype) -> dict:
-    """The state dict of nanochat's optimizer on one rank."""
+def check_ranks(model: GPTConfig, ranks: int) -> None:
+    """ValueError: so many ranks of nanochat cannot share the optimizer's state of this network."""
+    shapes = tensor_shapes(model)
+    for path in [path for group, paths in group_paths(shapes).items() if group != "matrix" for path in paths]:
+        try:
+            rows_of_rank(path, shapes[path], ranks)
+        except ValueError as error:
+            raise ValueError(f"--ranks={ranks}: {error}; choose a divisor of {shapes[path][0]}") from None
+
+
+def optimizer_content(
+    state: OptimizerState, model: GPTConfig, embedding_type: np.dtype, rank: int = 0, ranks: int = 1
+) -> dict:
+    """The state dict of nanochat's optimizer on one of its ranks.
+
+    AdamW's moments are cut by rows, Muon's buffers by matrices, as `read_optimizer` puts them together.
+    """
     shapes = tensor_shapes(model)
     groups = group_paths(shapes)
     matrices = groups.pop("matrix")
@@ -91,11 +107,16 @@ def optimizer_content(state: OptimizerState, model: GPTConfig, embedding_type: n
             content["state"][number] = {"step": int(state.arrays[f"count/{name}"])}
             for key in ("exp_avg", "exp_avg_sq"):
                 array = state.arrays[f"{key}/{path}"]
-                content["state"][number][key] = Tensor(array.shape, kind, [array])
+                rows = rows_of_rank(path, array.shape, ranks)
+                part = array if rows == len(array) else array[rank * rows : (rank + 1) * rows]
+                content["state"][number][key] = Tensor(part.shape, kind, [part])
     for shape in sorted({shapes[path] for path in matrices}):
         paths = [path for path in matrices if shapes[path] == shape]
         entry = content["state"][add_group("matrix", paths, MUON_KEYS)[0]] = {}
+        chunk, own = chunk_of_rank(paths, rank, ranks)
         for key in ("momentum", "second_momentum"):
-            arrays = [state.arrays[f"{key}/{path}"] for path in paths]
-            entry[f"{key}_buffer"] = Tensor((len(arrays), *arrays[0].shape), np.dtype(np.float32), arrays)
+            of_one = state.arrays[f"{key}/{paths[0]}"].shape
+            padding = [np.zeros(of_one, np.float32)] * (chunk - len(own))  # nanochat's buffers are equally long
+            arrays = [state.arrays[f"{key}/{path}"] for path in own] + padding
+            entry[f"{key}_buffer"] = Tensor((chunk, *of_one), np.dtype(np.float32), arrays)
     return content

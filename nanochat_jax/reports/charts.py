@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 360, 208  # of a chart, in the units of its text, whose size is 
 TOP, RIGHT, BOTTOM = 8, 14, 34  # around the plot; on the left there is room for the longest label
 LETTER = 6.2  # width of a letter of a label, at most
 FINE = 1000  # a curve's coordinates are whole numbers, so many to a unit: short, and a value can be read back
+DETAIL = 3  # a long curve has points for so many times the plot's width, as a part of it can be looked at alone
 DOTS = 30  # a curve with so few points shows each of them
 TINY = 1e-300  # smaller values are drawn as 0
 STYLES = 4  # strokes that tell a run's metrics apart
@@ -78,7 +79,7 @@ def chart(title: str, curves: Sequence[Curve], log: bool = False) -> str:
         return round(x.place(step) * width * FINE), round((1 - y.place(value)) * height * FINE)
 
     shapes = ["", "", ""]  # from the background to the foreground
-    columns = round(width)
+    columns = DETAIL * round(width)
     for curve in curves:
         if curve.interval:
             upper = [at(step, high) for step, _, high in curve.interval]
@@ -97,7 +98,7 @@ def chart(title: str, curves: Sequence[Curve], log: bool = False) -> str:
     scale = f"translate({left:.1f} {TOP}) scale({1 / FINE})"
     axes = f"data-x='{x.low} {x.high}' data-y='{y.low} {y.high}' data-size='{width * FINE:.0f} {height * FINE}'"
     return (
-        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title)}' {axes}"
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' tabindex='0' aria-label='{html.escape(title)}' {axes}"
         f"{' data-log' * y.log}>{drawn}<g transform='{scale}'>{''.join(shapes)}</g></svg>"
     )
 

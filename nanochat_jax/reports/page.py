@@ -1,18 +1,16 @@
 """The page about runs, as HTML that needs nothing from elsewhere and is complete without its script."""
 
-import base64
-import hashlib
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from nanochat_jax.reports.charts import MARKS, STYLES, Curve, Points, chart, smoothed
-from nanochat_jax.reports.runs import STAGES, Log, Run, read_run
+from nanochat_jax.reports.document import STYLE, document, part
+from nanochat_jax.reports.runs import STAGES, Log, Run, names_of, read_run
 from nanochat_jax.reports.tables import Shown, differing_settings, evaluations, label, last_answers, samples, words
 
-HERE = Path(__file__).parent
-STYLE, SCRIPT = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+SCRIPT = "".join(map(part, ("values.js", "zoom.js", "follow.js")))
 TITLES = dict(zip(STAGES, ("Base models", "Supervised fine-tuning (SFT)", "Reinforcement learning (RL)")))
 COLOURS = 8  # in the style sheet; more runs begin again with the first, and have marks
 IN_FOLDERS = {STAGES[0]: ("model_tag",)}  # settings that name a stage's folders
@@ -37,6 +35,7 @@ PANELS = (
     Panel("reward", ("reward", "smoothed_reward")),
     Panel("held-out problems solved, pass@1 with 95 % interval", ("pass@1",), noisy=False, interval=True),
     Panel("held-out problems solved, pass@k", ("pass@2", "pass@4", "pass@8", "pass@16"), noisy=False),
+    Panel("CORE", ("core_metric",), noisy=False),
     Panel("ChatCORE", ("chatcore", "chatcore_cat", "chatcore_with_spelling"), noisy=False),
     Panel("difference of log-probabilities, sampler and trainer", ("delta_logp_mean", "delta_logp_max"), log=True),
     Panel("KL divergence from the first model (nats a token)", ("kl",)),
@@ -50,6 +49,10 @@ PANELS = (
     Panel("tokens per second", ("tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second")),
     Panel("model FLOPs utilisation", ("mfu",)),
 )
+ZOOM = (
+    "Dragging over a chart shows those steps in all charts of its stage; a double-click, or Escape, shows all steps "
+    "again. Keys in a chart: + and − zoom, ← and → move."
+)
 MEANS = 100  # that a smoothed curve consists of, at least
 
 
@@ -58,10 +61,12 @@ def page(
     log: Log = str,
     read: Callable[[Path, Log], Run] = read_run,
     *,
+    links: Mapping[Path, str] | None = None,
     version: str = "",
 ) -> str:
     """The page about these runs. log: is told of a file that cannot be read, and of lines of another form, which are
-    left out. version: of a page that is served: another one than its own makes it ask for itself again."""
+    left out. links: to the pages about the rollouts of runs. version: of a page that is served: another one than its
+    own makes it ask for itself again."""
     stages: dict[str, list[Path]] = {stage: [] for stage in STAGES}
     for folder in folders:
         stages.setdefault(folder.parent.name if folder.parent.name in TITLES else "", []).append(folder)
@@ -73,7 +78,9 @@ def page(
             number += 1
         if shown:
             title = TITLES.get(stage, "Other runs")
-            overview += f"<tr><th colspan=2>{title}</th></tr>" + "".join(overview_row(one, stage) for one in shown)
+            overview += f"<tr><th colspan=2>{title}</th></tr>" + "".join(
+                overview_row(one, stage, (links or {}).get(one.run.folder, "")) for one in shown
+            )
             sections += section(stage, title, shown)
     table = f"<table class=overview>{overview}</table>" if overview else "<p>no run has begun yet</p>"
     rules = "".join(
@@ -81,8 +88,8 @@ def page(
         f"main:has(#show{n}:not(:checked)) svg .run{n}{{display:none}}"
         for n in range(number)
     )
-    body = f"<body><main><h1>Runs</h1>{table}{sections}</main><script>{SCRIPT}</script>"
-    return f"{head(STYLE + rules, version)}{body}\n"
+    hint = f"<p class=hint>{ZOOM}</p>" if "<figure" in sections else ""
+    return document("Runs", STYLE + rules, f"<main><h1>Runs</h1>{table}{hint}{sections}</main>", SCRIPT, version)
 
 
 def mark_of(number: int) -> int:
@@ -90,38 +97,16 @@ def mark_of(number: int) -> int:
     return number // COLOURS % len(MARKS)
 
 
-def head(style: str, version: str) -> str:
-    """Whatever a run's texts hold, the browser runs no script but the page's own, and asks nobody else for anything."""
-    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    if version:
-        policy += "; connect-src 'self'"
-    return (
-        f"<!doctype html><html lang=en{f' data-version={version}' if version else ''}><meta charset=utf-8>"
-        f'<meta http-equiv=Content-Security-Policy content="{policy}">'
-        "<meta name=viewport content='width=device-width,initial-scale=1'><meta name=color-scheme content='light dark'>"
-        f"<title>Runs</title><style>{style}</style>"
-    )
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the folders' paths, as many as tell them apart."""
-    for count in range(1, max((len(folder.parts) for folder in folders), default=0)):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len({*names}) == len({*folders}):
-            return names
-    return [str(folder) for folder in folders]
-
-
 # ----------------------------------------------------------------------------------------------------------- overview
-def overview_row(shown: Shown, stage: str) -> str:
-    """A run's row of the table at the top."""
+def overview_row(shown: Shown, stage: str, link: str) -> str:
+    """A run's row of the table at the top. link: to the page about its rollouts, empty where there is none."""
     if shown.run.error:
         text = f"cannot be read: {shown.run.error}"
     else:
         text = summary(shown.run)
     name = f"<a href='#{anchor(stage)}'>{label(shown)}</a>"
-    return f"<tr><td>{name}</td><td>{html.escape(text)}</td></tr>"
+    rollouts = f"<br><a href='{html.escape(link)}'>its rollouts, token by token</a>" if link else ""
+    return f"<tr><td>{name}</td><td>{html.escape(text)}{rollouts}</td></tr>"
 
 
 def anchor(stage: str) -> str:
@@ -136,7 +121,7 @@ def summary(run: Run) -> str:
     facts = [f"{steps:,} steps", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"]
     if percent := run.numbers.get("percent"):
         facts[0] += f" ({percent[-1][1]:.0f} %)"
-    for name in ("smoothed_loss", "val_bpb", "smoothed_reward", "pass@1", "chatcore"):
+    for name in ("smoothed_loss", "val_bpb", "core_metric", "smoothed_reward", "pass@1", "chatcore"):
         if curve := run.numbers.get(name):
             facts.append(f"{words(name)} {curve[-1][1]:.4g}")
     if skipped := sum(record.get("event") == "skipped" for record in run.records):

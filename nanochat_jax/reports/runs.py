@@ -6,6 +6,7 @@ Everything is read as others may have left it: what has another form is left out
 import collections
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from nanochat_jax.reports.charts import Points
 from nanochat_jax.train.metrics import is_step, read_metrics
 
 STAGES = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")
+NUMBERS = ("core_metric", "val_bpb")  # in results of eval, of a base model
 TAIL_BYTES = 2_000_000  # of rollouts.jsonl are read, from its end
 Log = Callable[[str], None]
 
@@ -26,6 +28,7 @@ class Evaluation(NamedTuple):
     file: str
     step: int  # of the model
     tasks: dict[str, dict]  # see `is_result`
+    core: dict[str, dict]  # the same for CORE's tasks, with their centred accuracies too
     facts: dict[str, Any]  # all that the file holds
 
 
@@ -45,6 +48,15 @@ class Run(NamedTuple):
 def find_runs(base: Path) -> list[Path]:
     """Folders of runs in a base directory, stage after stage."""
     return [path.parent for stage in STAGES for path in sorted((base / stage).glob("*/metrics.jsonl"))]
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the folders' paths, as many as tell them apart."""
+    for count in range(1, max((len(folder.parts) for folder in folders), default=0)):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len({*names}) == len({*folders}):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def read_run(folder: Path, log: Log = str) -> Run:
@@ -93,6 +105,11 @@ def is_number(value: object) -> bool:
     return type(value) in (float, int) and abs(value) < 1e300
 
 
+def is_number_or_none(value: object) -> bool:
+    """The same, or what stands in a file for a number that is not finite."""
+    return value is None or is_number(value)
+
+
 # ------------------------------------------------------------------------------------------------------ answers of RL
 def last_answers(path: Path, log: Log = str) -> list[dict]:
     """All answers to the last problem in rollouts.jsonl, from the best to the worst."""
@@ -107,16 +124,28 @@ def last_answers(path: Path, log: Log = str) -> list[dict]:
         return []
     records, others = [], 0
     for line in filter(None, lines[1:] if start else lines):  # the seek has cut the first one
-        with contextlib.suppress(ValueError, RecursionError):
-            if is_rollout(record := json.loads(line)):
-                records.append(record)
-                continue
-        others += 1
+        if record := read_rollout(line):
+            records.append(record)
+        else:
+            others += 1
     if others:
-        log(f"{path}: {others:,} line{'s are' if others > 1 else ' is'} no answer of a rollout")
+        log(f"{path}: {no_rollouts(others)}")
     last = records[-1] if records else {}
     answers = [r for r in records if (r["step"], r["example"]) == (last["step"], last["example"])]
-    return sorted(answers, key=lambda record: -record["reward"])
+    return sorted(answers, key=lambda record: math.inf if record["reward"] is None else -record["reward"])
+
+
+def read_rollout(line: bytes) -> dict | None:
+    """The answer in a line of rollouts.jsonl, its numbers that are not finite as None; None where it is another."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line, parse_constant=lambda _: None)
+        return record if is_rollout(record) else None
+    return None
+
+
+def no_rollouts(lines: int) -> str:
+    """What is said of so many lines."""
+    return f"{lines:,} line{'s are' if lines > 1 else ' is'} no answer of a rollout"
 
 
 def is_rollout(record: object) -> bool:
@@ -125,7 +154,7 @@ def is_rollout(record: object) -> bool:
         isinstance(record, dict)
         and is_step(record.get("step"))
         and type(record.get("example")) is int
-        and all(is_number(record.get(name)) for name in ("reward", "advantage"))
+        and all(name in record and is_number_or_none(record[name]) for name in ("reward", "advantage"))
         and all(isinstance(record.get(name), str) for name in ("prompt", "text"))
     )
 
@@ -142,7 +171,7 @@ def read_evaluations(folder: Path, log: Log = str) -> list[Evaluation]:
             log(f"{path}: {e.strerror}")
             continue
         if is_evaluation(facts):
-            found.append(Evaluation(path.name, facts["step"], facts["tasks"], facts))
+            found.append(Evaluation(path.name, facts["step"], facts["tasks"], core_of(facts), facts))
         else:
             log(f"{path}: no result of eval")
     return sorted(found, key=lambda one: (one.step, when if is_number(when := one.facts.get("time")) else 0.0))
@@ -153,6 +182,21 @@ def evaluated(folder: Path, checkpoint: str) -> dict[str, float]:
     folder; the newest of each."""
     mine = [one for one in read_evaluations(folder) if one.facts.get("checkpoint") == checkpoint]
     return {task: result["accuracy"]["value"] for one in mine for task, result in one.tasks.items()}
+
+
+def evaluated_numbers(folder: Path, checkpoint: str) -> dict[str, float]:
+    """The same for the NUMBERS of a base model."""
+    mine = [one.facts for one in read_evaluations(folder) if one.facts.get("checkpoint") == checkpoint]
+    return {name: facts[name] for facts in mine for name in NUMBERS if is_number(facts.get(name))}
+
+
+def core_of(facts: dict[str, Any]) -> dict[str, dict]:
+    """CORE's tasks in a result of eval; {} where there are none, or in another form."""
+    tasks = facts.get("core")
+    whole = isinstance(tasks, dict) and all(
+        is_result(task) and is_number(task.get("centered")) for task in tasks.values()
+    )
+    return tasks if whole else {}
 
 
 def is_evaluation(facts: object) -> bool:

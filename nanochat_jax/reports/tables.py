@@ -16,7 +16,12 @@ NOT_COMPARED = {
     *("run", "output_tag", "config", "preflight", "resume", "overwrite", "verbose", "keep_checkpoints"),
     *("save_patience", "coordinator", "num_processes", "process_id"),
 }
-CHATCORE = {"chatcore": "ChatCORE", "chatcore_with_spelling": "ChatCORE with SpellingBee"}
+SCORES = {
+    "chatcore": "ChatCORE",
+    "chatcore_with_spelling": "ChatCORE with SpellingBee",
+    "core_metric": "CORE",
+    "val_bpb": "bits per byte of held-out text",
+}
 
 
 class Shown(NamedTuple):
@@ -85,7 +90,10 @@ def evaluations(shown: Shown) -> str:
     for task in dict.fromkeys(task for one in files for task in one.tasks):
         cells = "".join(f"<td>{result(one.tasks[task]) if task in one.tasks else '–'}</td>" for one in files)
         rows += f"<tr><th>{html.escape(task)}</th>{cells}</tr>"
-    for key, title in CHATCORE.items():
+    for task in dict.fromkeys(task for one in files for task in one.core):
+        cells = "".join(f"<td>{core_result(one.core[task]) if task in one.core else '–'}</td>" for one in files)
+        rows += f"<tr><th>CORE: {html.escape(task)}</th>{cells}</tr>"
+    for key, title in SCORES.items():
         found = [one.facts.get(key) for one in files]
         if any(map(is_number, found)):
             cells = "".join(f"<td>{f'{value:.4f}' if is_number(value) else '–'}</td>" for value in found)
@@ -112,6 +120,11 @@ def result(task: dict) -> str:
     return f"{value} %<small>{low} to {high}, of {task['problems']:,}</small>"
 
 
+def core_result(task: dict) -> str:
+    """The same of a task of CORE, with its centred accuracy."""
+    return f"{result(task)}<small>centred {task['centered']:.4f}</small>"
+
+
 # --------------------------------------------------------------------------------------------------------------- texts
 def samples(shown: Shown) -> str:
     """What a base model has continued texts with, the last measurement first."""
@@ -132,12 +145,17 @@ def last_answers(shown: Shown) -> str:
     count = min(SHOWN_ANSWERS, len(answers))
     some = [answers[round(i * (len(answers) - 1) / max(1, count - 1))] for i in range(count)]
     texts = "".join(
-        f"<pre class='{'right' if record['reward'] > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
-        f"<small>reward {record['reward']:g}, advantage {record['advantage']:g}</small></pre>"
+        f"<pre class='{'right' if (record['reward'] or 0) > 0 else 'wrong'}'>{html.escape(record['text'])}\n"
+        f"<small>reward {number(record['reward'])}, advantage {number(record['advantage'])}</small></pre>"
         for record in some
     )
     said = f"step {answers[0]['step']:,}: {count} of {len(answers)} answers to one problem"
     return details("answers", shown, said, f"<pre>{html.escape(answers[0]['prompt'])}</pre>{texts}")
+
+
+def number(value: float | None) -> str:
+    """A number as text, also one that was not finite."""
+    return "–" if value is None else f"{value:g}"
 
 
 def details(kind: str, shown: Shown, said: str, inside: str, *, is_open: bool = False) -> str:

@@ -1,4 +1,5 @@
-"""The page served to a browser of this machine while runs train; it replaces itself when they have recorded more."""
+"""The pages served to a browser of this machine while runs train; that of all runs replaces itself when they have
+recorded more, those about rollouts are made when they are asked for."""
 
 import hashlib
 import re
@@ -13,10 +14,12 @@ from typing import NamedTuple, NoReturn
 
 from nanochat_jax.checkpoints import integrity
 from nanochat_jax.reports.page import page
+from nanochat_jax.reports.rollouts import rollout_pages, rollouts_page
 from nanochat_jax.reports.runs import Log, Run, read_run
 
 ADDRESS = "127.0.0.1"  # of this machine alone
 HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # any port: another one is a tunnel's beginning
+REPORT = "report.html"  # what the page is called as a file; those about rollouts are named after it
 READ = ("metrics.jsonl", "rollouts.jsonl", "*.json", f"*/{integrity.MANIFEST}")  # files of a run that a page depends on
 
 Signature = tuple[tuple[str, int, int], ...]  # path, size and time of change of each file
@@ -65,9 +68,17 @@ class LivePage:
                         known = self._runs[folder] = signatures[folder], read_run(folder, log)
                     return known[1]
 
-                text = page([*signatures], self._say, read, version=name)
+                links = {one.folder: one.file for one in rollout_pages([*signatures], REPORT)}
+                text = page([*signatures], self._say, read, links=links, version=name)
                 self._version = Version(name, text.encode("utf-8", "replace"))
             return self._version
+
+    def rollouts(self, path: str) -> Version | None:
+        """A page about a run's rollouts as of now, by its path in the server; None where there is none."""
+        for one in rollout_pages(self._folders(), REPORT):
+            if path == f"/{one.file}":
+                return Version("", rollouts_page(one, "/", self._say).encode("utf-8", "replace"))
+        return None
 
     def _say(self, what: str) -> None:
         if what not in self._said:
@@ -94,8 +105,8 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of / and nothing else, and only for who names this machine as the one that is asked: a page from
-    elsewhere whose name has been pointed to this machine meanwhile names its own."""
+    """GET and HEAD of the pages and nothing else, and only for who names this machine as the one that is asked: a page
+    from elsewhere whose name has been pointed to this machine meanwhile names its own."""
 
     timeout = 10.0  # seconds of silence
     server: Server
@@ -109,13 +120,13 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def _answer(self, *, with_body: bool) -> None:
-        hosts = self.headers.get_all("Host", [])
+        live, hosts = self.server.live, self.headers.get_all("Host", [])
         if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             self.send_error(HTTPStatus.FORBIDDEN, "This page is for 127.0.0.1 and localhost")
-        elif self.path != "/":
+        elif (asked := live.version() if self.path == "/" else live.rollouts(self.path)) is None:
             self.send_error(HTTPStatus.NOT_FOUND)
         else:
-            name, body = self.server.live.version()
+            name, body = asked
             self.send_response(HTTPStatus.OK)
             for header, value in (
                 ("Content-Type", "text/html; charset=utf-8"),

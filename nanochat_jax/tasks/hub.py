@@ -19,7 +19,7 @@ import numpy as np
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import file_digest
-from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_dataset, locked, writing
+from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_repository, locked, writing
 from nanochat_jax.files.parquet import ParquetRows
 from nanochat_jax.files.paths import cache_dir, kept_dir, write_atomically
 from nanochat_jax.tasks.sources import SOURCES, source_hint
@@ -64,7 +64,7 @@ def _download_split(repo: str, subset: str, split: str, final: Path) -> None:
 
     What a download has left that was stopped is used again where the dataset has not changed since.
     """
-    commit, paths = list_dataset(repo, EXPORT)
+    commit, paths = list_repository("dataset", repo, EXPORT)
     parts = (f"{subset}/{split}/", f"{subset}/partial-{split}/")  # partial-: the first 5 GB of a larger dataset
     paths = [path for path in paths if path.startswith(parts) and path.endswith(".parquet")]
     if not paths:

@@ -1,7 +1,7 @@
 """The tasks that have a name on the command line: `eval -a NAME`, `rl --task NAME`. A new task gets a line in TASKS."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nanochat_jax.tasks import sandbox
@@ -42,14 +42,17 @@ TASKS: dict[str, Callable[[str, int, Path | None, bool], Task]] = {  # called wi
 NAMES = {name.lower(): name for name in TASKS} | {"spelling": "SpellingBee"}  # what users type, in any case -> name
 
 
-def find_name(typed: str, flag: str = "-a") -> str:
-    """The name in TASKS of what a user typed; module:Class stays as it is. ValueError: there is no such task."""
+def find_name(typed: str, flag: str = "-a", also: Sequence[str] = ()) -> str:
+    """The name in TASKS, or among those of `also`, of what a user typed; module:Class stays as it is. ValueError: there
+    is no such task."""
     if ":" in typed:
         return typed
-    if typed.lower() not in NAMES:
-        near = "".join(f"; did you mean {NAMES[n]}?" for n in difflib.get_close_matches(typed.lower(), NAMES, 1, 0.3))
-        raise ValueError(f"{flag} must name tasks among {', '.join(TASKS)}, or module:Class, got {typed!r:.60}{near}")
-    return NAMES[typed.lower()]
+    names = NAMES | {name.lower(): name for name in also}
+    if typed.lower() not in names:
+        near = "".join(f"; did you mean {names[n]}?" for n in difflib.get_close_matches(typed.lower(), names, 1, 0.3))
+        known = ", ".join([*TASKS, *also])
+        raise ValueError(f"{flag} must name tasks among {known}, or module:Class, got {typed!r:.60}{near}")
+    return names[typed.lower()]
 
 
 def make_task(

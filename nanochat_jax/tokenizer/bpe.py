@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,9 @@ import tiktoken
 
 from nanochat_jax.files import bucket
 from nanochat_jax.files.digest import digest_of
-from nanochat_jax.files.paths import write_atomically
+from nanochat_jax.files.fast_tokenizer_read import fast_tokenizer_fields, is_fast_tokenizer
+from nanochat_jax.files.fast_tokenizer_write import fast_tokenizer
+from nanochat_jax.files.paths import BUNDLED, write_atomically
 from nanochat_jax.files.tiktoken_read import read_tokenizer_pickle
 from nanochat_jax.files.torch_write import write_pt
 from nanochat_jax.tokenizer.conversation import BadConversation, messages_of, split_conversation
@@ -26,6 +29,7 @@ SPECIAL_TOKENS = (
     *("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
     *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
 )
+CHAT_TEMPLATE = "chat_template.jinja"
 FORMAT = "nanochat_jax tokenizer 1"  # of tokenizer.json
 MAX_TOKENS = 2048  # nanochat renders with this limit whatever the model's sequence length is
 
@@ -70,7 +74,8 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------------------- files
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
-        """From FOLDER/tokenizer.json (ours) or FOLDER/tokenizer.pkl (nanochat's; nothing in it is executed).
+        """From FOLDER/tokenizer.json (ours, or of transformers) or FOLDER/tokenizer.pkl (nanochat's; nothing in it is
+        executed).
 
         FileNotFoundError: neither exists. ValueError: damaged, or both exist and give different ids.
         """
@@ -81,8 +86,7 @@ class Tokenizer:
             found.append(_naming(ours, lambda: cls._from_json(ours.read_bytes())))
         if theirs.exists():
             read = read_tokenizer_pickle(theirs)
-            fields = read["name"], read["pat_str"], read["mergeable_ranks"], read["special_tokens"]
-            found.append(_naming(theirs, lambda: cls(*fields)))
+            found.append(_naming(theirs, lambda: cls(*read.values())))
         if not found:
             raise FileNotFoundError(
                 f"no tokenizer.json or tokenizer.pkl in {folder}: copy the tokenizer folder of the nanochat run there, "
@@ -96,6 +100,8 @@ class Tokenizer:
     @classmethod
     def _from_json(cls, content: bytes) -> "Tokenizer":
         data = json.loads(content)
+        if is_fast_tokenizer(data):
+            return cls(*fast_tokenizer_fields(data, "from transformers").values())
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'"format" must be "{FORMAT}"')
         for key, kind in {"name": str, "pattern": str, "ranks": list, "special_tokens": dict}.items():
@@ -126,6 +132,24 @@ class Tokenizer:
         encoding = self._encoding(self.special_tokens)
         write_atomically(Path(folder) / "tokenizer.pkl", pickle.dumps(encoding, protocol=4))
         write_pt(Path(folder) / "token_bytes.pt", self.token_bytes())
+
+    def save_for_transformers(self, folder: Path, context: int) -> None:
+        """Write what transformers loads, tokenizer.json with its settings and the form of a conversation, into a folder
+        that nobody reads yet. context: the model's, in tokens."""
+        files = {
+            "tokenizer.json": fast_tokenizer(self.pattern, self.mergeable_ranks, self.special_tokens),
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|bos|>",
+                "eos_token": "<|assistant_end|>",
+                "pad_token": "<|assistant_end|>",
+                "model_max_length": context,
+                "clean_up_tokenization_spaces": False,
+            },
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        shutil.copyfile(BUNDLED / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 
     def digest(self) -> str:
         """sha256 (hex) over everything that decides ids: pattern, tokens in id order, specials. The name does not."""

@@ -119,11 +119,17 @@ class Plan:
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The train step's program, compiled without an array."""
+        traced = self.trace_train_step()
+        with self.scope():
+            return traced.lower().compile()
+
+    def trace_train_step(self) -> jax.stages.Traced:
+        """The same, traced only."""
         # Made outside of the scope: the optimizer's state has constants, which no compile-only device can hold.
         state, batch = self.abstract_state, self.abstract_batch
         numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * len(self.scalars)
         with self.scope():
-            return self._jitted_step().lower(state, batch, *numbers).compile()
+            return self._jitted_step().trace(state, batch, *numbers)
 
     def _jitted_step(self):
         return make_train_step(

@@ -59,7 +59,7 @@ def model_for(cfg: StageConfig, source: str, find_start: Callable[[], Start]) ->
     if cfg.resume and (start := find_start()).resumed:
         return start.model_config(), start.cfg
     try:
-        found = find.find_model(source, cfg.model_tag, cfg.model_step)
+        found = find.find_model(source, cfg.model_tag, cfg.model_step, cfg.base)
     except FileNotFoundError as e:
         depth = re.fullmatch(r"d(\d+)", cfg.model_tag or "")
         if not depth or cfg.model_step is not None:

@@ -1,7 +1,6 @@
 """What pretraining and fine-tuning share: both train on packed rows, and validate by bits per byte on others."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.cli.settings import flag, require
-from nanochat_jax.data.batches import train_batches, validation_batches, without_documents
+from nanochat_jax.data.batches import train_batches, without_documents
 from nanochat_jax.data.rows import PackedRows
 from nanochat_jax.distributed.mesh import row_part, row_shards
 from nanochat_jax.distributed.processes import print0
 from nanochat_jax.distributed.sharding import to_global
-from nanochat_jax.evals.bits_per_byte import make_bits_per_byte
+from nanochat_jax.evals.bits_per_byte import make_bits_per_byte, measure_rows
 from nanochat_jax.model.cost import flops_per_token
 from nanochat_jax.train.loop import Run, open_run
 from nanochat_jax.train.measurement import Measurement
@@ -108,19 +107,19 @@ def validation(
         return Measurement("validation", -1, lambda params, progress: {})
     B, n_rows = plan.batch.rows, rows_validated(plan, tokens)
     bits_per_byte = make_bits_per_byte(plan.model, token_bytes, dtype=plan.dtype, attention=plan.attention)
-    process_index, process_count = row_part(plan.mesh)
 
     def measure(params, progress: Callable[[int, int], None]) -> dict[str, float]:
-        batches = validation_batches(
+        value = measure_rows(
+            bits_per_byte,
+            params,
             rows,
+            plan.mesh,
             n_rows=n_rows,
             rows_per_batch=B,
-            process_index=process_index,
-            process_count=process_count,
+            document_mask=document_mask,
+            progress=progress,
         )
-        on_devices = (to_global(b if document_mask else without_documents(b), plan.mesh) for b in batches)
-        done = itertools.count(1)
-        return {"val_bpb": bits_per_byte(params, on_devices, lambda: progress(next(done), n_rows // B))}
+        return {"val_bpb": value}
 
     return Measurement("validation", every, measure, at_start=True, in_step=True, flag="--eval-every")
 

@@ -33,7 +33,7 @@ from nanochat_jax.data.packing import PACKING
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.device_memory import bytes_on_device, check_room
 from nanochat_jax.files import bucket
-from nanochat_jax.files.paths import base_dir, kept_dir, output_dir
+from nanochat_jax.files.paths import output_dir
 from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.optim.groups import (
@@ -44,7 +44,7 @@ from nanochat_jax.optim.groups import (
     scale_rates,
     with_state_arrays,
 )
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train.base_model import base_model, check_written_tokenizer, write_tokenizer
 from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.step import TrainState, place, random_state, restore_state
 
@@ -143,7 +143,12 @@ class Start:
             "total_steps": total_steps,
             "versions": store.versions(),
             "packing": PACKING,
-        }
+        } | ({"started_from": self.started_from} if self.started_from else {})
+
+    @property
+    def started_from(self) -> str | None:
+        """What --base stood for when the run began, of the hub with its commit; None where it was not given."""
+        return self.record.get("started_from") if self.resumed else self.base and self.base.base and self.base.base.name
 
 
 def _told(stretches: list[list[int]], log: Callable) -> list[list[int]]:
@@ -164,20 +169,29 @@ def find_start(cfg: StageConfig, stage: str, tokenizer, log: Callable, source: s
     found = None
     tag = cfg.output_tag or (cfg.run if cfg.run != "dummy" else None)
     if tag is None:
-        found = find.find_model(source, cfg.model_tag, cfg.model_step, optimizer=bool(cfg.load_optimizer))
-        tag = f"d{find.peek_meta(found)['model_config']['n_layer']}"
+        try:
+            found = base_model(cfg, source)
+            tag = f"d{find.peek_meta(found)['model_config']['n_layer']}"
+        except FileNotFoundError:
+            tags = find.tags_by_time(output_dir() / store.SOURCES[stage]) if cfg.resume else []
+            if len(tags) != 1:
+                raise
+            tag = tags[0]  # of a run from a model that --base named and the base directory does not have
     start = find_run(cfg, stage, tag, tokenizer, log)
     if start.resumed:
         return check_agreement(start)
-    found = found or find.find_model(source, cfg.model_tag, cfg.model_step, optimizer=bool(cfg.load_optimizer))
+    found = found or base_model(cfg, source)
+    source = found.source
     log(f"{source.upper() if source != 'base' else 'Base'} model: {found}")
     require(
         found.folder.resolve() != start.folder.resolve(),
         f"{found} is the model to start from: choose another folder for this run with --output-tag",
     )
     meta = find.peek_meta(found)
-    find.check_tokenizer(tokenizer, meta)
-    cfg = inherit_from(dataclasses.replace(cfg, model_tag=found.tag, model_step=found.step), meta, source, log)
+    check_written_tokenizer(found)
+    find.check_tokenizer(tokenizer, meta, found)
+    cfg = dataclasses.replace(cfg, source=source, model_tag=found.tag, model_step=found.step)
+    cfg = inherit_from(cfg, meta, source, log)
     limit = 10 * meta["model_config"]["sequence_len"]
     fits = cfg.max_seq_len is None or cfg.max_seq_len <= limit
     require(fits, f"--max-seq-len={cfg.max_seq_len} must be at most {limit} for this model")
@@ -288,8 +302,7 @@ def hold_folder(start: Start) -> Iterator[Lock | Token | None]:
         if not start.resumed:
             for step in claim(start.folder, None, start.cfg.overwrite):
                 integrity.discard(start.folder / str(step))
-        if output_dir() != kept_dir() and not (output_dir() / "tokenizer").exists():  # so that it is a base directory
-            Tokenizer.load(base_dir() / "tokenizer").save(output_dir() / "tokenizer")
+        write_tokenizer(start.base)
         _check_shared(start.folder)
         yield owner
     finally:

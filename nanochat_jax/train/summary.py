@@ -13,7 +13,7 @@ from nanochat_jax.train.plan import Plan
 from nanochat_jax.train.start import Start
 
 LOWER_IS_BETTER = {"val_bpb": "validation bits per byte", "loss": "loss"}
-HIGHER_IS_BETTER = {"pass@1": "held-out pass@1", "chatcore": "ChatCORE", "reward": "reward"}
+HIGHER_IS_BETTER = {"core_metric": "CORE", "pass@1": "held-out pass@1", "chatcore": "ChatCORE", "reward": "reward"}
 SHOWN_WITHOUT = {"loss": "val_bpb", "reward": "pass@1"}  # shown only where the other one was not measured
 NEXT = {  # stage's folder -> what is usually typed next; {tag} of the run
     "base_checkpoints": "python -m nanochat_jax.sft --model-tag {tag}",

@@ -9,7 +9,8 @@ from typing import Any
 
 from nanochat_jax.distributed.processes import print0
 
-BETTER = {"val_bpb": min, "pass@1": max, "chatcore": max}  # of two values; the summary has the best and the last one
+# Of two values; the summary has the best and the last one.
+BETTER = {"val_bpb": min, "core_metric": max, "pass@1": max, "chatcore": max}
 NAME_LENGTH = 100  # of a run's id, without its last part; wandb takes 128 in all
 TABLE_ROWS = 256  # the first of more: wandb keeps every table that is logged, for good
 TASKS = "chatcore/"  # what a task's accuracy is called by

@@ -30,6 +30,7 @@ from nanochat_jax.tokenizer import __main__ as train_tokenizer
 from nanochat_jax.train import step as train_step
 from nanochat_jax.train.metrics import MetricsLog, read_metrics
 from nanochat_jax.train.start import Start, find_run, hold_folder
+from tests.reports.folders import answer
 from tests.support import tiny
 from tests.support.fake_gcs import FakeGCS
 from tests.support.process_runs import Processes, free_port
@@ -235,6 +236,11 @@ def test_the_report_of_runs_in_a_bucket_is_in_the_bucket(cloud):
     assert report.main(report.ReportConfig()) == 0
     page = cloud.read("bucket", "base/report.html")
     assert b"Supervised fine-tuning" in page and b"d2" in page
+    (paths.kept_dir() / "chatsft_checkpoints" / "d2" / "rollouts.jsonl").write_text(json.dumps(answer(0, 1.0)) + "\n")
+    assert report.main(report.ReportConfig()) == 0
+    assert b"2+2?" in cloud.read("bucket", "base/report-rollouts-d2.html")
+    assert report.main(report.ReportConfig()) == 0  # it is ours, and replaced
+    (paths.kept_dir() / "chatsft_checkpoints" / "d2" / "rollouts.jsonl").unlink()
     given = (Path("gs://bucket/base/chatsft_checkpoints/d2"),)  # pathlib takes a slash of it
     assert report.main(report.ReportConfig(folders=given, output=Path("gs://bucket/other/page.html"))) == 0
     assert cloud.names("bucket", "other/") == ["other/page.html"]

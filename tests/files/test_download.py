@@ -21,7 +21,7 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from nanochat_jax.files import download as module
-from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_dataset
+from nanochat_jax.files.download import DownloadError, download, fetch_parquet, list_repository
 from tests.support.loopback import COMMIT, Answer, file_answer, isolate, serve_dataset, servers, together, use_hub
 
 BODY = bytes(range(256)) * 4096  # 1 MiB
@@ -255,7 +255,7 @@ def fetch(hub, tmp_path, said):
 
 
 def test_a_dataset_is_listed_at_the_commit_that_a_revision_stands_for(hub):
-    assert list_dataset("o/n", "main") == (COMMIT, sorted(FILES))
+    assert list_repository("dataset", "o/n", "main") == (COMMIT, sorted(FILES))
 
 
 def test_many_files_arrive_and_those_that_are_there_stay(fetch, server, tmp_path, said):
@@ -295,7 +295,7 @@ def test_errors_of_the_hubs_moment_are_tried_again(fetch, hub, server, status):
     passing = [Answer(b"", status), Answer(b"", status)]
     for address in (hub.revision, hub.tree):
         server.answers[address] = [passing[0], server.answers[address]]
-    assert list_dataset("o/n", "main", lambda line: None) == (COMMIT, sorted(FILES))
+    assert list_repository("dataset", "o/n", "main", lambda line: None) == (COMMIT, sorted(FILES))
     address, whole = hub.file("s/0.parquet", "main"), file_answer(FILES["s/0.parquet"])
     server.answers[f"HEAD {address}"] = [*passing, whole]
     server.answers[address] = [*passing, whole]
@@ -362,7 +362,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(hub, tmp_path):
 
 def test_offline_the_hub_is_not_asked(fetch, server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for ask in (lambda: list_dataset("o/n", "main"), lambda: fetch("s/0.parquet")):
+    for ask in (lambda: list_repository("dataset", "o/n", "main"), lambda: fetch("s/0.parquet")):
         with pytest.raises(DownloadError, match="is not downloaded because HF_HUB_OFFLINE is set: unset it"):
             ask()
     assert server.requests == []
@@ -371,7 +371,7 @@ def test_offline_the_hub_is_not_asked(fetch, server, monkeypatch):
 def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch, tmp_path, waited):
     use_hub(monkeypatch, "http://127.0.0.1:1")
     for ask in (
-        lambda: list_dataset("o/n", "main"),
+        lambda: list_repository("dataset", "o/n", "main"),
         lambda: fetch_parquet("o/n", COMMIT, {"s/0.parquet": "0.parquet"}, tmp_path),
     ):
         with pytest.raises(DownloadError, match=r"cannot be reached .*name a mirror with HF_ENDPOINT"):
@@ -382,7 +382,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch, tmp_path, wai
 def test_a_bad_endpoint_is_named(monkeypatch, address):
     use_hub(monkeypatch, address)
     with pytest.raises(DownloadError, match="HF_ENDPOINT"):
-        list_dataset("o/n", "main")
+        list_repository("dataset", "o/n", "main")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_bad_endpoint_is_named(monkeypatch, address):
 def test_what_answers_unlike_the_hub_is_a_sentence(hub, server, body):
     server.answers[hub.revision] = Answer(body)
     with pytest.raises(DownloadError, match=r"is not answered as by the hub .*: log in") as e:
-        list_dataset("o/n", "main")
+        list_repository("dataset", "o/n", "main")
     assert "\n" not in str(e.value)
 
 
@@ -399,7 +399,7 @@ def test_what_answers_unlike_the_hub_is_a_sentence(hub, server, body):
 def test_a_listing_that_is_none_is_a_sentence(hub, server, body):
     server.answers[hub.tree] = Answer(body)
     with pytest.raises(DownloadError, match="is not answered as by the hub") as e:
-        list_dataset("o/n", "main")
+        list_repository("dataset", "o/n", "main")
     assert "\n" not in str(e.value)
 
 
@@ -436,11 +436,11 @@ def test_tokens_are_found_where_the_hubs_own_tools_look(hub, server, tmp_path, m
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "older")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for unset in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", None):
-        list_dataset("o/n", "main")
+        list_repository("dataset", "o/n", "main")
         if unset:
             monkeypatch.delenv(unset)
     token_file.unlink()
-    list_dataset("o/n", "main")
+    list_repository("dataset", "o/n", "main")
     expected = ["Bearer hf_secret", "Bearer older", "Bearer of_the_file", None]
     assert tokens(server) == [token for token in expected for _ in ("revision", "tree")]
 
@@ -450,7 +450,7 @@ def test_a_damaged_token_is_not_shown(hub, server, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     server.answers[hub.revision] = Answer(b"", 401)
     with pytest.raises(DownloadError) as e:
-        list_dataset("o/n", "main")
+        list_repository("dataset", "o/n", "main")
     assert token not in str(e.value) and "\n" not in str(e.value)
 
 
@@ -459,7 +459,7 @@ def test_a_refusal_of_the_hub_says_what_to_do_about_the_token(hub, fetch, server
         server.answers[address], kept = Answer(b"", status), server.answers[address]
 
         def ask(address=address):
-            return fetch("s/0.parquet") if "resolve" in address else list_dataset("o/n", "main")
+            return fetch("s/0.parquet") if "resolve" in address else list_repository("dataset", "o/n", "main")
 
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         with pytest.raises(DownloadError, match=rf"{status} .*the token of HF_TOKEN or hf auth login is wrong") as e:

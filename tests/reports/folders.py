@@ -54,3 +54,20 @@ def result(step, **accuracies):
         for name, value in accuracies.items()
     }
     return {"step": step, "tasks": tasks, "sampling": {"samples": 1, "temperature": 0.0}, "chatcore": 0.25}
+
+
+def rollout(tokenizer, number, text="4", *, step=3, example=7, reward=1.0, tools=(), ended=True, forced=(), **more):
+    """A line of rollouts.jsonl as RL writes it. text: what the model wrote, as text or as ids; special tokens are names
+    in a list of both. forced: indices of tokens that were not sampled."""
+    parts = [text] if isinstance(text, str) else text
+    tokens = [i for part in parts for i in ids_of(tokenizer, part)] + [tokenizer.special("<|assistant_end|>")] * ended
+    mask = [int(n not in forced) for n in range(len(tokens))]
+    record = answer(number, reward, tokenizer.decode(tokens), step, example) | {"ended": ended, "tools": [*tools]}
+    logprobs = {"logprobs": [-0.5 * m for m in mask], "policy_logprobs": [-0.25 * m for m in mask]}
+    return record | {"tokens": tokens, "mask": mask} | logprobs | more
+
+
+def ids_of(tokenizer, part):
+    if isinstance(part, int):
+        return [part]
+    return [tokenizer.special(part)] if part in tokenizer.special_tokens else tokenizer.encode(part)

@@ -72,6 +72,80 @@ def test_a_run_is_hidden_by_its_entry_in_the_legend_and_values_are_shown_under_t
     assert tab.complaints() == []
 
 
+def mouse(tab, kind, x, y, clicks=0):
+    button = {"button": "left", "buttons": 1, "clickCount": clicks} if clicks else {}
+    tab.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, **button)
+
+
+def drag(tab, first, last):
+    """Over the first chart, between two shares of its width -> a place in its middle."""
+    tab.run("document.querySelector('figure > svg').scrollIntoView({block: 'center'})")
+    left, top, width, height = tab.run(
+        "(r => [r.x, r.y, r.width, r.height])(document.querySelector('figure > svg').getBoundingClientRect())"
+    )
+    for kind, share in (("Pressed", first), ("Moved", (first + last) / 2), ("Moved", last), ("Released", last)):
+        mouse(tab, kind, left + share * width, top + height / 2, 1)
+    return left + width / 2, top + height / 2
+
+
+def shown_steps(tab):
+    """The ends of the first stage's axes of steps, rounded, each once."""
+    found = tab.run(all_of("section:first-of-type figure > svg", "e.dataset.x.split(' ').map(x => Math.round(x))"))
+    return [list(ends) for ends in dict.fromkeys(map(tuple, found))]
+
+
+def test_dragging_over_a_chart_zooms_those_of_its_stage_and_a_double_click_shows_all_steps_again(tab, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page(runs(tmp_path)), encoding="utf-8")
+    tab.width(1280)
+    tab.open(file.as_uri())
+    before = tab.run(all_of("figure", "e.innerHTML"))
+    x, y = drag(tab, 0.6, 0.5)  # in either direction
+    [[first, last]] = shown_steps(tab)
+    assert 480 < first < 510 and 580 < last < 630
+    mouse(tab, "Moved", x, y)
+    step = int(tab.run("document.querySelector('.values caption').textContent").removeprefix("step "))
+    shown = [row.split() for row in tab.run("document.querySelector('.values table').innerText").splitlines()[1:]]
+    assert first <= step <= last and float(shown[0][-1]) == pytest.approx(6 / step, rel=1e-3)
+    labels = [
+        float(text) for text in tab.run(all_of("figure:first-child text[text-anchor=end]:not(.unit)", "e.textContent"))
+    ]
+    assert len(labels) >= 2 and all(6 / last * 0.5 < value < 6 / first * 1.5 for value in labels)
+    for clicks in (1, 2):
+        mouse(tab, "Pressed", x, y, clicks)
+        mouse(tab, "Released", x, y, clicks)
+    mouse(tab, "Moved", 0, 0)
+    assert tab.run(all_of("figure", "e.innerHTML")) == before and tab.complaints() == []
+
+
+def test_keys_zoom_move_and_go_back(tab, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page(runs(tmp_path)), encoding="utf-8")
+    tab.open(file.as_uri())
+    tab.run("document.querySelector('figure > svg').focus()")
+    found = []
+    for key in ("+", "+", "ArrowRight", "ArrowLeft", "ArrowLeft", "-", "Escape"):
+        for kind in ("keyDown", "keyUp"):
+            tab.call("Input.dispatchKeyEvent", type=kind, key=key)
+        found.append(shown_steps(tab)[0])
+    assert found == [[250, 750], [375, 625], [438, 688], [375, 625], [313, 563], [188, 688], [0, 1000]]
+    assert tab.run("document.activeElement == document.querySelector('figure > svg')") and tab.complaints() == []
+
+
+def test_the_axis_of_values_fits_the_runs_that_are_shown_in_a_zoomed_chart(tab, tmp_path):
+    flat = [write(tmp_path / f"{n}", [{"step": k, "mfu": n / 10 + k / 1e5} for k in range(100)]) for n in (1, 5)]
+    file = tmp_path / "report.html"
+    file.write_text(page(flat), encoding="utf-8")
+    tab.open(file.as_uri())
+    drag(tab, 0.4, 0.6)
+    ends = "document.querySelector('figure > svg').dataset.y.split(' ').map(Number)"
+    low, high = tab.run(ends)
+    assert low < 0.1005 and high > 0.5004
+    tab.run("document.getElementById('show0').click()")
+    low, high = tab.run(ends)
+    assert 0.5 < low < high < 0.501 and tab.complaints() == []
+
+
 def test_a_served_page_follows_the_run_and_keeps_what_was_opened_hidden_and_scrolled_to(tab, tmp_path):
     folders = runs(tmp_path)
     with Server(0, LivePage(lambda: folders, print)) as server:
@@ -82,6 +156,8 @@ def test_a_served_page_follows_the_run_and_keeps_what_was_opened_hidden_and_scro
             tab.open(url)
             version = tab.run("document.documentElement.dataset.version")
             tab.run("document.querySelectorAll('details').forEach((one, n) => { one.open = n > 0; })")
+            drag(tab, 0.3, 0.6)
+            zoomed = shown_steps(tab)
             tab.run("document.getElementById('show1').click(), scrollTo(0, 700)")
             with (folders[0] / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": 1001, "loss": 0.001, "mfu": 0.5}) + "\n")
@@ -91,6 +167,7 @@ def test_a_served_page_follows_the_run_and_keeps_what_was_opened_hidden_and_scro
             assert opened == [False] + [True] * (len(opened) - 1)
             assert tab.run(all_of(".legend input", "e.checked")) == [True, False]
             assert tab.run("scrollY") == 700
+            assert zoomed != [[0, 1000]] and shown_steps(tab) == zoomed
             assert {*tab.requests()} == {url} and tab.complaints() == []
         finally:
             server.shutdown()

@@ -18,7 +18,7 @@ import pytest
 from nanochat_jax.report import ReportConfig, main
 from nanochat_jax.reports import watch
 from nanochat_jax.reports.watch import LivePage, Server
-from tests.reports.folders import RL, answer, checkpoint, result, write
+from tests.reports.folders import RL, Elements, answer, checkpoint, result, write
 
 
 @contextlib.contextmanager
@@ -70,6 +70,19 @@ def test_a_request_without_a_name_or_with_two_is_refused(tmp_path):
             with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
                 connection.sendall(b"GET / HTTP/1.1\r\n" + hosts + b"\r\n")
                 assert b" 403 " in connection.makefile("rb").readline()
+
+
+def test_the_pages_about_rollouts_are_served_as_they_are_linked_and_follow_the_run(tmp_path):
+    folders = [write(tmp_path / name, RL, [answer(0, 1.0, "before")] if name == "b" else ()) for name in "ab"]
+    with serving(folders) as port:
+        (link,) = {link for link in Elements(ask(port)[1]).links if not link.startswith("#")}
+        status, text, _ = ask(port, path=f"/{link}")
+        assert status == 200 and "before" in text and "after" not in text.partition("id=data>")[2].partition("<")[0]
+        with (folders[1] / "rollouts.jsonl").open("a") as file:
+            file.write(json.dumps(answer(1, 1.0, "after")) + "\n")
+        assert "after" in ask(port, path=f"/{link}")[1].partition("id=data>")[2].partition("<")[0]
+        assert ask(port, path=f"/{link}", Host="evil.example")[0] == 403
+        assert ask(port, path="/report-rollouts-a.html")[0] == 404
 
 
 @pytest.mark.parametrize("path", ["/metrics.jsonl", "/../", "/?x", "/%2e%2e/", "http://evil.example/"])

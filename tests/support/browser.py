@@ -14,6 +14,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--disable-features=IsolateSandboxedIframes",  # so that `run_in_frame` reaches them
 )
 PATIENCE = 30.0  # seconds
 
@@ -64,6 +65,15 @@ class Page:
     def run(self, script):
         """The value of a JavaScript expression; a promise is awaited."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def run_in_frame(self, script):
+        """The value of a JavaScript expression in the page's newest frame."""
+        self.run("0")
+        contexts = [e["params"] for e in self.events if e.get("method") == "Runtime.executionContextCreated"]
+        newest = max(context["context"]["id"] for context in contexts)
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, contextId=newest)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

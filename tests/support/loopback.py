@@ -12,17 +12,19 @@ COMMIT = "c" * 40
 
 
 class Answer:
-    """status, body and headers; `sent`: bytes after which the connection closes; `hold`: an event waited for there."""
+    """status, body and headers; `sent`: bytes after which the connection closes; `hold`: an event waited for there;
+    `begin`: where the body begins that is sent, of a request for the rest of a file."""
 
-    def __init__(self, body=b"", status=200, *, sent=None, hold=None, length=True, **headers):
-        self.body, self.status, self.sent, self.hold = body, status, sent, hold
+    def __init__(self, body=b"", status=200, *, sent=None, hold=None, length=True, begin=0, **headers):
+        self.body, self.status, self.sent, self.hold = body[begin:], status, sent, hold
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if length:
-            self.headers.setdefault("Content-Length", str(len(body)))
+            self.headers.setdefault("Content-Length", str(len(self.body)))
 
 
 class Server:
-    """answers: path -> an Answer, or a list of which each request takes one, the last one for good.
+    """answers: path -> an Answer, or a list of which each request takes one, the last one for good. A POST request
+    takes the answer of "POST path", and what it brought is added to `posted`.
 
     A path is looked up with its query, then without. A HEAD request takes the answer of "HEAD path" where there is one,
     else the headers of the path's last answer.
@@ -30,6 +32,7 @@ class Server:
 
     def __init__(self):
         self.answers, self.requests, self.held = {}, [], threading.Event()
+        self.posted = []  # (path, bytes)
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,10 +49,19 @@ class Server:
             def do_HEAD(self):
                 self.begin(f"HEAD {self.path}")
 
+            def do_POST(self):
+                brought = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    while size := int(self.rfile.readline(), 16):
+                        brought += self.rfile.read(size)
+                        self.rfile.readline()
+                outer.posted.append((self.path.split("?")[0], brought))
+                self.wfile.write(self.begin(f"POST {self.path}").body)
+
             def begin(self, path):
                 outer.requests.append((path, {name.title(): value for name, value in self.headers.items()}))
                 bare = path.split("?")[0]
-                tried = (path, bare, *([] if bare == path.removeprefix("HEAD ") else [bare.removeprefix("HEAD ")]))
+                tried = (path, bare, *([bare.removeprefix("HEAD ")] if bare.startswith("HEAD ") else []))
                 answer = next((outer.answers[p] for p in tried if p in outer.answers), Answer(b"{}", 404))
                 if isinstance(answer, list):
                     consumed = not path.startswith("HEAD ") or path in outer.answers
@@ -84,15 +96,26 @@ class Server:
 
 def serve_dataset(server, repo, revision, files, commit=COMMIT):
     """Let the server be a hub that has this dataset; files: path -> bytes. Returns its addresses."""
-    api = f"/api/datasets/{repo}"
+    return serve_repository(server, f"datasets/{repo}", f"/datasets/{repo}", revision, files, commit)
+
+
+def serve_model(server, repo, files, revision="main", commit=COMMIT):
+    """The same with a model."""
+    return serve_repository(server, f"models/{repo}", f"/{repo}", revision, files, commit)
+
+
+def serve_repository(server, api, files_at, revision, files, commit):
+    """The addresses of a repository that is served from now on."""
+    api, repo = f"/api/{api}", api.partition("/")[2]
     addresses = SimpleNamespace(
         revision=f"{api}/revision/{quote(revision, safe='')}",
         tree=f"{api}/tree/{commit}",
-        file=lambda path, revision=commit: f"/datasets/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}",
+        file=lambda path, revision=commit: f"{files_at}/resolve/{quote(revision, safe='')}/{quote(path)}",
     )
     listing = [{"type": "file", "path": path, "size": len(body), "oid": "0" * 40} for path, body in files.items()]
     folders = [{"type": "directory", "path": path, "oid": "0" * 40} for path in {p.split("/")[0] for p in files}]
-    server.answers[addresses.revision] = Answer(json.dumps({"id": repo, "sha": commit}).encode())
+    for known_as in (addresses.revision, f"{api}/revision/{commit}"):
+        server.answers[known_as] = Answer(json.dumps({"id": repo, "sha": commit}).encode())
     server.answers[addresses.tree] = Answer(json.dumps(folders + listing).encode())
     for path, body in files.items():
         for known_as in {revision, commit}:

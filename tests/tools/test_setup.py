@@ -49,6 +49,13 @@ case "$1 $2" in
 esac
 """
 
+# One that makes environments in which `-m pip` only writes to the log, and ends with {status}.
+WITH_TORCH = f"""
+case "$1 $2" in
+  "-m venv") mkdir -p "$3/bin" && {shutil.which("cp")} "$0" "$3/bin/python" ;;
+  "-m pip") echo "$@" >>"$LOG"; exit {{status}} ;;
+esac
+"""
 LOCKED = "-m pip install --quiet --no-compile --no-deps -r requirements.lock -e ."
 
 
@@ -244,6 +251,31 @@ def test_the_cuda_compiler_has_a_folder_of_its_own_and_is_fetched_once(machine):
     assert not (machine.venv / "stamp").exists()
 
 
+def test_torch_has_an_environment_of_its_own_with_the_first_python_for_which_it_is_there(machine):
+    folder, lock = machine.venv / "compare", "requirements-compare.lock"
+    fetch = f"-m pip install --quiet --no-compile --no-deps -r {lock}"
+    machine.has(python3=WORKS).setup()
+    without, has_it = (WITH_TORCH.format(status=status) for status in (1, 0))
+    ours = machine.venv / "bin" / "python"
+    ours.rename(ours.with_name("packages"))
+    machine.add(ours, f'case "$0 $2" in *compare* | *" venv") {without} exit ;; esac; exec "${{0%/*}}/packages" "$@"')
+    status, _, err = machine.setup("--extra", "compare")
+    assert status == 1 and one_sentence(err) and "PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS" in err
+    assert not folder.exists() and not (machine.venv / "stamp").exists()
+    machine.add(machine.bin / "python3.11", has_it)
+    machine.log()
+    assert machine.setup()[0] == 0  # the extra stays
+    assert machine.log() == [LOCKED, fetch, fetch] and (folder / lock).read_text() == (machine.repo / lock).read_text()
+    (folder / "kept").touch()
+    (machine.venv / "stamp").unlink()
+    machine.setup()
+    assert (folder / "kept").exists()
+    with (machine.repo / lock).open("a") as file:
+        file.write("# another torch\n")
+    machine.setup()
+    assert not (folder / "kept").exists()
+
+
 def test_uv_is_used_where_it_runs(machine):
     machine.has(python313=SHIM, python312=WORKS, uv=UV).setup("--extra", "tpu")
     assert machine.log() == [
@@ -278,11 +310,12 @@ def test_the_lock_files_pin_every_dependency_and_nothing_heavy():
     def pins_of(file):
         lines = (ROOT / file).read_text().splitlines()
         assert lines == sorted(lines)
-        assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
+        assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*(\+cpu)?", line)] == []
         return dict(line.split("==") for line in lines)
 
     pins, gcs = pins_of("requirements.lock"), pins_of("requirements-gcs.lock")
-    compiler = pins_of("requirements-cuda13-aot.lock")
+    compiler, compared = pins_of("requirements-cuda13-aot.lock"), pins_of("requirements-compare.lock")
+    assert compared["torch"].endswith("+cpu") and compared["transformers"].startswith("5.")
     assert compiler["jax-cuda13-plugin"] == compiler["jax-cuda13-pjrt"] == pins["jax"]
     assert not set(pins) & set(gcs)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

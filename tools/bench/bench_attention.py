@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_device import document_starts, facts, matmul_rate, seconds_per_call
 from rich.console import Console
 from rich.table import Table
 
+from nanochat_jax.benches.rates import facts, matmul_rate, seconds_per_call
+from nanochat_jax.benches.subject import document_starts
 from nanochat_jax.cli.device import compute_dtype
 from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import require

@@ -6,8 +6,8 @@ tokens. Rounds of the numbers of clients alternate, and a line has the medians o
 - first_token_ms: from a request to the first event of its stream
 - processor_seconds_per_1000_tokens: of the server's process, which the clients share
 
-python tools/bench/bench_serve.py                        # the CPU yardstick
-python tools/bench/bench_serve.py --preset d20           # nanochat's depth 20
+python tools/bench/bench_serve.py --head-dim 64 --vocab-size 4096 --max-seq-len 512           # the CPU yardstick
+python tools/bench/bench_serve.py --depth 20 --prompt-chars 150 --new-tokens 256              # nanochat's depth 20
 """
 
 import asyncio
@@ -15,17 +15,18 @@ import dataclasses
 import json
 import time
 from statistics import median
-from typing import Literal
 
 import httpx
 import jax
-from bench_device import DEPTHS, depth_shape, facts, model_config, parse
-from bench_rollout import random_params, tokenizer
+import tyro
 
+from nanochat_jax.benches.rates import facts
+from nanochat_jax.benches.subject import byte_pair_tokenizer, config_of_sizes, random_params
 from nanochat_jax.cli.device import compute_dtype
 from nanochat_jax.cli.main import run_stage
 from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.mesh import make_mesh
+from nanochat_jax.flags.bench import ModelSizes
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.serve import CHUNK
@@ -34,31 +35,17 @@ from nanochat_jax.serving.http import serving
 from nanochat_jax.serving.requests import MOST_ALTERNATIVES, Limits
 from nanochat_jax.serving.worker import EngineWorker
 
-PRESETS = {"cpu": {}} | {
-    name: depth_shape(depth) | {"sequence_len": 2048, "prompt_chars": 150, "new_tokens": 256}
-    for name, depth in DEPTHS.items()
-}
 
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench(ModelSizes):
     """Time the server."""
 
-    preset: Literal["cpu", "d12", "d20", "d26"] = "cpu"  # nanochat's model of this depth
-    depth: int = 4
-    width: int = 256
-    head_dim: int = 64
-    kv_heads: int = 0  # 0 = as many as query heads
-    vocab_size: int = 4096
-    sequence_len: int = 512
-    window_pattern: str = "SSSL"
     clients: tuple[int, ...] = (1, 8, 32)
     requests: int = 2  # of each client in a round
     prompt_chars: int = 50
     new_tokens: int = 64
     rounds: int = 3
     slots: int = 32
-    dtype: str = "auto"  # bfloat16 on accelerators, float32 on CPU
 
 
 async def ask(client: httpx.AsyncClient, body: dict) -> tuple[int, float]:
@@ -98,11 +85,11 @@ async def round_of(url: str, cfg: Bench, clients: int, number: int) -> dict:
 
 def main(cfg: Bench) -> None:
     require(min(*cfg.clients, cfg.requests, cfg.rounds, cfg.new_tokens) >= 1, "counts must be at least 1")
-    config, mesh = model_config(cfg, cfg.sequence_len), make_mesh("data=1")
+    config, mesh = config_of_sizes(cfg), make_mesh("data=1")
     device = mesh.devices.flat[0]
     dtype = compute_dtype(cfg.dtype, device.platform)
-    sizes = {"slots": cfg.slots, "chunk": CHUNK, "context": cfg.sequence_len, "alternatives": MOST_ALTERNATIVES}
-    engine = Engine(config, tokenizer(cfg.vocab_size), mesh, dtype=dtype, **sizes)
+    sizes = {"slots": cfg.slots, "chunk": CHUNK, "context": cfg.max_seq_len, "alternatives": MOST_ALTERNATIVES}
+    engine = Engine(config, byte_pair_tokenizer(cfg.vocab_size), mesh, dtype=dtype, **sizes)
     worker = EngineWorker(engine, random_params(config), max_waiting=max(cfg.clients))
     began = time.perf_counter()
     worker.warm_up()
@@ -134,4 +121,4 @@ def main(cfg: Bench) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, parse(Bench, PRESETS))
+    run_stage(main, tyro.cli(Bench))

@@ -13,9 +13,10 @@ and a line in summary.tsv: name, exit status, seconds, command.
   environment       device, driver, versions
   tests             tests/model/attention/test_device.py: every backend on the device against the definition
   attention_h64, attention_h128                   tools/bench/bench_attention.py
-  sft_cpu, sft_d12, sft_d20, sft_d26              tools/bench/bench_sft.py, one document a row
+  sft_cpu, sft_d12, sft_d20, sft_d26              python -m nanochat_jax.bench --what sft, one document a row
   packed_d12, packed_d20, packed_d26              the same, documents of 500 tokens in the mean
-  rollout_cpu, rollout_d12, rollout_d20, rollout_d26   tools/bench/bench_rollout.py
+  rl_cpu, rl_d12, rl_d20, rl_d26                  python -m nanochat_jax.bench --what rl
+  infer_cpu, infer_d12, infer_d20, infer_d26      python -m nanochat_jax.bench, as nanochat's infer_bench
   serve_cpu, serve_d12, serve_d20, serve_d26      tools/bench/bench_serve.py
   --quick     tiny sizes, to see that everything runs
   --out DIR   default: build/gpu_check
@@ -33,7 +34,7 @@ fail() {
 all=(environment tests attention_h64 attention_h128)
 for model in cpu d12 d20 d26; do all+=("sft_$model"); done
 for model in d12 d20 d26; do all+=("packed_$model"); done
-for kind in rollout serve; do
+for kind in rl infer serve; do
   for model in cpu d12 d20 d26; do all+=("${kind}_$model"); done
 done
 quick="" out="" parts=()
@@ -112,6 +113,11 @@ for device in jax.devices():
 END
 }
 
+tiny=(--depth 2 --head-dim 64 --vocab-size 512 --max-seq-len 128)
+sizes() { # MODEL: nanochat's of this depth, or the small one that CPUs are measured with
+  if [ "$1" = cpu ]; then echo --depth 4 --head-dim 64 --vocab-size 4096 --max-seq-len 512; else echo --depth "${1#d}"; fi
+}
+
 failed=0
 run() { # NAME EXTENSION COMMAND...
   local name=$1 file=$out/$1.$2 began=$SECONDS status=0
@@ -141,19 +147,28 @@ for part in "${parts[@]}"; do
       ;;
     sft_* | packed_*)
       [ "${part%%_*}" = sft ] || size=(--document-tokens 500)
-      [ -z "$quick" ] || size+=(--depth 2 --width 128 --vocab-size 512 --seq-len 128 --batch-size 2 --accumulation 1)
-      [ -z "$quick" ] || size+=(--steps 3)
-      run "$part" jsonl "$python" tools/bench/bench_sft.py --preset "$model" ${size[@]+"${size[@]}"}
+      case "$model" in # 65,536 tokens a step: a device's share of nanochat's, of eight
+        d12) size+=(--device-batch-size 16 --total-batch-size 65536) ;;
+        d20) size+=(--device-batch-size 8 --total-batch-size 65536) ;;
+        d26) size+=(--device-batch-size 4 --total-batch-size 65536) ;;
+      esac
+      [ -z "$quick" ] || size+=("${tiny[@]}" --device-batch-size 2 --total-batch-size -1 --repeats 3)
+      run "$part" jsonl "$python" -m nanochat_jax.bench --what sft $(sizes "$model") ${size[@]+"${size[@]}"}
       ;;
-    rollout_*)
-      [ -z "$quick" ] || size=(--depth 2 --width 128 --vocab-size 512 --prompts 2 --samples 4 --new-tokens 20 --slots 8)
-      [ -z "$quick" ] || size+=(--prompt-tokens 20 --repeats 1)
-      run "$part" jsonl "$python" tools/bench/bench_rollout.py --preset "$model" ${size[@]+"${size[@]}"}
+    rl_*)
+      [ "$model" != cpu ] || size=(--prompt-tokens 100 --decode-tokens 128)
+      [ -z "$quick" ] || size=("${tiny[@]}" --examples-per-step 2 --num-samples 4 --slots 8 --repeats 1)
+      [ -z "$quick" ] || size+=(--prompt-tokens 20 --decode-tokens 20)
+      run "$part" jsonl "$python" -m nanochat_jax.bench --what rl $(sizes "$model") ${size[@]+"${size[@]}"}
+      ;;
+    infer_*)
+      [ -z "$quick" ] || size=("${tiny[@]}" --batch-sizes 1,4 --decode-tokens 20 --repeats 1)
+      run "$part" jsonl "$python" -m nanochat_jax.bench $(sizes "$model") ${size[@]+"${size[@]}"}
       ;;
     serve_*)
-      [ -z "$quick" ] || size=(--depth 2 --width 128 --vocab-size 512 --clients 1 4 --requests 1 --rounds 1 --slots 4)
-      [ -z "$quick" ] || size+=(--new-tokens 20)
-      run "$part" jsonl "$python" tools/bench/bench_serve.py --preset "$model" ${size[@]+"${size[@]}"}
+      [ "$model" = cpu ] || size=(--prompt-chars 150 --new-tokens 256)
+      [ -z "$quick" ] || size=("${tiny[@]}" --clients 1 4 --requests 1 --rounds 1 --slots 4 --new-tokens 20)
+      run "$part" jsonl "$python" tools/bench/bench_serve.py $(sizes "$model") ${size[@]+"${size[@]}"}
       ;;
   esac
 done

@@ -121,11 +121,13 @@ def read_metrics(data: bytes, base: Path) -> str:
 
 
 def read_rollouts(data: bytes, base: Path) -> str:
+    from nanochat_jax.reports.rollouts import RolloutPage, rollouts_page
     from nanochat_jax.reports.runs import last_answers
     from nanochat_jax.rollouts.log import RolloutLog
 
     def read() -> None:
         last_answers(base / "other" / "rollouts.jsonl")
+        rollouts_page(RolloutPage(base / "other", "other", "page.html"), "report.html")
         log = RolloutLog(base / "other", 100)
         log.saved()
         log.close()

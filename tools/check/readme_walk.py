@@ -1,6 +1,6 @@
 """Run every command of README and of docs/ in order, as a newcomer would: with a fresh base directory, a hub on
-loopback that serves datasets from a folder, and sizes that 2 cores manage. Prints a line for each command, and ends
-with status 1 where one failed.
+loopback that serves datasets and a model from a folder, and sizes that 2 cores manage. Prints a line for each command,
+and ends with status 1 where one failed.
 
 python tools/check/readme_walk.py --out /tmp/walk
 """
@@ -37,6 +37,9 @@ SIZES = {  # flags for a command that begins so, the first that fits; a flag tha
     "nanochat_jax.sft --preflight v5e-8": "--total-batch-size 8192 --device-batch-size 4",
     "nanochat_jax.sft": f"{STEPS} --simple-spelling-rows 300 --spelling-bee-rows 300 --chatcore-max-cat 8 "
     "--chatcore-max-sample 2",
+    "nanochat_jax.bench -i": "--batch-sizes 1 --decode-tokens 8 --repeats 1",
+    "nanochat_jax.bench": f"{DIALS} --batch-sizes 1 --decode-tokens 8 --prompt-tokens 20 --repeats 1 "
+    "--examples-per-step 2 --num-samples 2 --device-batch-size 4 --total-batch-size -1",
     "nanochat_jax.eval": "-x 4 -m 16",
     "nanochat_jax.rl --resume": "",
     "nanochat_jax.rl": "--num-steps 2 --examples-per-step 2 --num-samples 2 --max-new-tokens 16 --eval-examples 4",
@@ -50,7 +53,9 @@ ELSEWHERE = {  # what is run by other means
     ".venv/bin/python tools/": "measures or checks, which takes minutes",
     "tools/tpu_vm.py": "needs a Google Cloud project; tests drive it against a stand-in",
     ".venv/bin/python -m nanochat_jax.sft --coordinator": "needs further processes; tests start them",
+    ".venv/bin/python -m nanochat_jax.eval -i base": "needs CORE's tasks; tests make some",
     ".venv/bin/python -m nanochat_jax.serve": "serves until it is stopped; tests start it",
+    ".venv/bin/python -m nanochat_jax.nanochat_export --push": "uploads; tests do, to a hub on loopback",
     "sbatch": "needs a SLURM cluster",
     "sky": "needs SkyPilot and a cloud",
 }
@@ -92,16 +97,20 @@ class Hub(ThreadingHTTPServer):
 
 
 class HubRequest(BaseHTTPRequestHandler):
-    """As much of the hub as huggingface_hub asks for: a dataset's commit, the list of its files, and a file."""
+    """As much of the hub as huggingface_hub asks for: a repository's commit, the list of its files, and a file. Every
+    model there is the one in golden/hf."""
 
     def do_GET(self):
         data, parts = self.server.data, [unquote(part) for part in self.path.partition("?")[0].strip("/").split("/")]
         name = "--".join(parts[2:4] if parts[0] == "api" else parts[1:3])
         folder = data / "hub" / SERVED_AS.get(name, name)
+        if parts[1:2] == ["models"] or parts[2:3] == ["resolve"]:
+            folder, parts = data.parent / "golden/hf/c3_oct2025", parts if parts[0] == "api" else ["models", *parts]
         if parts[4:5] == ["revision"]:
             self.answer(json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT}).encode())
         elif parts[4:5] == ["tree"]:
-            paths = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*/*.parquet"))]
+            files = sorted([*folder.glob("*/*/*.parquet"), *folder.glob("*.json"), *folder.glob("*.safetensors")])
+            paths = [str(path.relative_to(folder)) for path in files]
             self.answer(json.dumps([{"type": "file", "path": p, "size": 0, "oid": COMMIT} for p in paths]).encode())
         elif number := re.fullmatch(r"shard_(\d+)\.parquet", parts[-1]):
             shard = min(int(number[1]), 4)  # the validation shard has the largest number

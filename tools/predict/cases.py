@@ -22,7 +22,7 @@ WINDOW_PATTERN = "SSSL"  # nanochat's
 
 class Case(NamedTuple):
     depth: int
-    slice: str
+    slice: str  # or NVIDIA GPUs, as h100-8
     mesh: str = ""
     replicate: bool = False
 
@@ -37,7 +37,7 @@ def parse_case(text: str) -> Case:
     depth, _, rest = text.partition(":")
     slice_name, *more = rest.split(":")
     require(
-        depth.startswith("d") and depth[1:].isdecimal() and int(depth[1:]) > 0 and "-" in slice_name,
+        depth.startswith("d") and depth[1:].isdecimal() and int(depth[1:]) > 0 and bool(slice_name),
         f"--cases must look like d20:v5e-8, d34:v6e-256:model=2 or d20:v5e-8:replicate, got {text!r:.60}",
     )
     mesh = ",".join(part for part in more if part != "replicate")
