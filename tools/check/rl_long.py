@@ -31,6 +31,8 @@ VARIANTS = {
     "rates x5": ("--init-lr-frac=0.25",),
     "rates x10": ("--init-lr-frac=0.5",),
     "rates x5, cut answers kept": ("--init-lr-frac=0.25", "--cut-answers=keep"),
+    "rates x5, truncated policy": ("--init-lr-frac=0.25", "--policy=truncated"),
+    "rates x5, top-k 0": ("--init-lr-frac=0.25", "--top-k=0"),
     "rates x5, cosine": ("--init-lr-frac=0.25", "--schedule=cosine"),
     "top-k 0": ("--top-k=0",),
     "kl-coef 0.05": ("--kl-coef=0.05",),
