@@ -2,7 +2,7 @@
 
 - ttft_seconds: from the call to the first token of every answer; the prompt goes through the network once, and what is
   left of its keys and values is shared by the answers.
-- seconds_per_token: of the tokens after the first, the time of a decode step for the whole batch, without that.
+- seconds_per_token: the time of a decode step for the whole batch, over the tokens after the first --chunk.
 - mbu: the fewest bytes that these steps must read (see `decoding`) over their time and the vendor's memory bandwidth;
   memory_share: the same over what a triad on large arrays reaches in this run. nanochat counts the prompt's keys again
   for each answer, because its engine copies them; so its MBU of large batches is larger at the same speed.
@@ -101,35 +101,43 @@ def batch_sizes(text: str) -> list[int]:
 
 def time_batch(cfg: BenchConfig, engine: Engine, params: Any, prompt: list[int], batch: int) -> dict[str, Any]:
     """Medians of the repetitions, after one that compiles."""
-    temperature, repeats = cfg.temperature or 0.0, cfg.repeats or 3
+    temperature, repeats, chunk = cfg.temperature or 0.0, cfg.repeats or 3, engine.programs.chunk
 
-    def generate(tokens: int) -> tuple[float, GenerationStats, list[int]]:
+    def generate(tokens: int) -> tuple[float, float, GenerationStats, list[int]]:
+        """(seconds, seconds after the first chunk, ...) of so many tokens"""
         stats: list[GenerationStats] = []
-        sampling = SamplingParams(temperature, cfg.top_k, tokens)
-        began = time.perf_counter()
-        (samples,) = engine.generate(params, [prompt], sampling, samples=batch, report=stats.append)
-        return time.perf_counter() - began, stats[0], [len(sample.tokens) for sample in samples]
+        times = [time.perf_counter()]  # of the beginning, and of the end of each chunk
+        (samples,) = engine.generate(
+            params,
+            [prompt],
+            SamplingParams(temperature, cfg.top_k, tokens),
+            samples=batch,
+            progress=lambda done, total: times.append(time.perf_counter()),
+            report=stats.append,
+        )
+        return times[-1] - times[0], times[-1] - times[1], stats[0], [len(sample.tokens) for sample in samples]
 
     began = time.perf_counter()
     generate(1)
-    _, _, lengths = generate(cfg.decode_tokens)
+    *_, lengths = generate(cfg.decode_tokens)
     warm_up, compiles = time.perf_counter() - began, engine.compiles
     first = median(generate(1)[0] for _ in range(repeats))
-    runs = [generate(cfg.decode_tokens) for _ in range(repeats)]
-    steps = runs[0][1].decode_steps
-    seconds = max(median(run[0] for run in runs) - first, 1e-9)
+    whole, later, stats, _ = zip(*(generate(cfg.decode_tokens) for _ in range(repeats)))
+    steps = stats[0].decode_steps
+    after_first = max(1, steps - 1)
+    # The first chunk holds the prompt too; an answer that ends within it leaves only what one token does not take.
+    per_token = median(later) / (steps - chunk) if steps > chunk else max(median(whole) - first, 1e-9) / after_first
     keys = kv_tokens(engine.config, len(prompt), lengths, batch) - kv_tokens(engine.config, len(prompt), [1], batch)
-    generated = sum(lengths) - batch
     return {
         "ttft_seconds": first,
-        "seconds_per_token": seconds / max(1, steps - 1),
-        "tokens_per_second": generated / seconds,
+        "seconds_per_token": per_token,
+        "tokens_per_second": (sum(lengths) - batch) / (per_token * after_first),
         "decode_steps": steps,
-        "host_share": median(run[1].host_seconds / run[1].seconds for run in runs),
+        "host_share": median(one.host_seconds / one.seconds for one in stats),
         "warm_up_seconds": warm_up,
         "compiles_after_warm_up": engine.compiles - compiles,
-        "decode_seconds": seconds,
-        "bytes_read": bytes_to_read(engine, steps - 1, keys),
+        "decode_seconds": per_token * after_first,
+        "bytes_read": bytes_to_read(engine, after_first, keys),
     }
 
 

@@ -73,10 +73,16 @@ def read_run(folder: Path, log: Log = str) -> Run:
         numbers_of(records),
         [(record["step"], record["samples"]) for record in records if is_texts(record.get("samples"))],
         last_answers(folder / "rollouts.jsonl", log),
-        read_evaluations(folder, log),
+        evaluations_of(records, read_evaluations(folder, log)),
         read_settings(folder, log),
         error,
     )
+
+
+def evaluations_of(records: Sequence[dict], found: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those that are younger than the run's first record: older ones are of a run that --overwrite has deleted."""
+    began = next((record["time"] for record in records if is_number(record.get("time"))), 0.0)
+    return [one for one in found if not is_number(when := one.facts.get("time")) or when >= began]
 
 
 def read_json(path: Path) -> Any:

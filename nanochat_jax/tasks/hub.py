@@ -27,7 +27,7 @@ from nanochat_jax.tasks.task import Slice, Task
 
 SHUFFLE_SEED = 42  # nanochat permutes every dataset with this seed before it slices
 EXPORT = "refs/convert/parquet"  # the branch of every dataset in which the hub keeps its conversion to parquet
-WORD_LIST = "words_alpha.txt"  # is downloaded unasked; the other files of SOURCES are the user's choice
+WORD_LIST = "words_alpha.txt"  # is downloaded unasked, as CORE's bundle is; conversations are the user's choice
 
 
 def split_files(repo: str, subset: str, split: str, data_dir: Path | str | None = None) -> list[Path]:

@@ -17,7 +17,7 @@ from nanochat_jax.eval import make_record
 from nanochat_jax.evals.eval_set import EvalSet
 from nanochat_jax.evals.evaluator import EvalResult
 from nanochat_jax.reports.page import page
-from nanochat_jax.reports.runs import read_evaluations, read_settings
+from nanochat_jax.reports.runs import read_evaluations, read_run, read_settings
 from nanochat_jax.reports.tables import NOT_COMPARED, plain
 from tests.reports.folders import RL, Elements, answer, checkpoint, result, write
 
@@ -116,6 +116,13 @@ def test_of_a_step_the_newest_result_is_last(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(result(1, A=0.5) | {"time": when}))
     (tmp_path / "e.json").write_text(json.dumps(result(0, A=0.5) | {"time": 9.0}))
     assert [one.file[0] for one in read_evaluations(tmp_path)] == ["e", "d", "b", "c", "a"]
+
+
+def test_results_of_a_run_that_was_deleted_are_not_those_of_the_next_one_in_its_folder(tmp_path):
+    run = write(tmp_path / "run", [{"step": 1, "loss": 1.0, "time": 100.0}, {"step": 2, "loss": 1.0, "time": 101.0}])
+    for name, when in (("old", {"time": 99.0}), ("new", {"time": 102.0}), ("without a time", {})):
+        (run / f"{name}.json").write_text(json.dumps(result(2, A=0.5) | when))
+    assert {one.file for one in read_run(run).evaluations} == {"new.json", "without a time.json"}
 
 
 @pytest.mark.parametrize("change", [{"step": "1"}, {"tasks": []}, {"tasks": {"A": {"accuracy": 1}}}, {"tasks": None}])
