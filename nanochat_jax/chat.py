@@ -79,11 +79,11 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.tokens = tokenizer, []
-        self.call: int | None = None  # index in `tokens` of the calculator call that is not over yet
+        self.call: int | None = None  # index in `tokens` of the tool call that is not over yet
         self._names = {i: name for name, i in tokenizer.special_tokens.items()}
 
     def pieces(self, stream: Iterable[tuple[int, int]]) -> Iterator[tuple[str, bool]]:
-        """(token, mask) pairs -> (text, whether it belongs to a calculator call). Special tokens are not shown."""
+        """(token, mask) pairs -> (text, whether it belongs to a tool call). Special tokens are not shown."""
         inside = ""  # the last part of a call: "expression", "end" (a result may follow or not) or "result"
         for name, run in itertools.groupby(self._keep_tokens(stream), self._name):
             if inside == "end" and name != "<|output_start|>":

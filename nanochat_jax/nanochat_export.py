@@ -48,9 +48,7 @@ def main(cfg: ExportConfig) -> int:
     )
     require(cfg.ranks == 1 or cfg.optimizer, f"--ranks={cfg.ranks} is about the optimizer's state: omit --no-optimizer")
     require(cfg.push is None or not for_nanochat, "--push uploads what --format=hf writes: add it")
-    found = find.find_model(
-        cfg.source, cfg.model_tag, cfg.model_step, cfg.base, optimizer=for_nanochat and cfg.optimizer
-    )
+    found = find.find_model(cfg.source, cfg.model_tag, cfg.step, cfg.base, optimizer=for_nanochat and cfg.optimizer)
     print0(f"Model: {found}")
     tokenizer = Tokenizer.load(found.tokenizer)
     if not for_nanochat:

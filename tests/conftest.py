@@ -36,7 +36,15 @@ TESTS = Path(__file__).parent
 LONGEST = {
     *("distributed/test_processes", "distributed/test_meshes", "inference/test_engine", "files/test_bucket"),
     "tools/test_faults",
-    *("train/test_step", "train/test_tpu_aot", "tools/test_tpu_vm", "test_rl", "test_rl_resume", "test_resume"),
+    *(
+        "train/test_step",
+        "train/test_tpu_aot",
+        "tools/test_tpu_vm",
+        "test_rl",
+        "test_rl_resume",
+        "test_resume",
+        "test_environments",
+    ),
 }
 
 

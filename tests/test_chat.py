@@ -18,6 +18,7 @@ from rich.console import Console
 from nanochat_jax import chat
 from nanochat_jax.chat import Answer, Chat, ChatConfig, History, escaped
 from nanochat_jax.checkpoints import find
+from nanochat_jax.checkpoints.store import SOURCES
 from nanochat_jax.inference.samples import ControlTokens
 from nanochat_jax.inference.sampling import SamplingParams
 from nanochat_jax.tokenizer import UnsplittableText
@@ -32,6 +33,7 @@ PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
     TOKENIZER.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
 )
 SAMPLING = SamplingParams(0.6, 50, 20)
+FOUND = {stage: find.Found(Path("nowhere") / SOURCES[stage] / "d2", 7, True) for stage in ("base", "sft")}
 pytestmark = pytest.mark.usefixtures("in_base", "ctrl_c_raises")
 
 
@@ -481,7 +483,7 @@ run = functools.partial(run_command, chat.main, ChatConfig)
 
 def test_one_prompt_prints_the_answer_and_nothing_else(model, monkeypatch, capsys):
     engine, params = model
-    monkeypatch.setattr(chat, "load_model", lambda cfg: (engine, params, None))
+    monkeypatch.setattr(chat, "load_model", lambda cfg: (engine, params, FOUND["sft"]))
     assert run("-p", "hello", "-t", "1", "-k", "40", "--max-new-tokens", "12", "--seed", "5") == 0
     prompt = TOKENIZER.render_for_completion(
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}]}
@@ -564,13 +566,13 @@ def test_a_closed_stream_is_said_before_a_model_is_loaded(monkeypatch, name, arg
 
 
 def test_ctrl_c_during_the_one_answer_is_told_by_the_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(chat, "load_model", lambda cfg: (Script(Interrupting(said("half"))), None, None))
+    monkeypatch.setattr(chat, "load_model", lambda cfg: (Script(Interrupting(said("half"))), None, FOUND["sft"]))
     assert run("-p", "hi") == 130
     assert capsys.readouterr() == ("half\n", "(stopped)\n")
 
 
 def test_a_base_model_is_said_not_to_take_turns(monkeypatch, capsys):
-    monkeypatch.setattr(chat, "load_model", lambda cfg: (Script(said("x") + sampled(END)), None, None))
+    monkeypatch.setattr(chat, "load_model", lambda cfg: (Script(said("x") + sampled(END)), None, FOUND["base"]))
     assert run("-i", "base", "-p", "hi") == 0
     out, err = capsys.readouterr()
     assert out == "x\n" and "has not learned to take turns" in err

@@ -14,11 +14,13 @@ import pytest
 
 from nanochat_jax import base, bench, chat, eval, nanochat_export, nanochat_import, quickstart, report, rl, serve, sft
 from nanochat_jax.cli.command_line import parse
+from nanochat_jax.evals.eval_set import replies
 from nanochat_jax.flags.tokenizer import Eval, Show, Train
+from nanochat_jax.inference.tools import make_toolbox
 from nanochat_jax.tasks import CustomJSON
 from nanochat_jax.tasks.chat_forms import message_fault
 from nanochat_jax.tasks.registry import TASKS
-from nanochat_jax.tasks.task import load_task
+from nanochat_jax.tasks.task import as_played, load_task
 from tests.support import tiny
 from tests.support.commands import run_command
 from tools.check import readme_walk as walk
@@ -223,13 +225,17 @@ def test_every_form_of_a_row_that_is_shown_is_taken_and_means_what_it_says(tmp_p
 
 @pytest.fixture
 def own_task(tmp_path, monkeypatch):
-    """A folder with the file of the page's task, as the current directory."""
-    (file,) = [command for command in walk.commands(PAGES["docs/own-data.md"]) if command.startswith("cat > ")]
-    (tmp_path / "my_module.py").write_text(file.partition("\n")[2].removesuffix("END"))
+    """A folder with the files of the page's tasks and tool, as the current directory."""
+    files = [command for command in walk.commands(PAGES["docs/own-data.md"]) if command.startswith("cat > ")]
+    names = [file.split()[2] for file in files]
+    assert names == ["my_module.py", "my_game.py", "my_tools.py"]
+    for name, file in zip(names, files):
+        (tmp_path / name).write_text(file.partition("\n")[2].removesuffix("END"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    sys.modules.pop("my_module", None)
+    for name in names:
+        sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def test_the_task_of_your_own_can_be_trained_on_and_judged(own_task):
@@ -241,6 +247,21 @@ def test_the_task_of_your_own_can_be_trained_on_and_judged(own_task):
     answer = conversation["messages"][-1]["content"]
     assert task.evaluate(conversation, answer) and not task.evaluate(conversation, "none")
     assert [task.reward(conversation, said) for said in (answer, "999", "none")] == [1.0, 0.1, 0.0]
+
+
+def test_the_environment_of_your_own_can_be_played_and_judged(own_task):
+    task = load_task("my_game:MyGame")
+    reply = replies(task, task.__getitem__)
+    assert task[2]["number"] == 15 and reply(2, ["10"]) == "larger" and reply(2, ["10", "larger", "15"]) is None
+    for turns, worth in ((["10", "larger", "15"], 0.95), (["15"], 1.0), (["none"], -0.05)):
+        conversation = as_played(task, task[2], turns)
+        assert task.reward(conversation, turns[-1]) == pytest.approx(worth)
+        assert task.evaluate(conversation, turns[-1]) == (worth > 0)
+
+
+def test_the_tool_of_your_own_answers(own_task):
+    (tool,) = make_toolbox(["my_tools:Capital"]).tools
+    assert (tool.name, tool.seconds, tool.call(" Peru"), tool.call("x")) == ("capital", 2.0, "Lima", None)
 
 
 @pytest.mark.usefixtures("in_base")

@@ -263,6 +263,7 @@ def test_what_the_hub_refuses_is_a_sentence_and_the_folder_stays(hub, tmp_path, 
     hub.answers["POST /api/repos/create"] = Answer(b'{"error": "You have no rights"}', 403)
     message = run("--output", tmp_path / "m", "--push", REPO, "--yes")
     assert message.startswith("error: model me/small-model answered 403") and "\n" not in message
+    assert message.endswith(f"; later, hf upload {REPO} {tmp_path / 'm'} does it")
     assert (tmp_path / "m/config.json").exists() and posted(hub, f"/api/models/{REPO}/commit/main") == []
 
 

@@ -165,11 +165,11 @@ install_cuda_compiler() {
   mv "$folder.new" "$folder" # only when it is whole
 }
 
-# Not with the packages: it has other versions of them, and may need another Python, for which torch's CPU build is there.
+# Not with the packages: it has other versions of them, and perhaps another Python, one that has a CPU build of torch.
 install_compare() {
-  local folder=.venv/compare lock=requirements-compare.lock python said=""
+  local folder=.venv/compare lock=requirements-compare.lock pyenv="${PYENV_ROOT:-${HOME:-}/.pyenv}" python said=""
   if [ "$(cat "$folder/$lock" 2>/dev/null)" = "$(cat "$lock")" ]; then return; fi
-  for python in .venv/bin/python python3.13 python3.12 python3.11 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[123]*/bin/python; do
+  for python in .venv/bin/python python3.13 python3.12 python3.11 "$pyenv"/versions/3.1[123]*/bin/python; do
     "$python" -c "" >/dev/null 2>&1 || continue
     echo "installing torch and transformers into $folder with $python"
     rm -rf "$folder"
@@ -180,7 +180,9 @@ install_compare() {
     fi
   done
   rm -rf "$folder"
-  fail "torch and transformers could not be installed, name a place that has torch's CPU build with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS: ${said##*$'\n'}"
+  said=${said#*ERROR: } # the first of what pip complains of
+  said="torch and transformers could not be installed (${said%%$'\n'*})"
+  fail "$said: name a place that has torch's CPU build with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS"
 }
 
 if [ -z "$now" ]; then make_venv; fi

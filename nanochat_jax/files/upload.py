@@ -52,7 +52,7 @@ def upload_folder(folder: Path, repo: str, *, private: bool, message: str) -> st
     the repository's history. private: of one that is made. UploadError."""
     from huggingface_hub import HfApi
 
-    with _naming(repo):
+    with _naming(repo, f"; later, hf upload {repo} {folder} does it"):
         api = HfApi()
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=WEIGHTS)
@@ -60,10 +60,10 @@ def upload_folder(folder: Path, repo: str, *, private: bool, message: str) -> st
 
 
 @contextlib.contextmanager
-def _naming(repo: str) -> Iterator[None]:
+def _naming(repo: str, advice: str = "") -> Iterator[None]:
     """What goes wrong inside is an UploadError that begins with the repository."""
     try:
         yield
     except Exception as e:  # of huggingface_hub, httpx, hf_xet and the file system
         fault, transient = explain(e, "write to")
-        raise UploadError(f"model {repo} {fault}" + ("; try again later" if transient else "")) from e
+        raise UploadError(f"model {repo} {fault}{advice or '; try again later' * transient}") from e

@@ -2,22 +2,21 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
-from nanochat_jax.cli.settings import BASE_HELP, OUTPUT, RUN, SOURCES, Maybe, ModelStep, at_least, one_of, setting
+from nanochat_jax.cli.settings import OUTPUT, RUN, SOURCES, Maybe, at_least, one_of, setting, short
+from nanochat_jax.flags.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(ModelConfig):
     """Write a model, in whatever format it is, and its tokenizer as files that nanochat or transformers loads.
 
     python -m nanochat_jax.nanochat_export --source rl --output ~/nanochat
     python -m nanochat_jax.nanochat_export --source rl --format hf --output ~/my-model --push me/my-model
     """
 
-    source: str = setting("base", "stage that made the model", SOURCES, group=RUN)
-    base: Maybe[Path] = setting(None, BASE_HELP, group=RUN)
-    model_tag: Maybe[str] = setting(None, "its tag; default: the one saved last", group=RUN)
-    model_step: ModelStep = setting(None, "its step; best = of the highest pass@1 in RL; default: the last", group=RUN)
+    source: Annotated[str, short("-i")] = setting("base", "stage that made the model", SOURCES, group=RUN)
     format: str = setting(
         "nanochat",
         "whose files to write: nanochat's, or with hf those of transformers, for the Hugging Face hub",

@@ -41,7 +41,7 @@ class ChatModel:
         return ids[:-1]  # without assistant_end
 
     def answer(self, question: str | Sequence[dict], sampling: SamplingParams = GREEDY, *, seed: int = 0) -> str:
-        """The answer: by default the likeliest token each time, at most 256 of them. Calculator calls stand in it with
+        """The answer: by default the likeliest token each time, at most 256 of them. Calls of tools stand in it with
         their results and the special tokens around both. ValueError: the question does not fit into the context."""
         ((sample,),) = self.engine.generate(self.params, [self.prompt(question)], sampling, seed=seed)
         return answer_text(self.tokenizer, sample)

@@ -37,7 +37,7 @@ class SlotTable(NamedTuple):
     prompt_length: np.ndarray  # int32 [R]: tokens in the prompt cache
     length: np.ndarray  # int32 [R]: tokens in the continuation cache
     remaining: np.ndarray  # int32 [R]: tokens that may still come; 0: the row is idle
-    block: np.ndarray  # int32 [R]: tokens since python_start; -1: not in a calculator block
+    block: np.ndarray  # int32 [R]: tokens since python_start; -1: not in a call
     forced: np.ndarray  # int32 [R,C]: these come first, whatever is sampled
     forced_count: np.ndarray  # int32 [R]
     seed: np.ndarray  # uint32 [R]: the key's first number; after it come the call's step, and these two
@@ -84,7 +84,7 @@ class DecodeState(NamedTuple):
 class GenerationPrograms:
     """What runs on the devices: prefill, decode and append, each compiled once for each set of shapes.
 
-    ends: ids that end a row when they are sampled. block: the ids around a calculator's expression, None without tools:
+    ends: ids that end a row when they are sampled. block: the ids around a tool's call, None without tools:
     a row that closes a block which is not empty waits for the host. attention: the prefill's backend. alternatives: how
     many of the likeliest tokens a row may want to know of.
     """

@@ -1,4 +1,4 @@
-"""One answer as it comes: tokens become text in whole characters, calculator calls, and log-probabilities."""
+"""One answer as it comes: tokens become text in whole characters, tool calls, and log-probabilities."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -54,7 +54,7 @@ class Choice:
         self._names = {i: name for name, i in tokenizer.special_tokens.items()}
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # text that may be the beginning of a stop text
-        self._call: list[int] | None = None  # tokens of the calculator's expression, or of its result
+        self._call: list[int] | None = None  # tokens of a call, or of its result
         self._in_output = False
         self._stopped = False  # by a stop text
 
@@ -80,7 +80,7 @@ class Choice:
         return parts, scores
 
     def _take_token(self, token: int, sampled: bool, parts: list[Part]) -> None:
-        """Output tokens have a meaning only where the calculator's result was put in."""
+        """Output tokens have a meaning only where the result of a tool was put in."""
         name = self._names.get(token)
         if name is None:
             if self._call is not None:
@@ -125,7 +125,7 @@ def _add_text(parts: list[Part], text: str) -> None:
 
 
 def plain_text(parts: Iterable[Part]) -> str:
-    """An answer's text, without calculator calls."""
+    """An answer's text, without tool calls."""
     return "".join(part.text for part in parts if part.type == "text")
 
 

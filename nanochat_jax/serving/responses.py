@@ -42,7 +42,7 @@ class Usage:
 
 
 class ChatFormat:
-    """Of /v1/chat/completions. An answer with calculator calls has `parts` beside its content, in the form in which a
+    """Of /v1/chat/completions. An answer with tool calls has `parts` beside its content, in the form in which a
     later request may hold them: [{"type": "text", "python" or "python_output", "text": ...}]."""
 
     def __init__(self, tokenizer: Tokenizer, model: str, with_logprobs: bool):
@@ -156,7 +156,7 @@ def _head(prefix: str, model: str) -> dict:
 
 
 def _calls(parts: Sequence[Part]) -> dict:
-    """The field `parts` of a message or a delta, where a calculator call is among them."""
+    """The field `parts` of a message or a delta, where a tool call is among them."""
     if all(part.type == "text" for part in parts):
         return {}
     return {"parts": [part._asdict() for part in parts]}

@@ -14,9 +14,11 @@ import pytest
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import SamplingParams
+from nanochat_jax.inference.tools import Tool, Toolbox
 from nanochat_jax.serving.worker import EngineWorker, Failure, GenerationJob, Overloaded, ScoringJob
 from tests.support import tiny
 from tests.support.models import random_params, tiny_config
+from tests.support.scripted import END, call, result, scripted_engine
 from tests.support.serving import serving
 
 CONFIG = tiny_config(vocab_size=265, padded_vocab=320, n_layer=1, windows=(-1,), sequence_len=64)
@@ -89,6 +91,32 @@ def test_jobs_of_many_threads_get_what_each_would_get_alone(engine, worker):
         thread.join(60)
     assert found == expected and worker.open_jobs == 0
     assert len({tuple(tokens) for tokens in found}) == 8
+
+
+def test_who_waits_for_a_tool_holds_up_nobody_and_may_be_cancelled(monkeypatch):
+    """Three jobs whose tool answers when it is told to: a fourth one is answered meanwhile, one of the three goes."""
+    answer = threading.Event()
+    tools = Toolbox([Tool("late", lambda text: text.upper() if answer.wait(60) else None, 100.0)])
+    script = [[[*call("late"), *[0] * 6, END]]] * 3 + [[[*[9] * 20, END]]]
+    engine, params = scripted_engine(monkeypatch, script, slots=4, chunk=4, context=100, tools=tools)
+    worker = EngineWorker(engine, params, max_waiting=4)
+    worker.start()
+    try:
+        jobs = [job(sampling=LONG, ids=[1], choice=choice) for choice in range(3)]
+        worker.submit([one for one, _ in jobs])
+        wait_until(lambda: tools._threads == 3)
+        other, inbox = job(sampling=LONG, ids=[1], choice=3)
+        worker.submit([other])
+        assert inbox.rest() == [9] * 20 + [END]
+        worker.cancel([jobs[2][0]])
+        wait_until(lambda: worker.open_jobs == 2)
+        answer.set()
+        for _, inbox in jobs[:2]:
+            assert inbox.rest() == [*call("late"), *result("LATE"), END]
+        assert jobs[0][1].delivered.empty()
+    finally:
+        answer.set()
+        worker.stop()
 
 
 def test_together_they_take_a_fraction_of_the_device_calls(worker):

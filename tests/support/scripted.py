@@ -22,6 +22,12 @@ CONFIG = tiny_config(vocab_size=265, padded_vocab=320, n_layer=1, windows=(-1,))
 def scripted(monkeypatch, script, config=CONFIG, logits=False, **settings):
     """script: [examples][samples][columns] of ids -> generate(prompts, ...) of an engine that draws them behind prompts
     of one token. logits: the network computes its own, whatever is drawn."""
+    engine, params = scripted_engine(monkeypatch, script, config, logits, **settings)
+    return functools.partial(engine.generate, params)
+
+
+def scripted_engine(monkeypatch, script, config=CONFIG, logits=False, **settings):
+    """The engine of `scripted`, and its parameters."""
     ids = np.full((len(script), max(map(len, script)), 200), 7, np.int32)
     for e, samples in enumerate(script):
         for s, row in enumerate(samples):
@@ -39,8 +45,7 @@ def scripted(monkeypatch, script, config=CONFIG, logits=False, **settings):
     monkeypatch.setattr(sampling, "choose_tokens", choose_tokens)
     if not logits:
         monkeypatch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 265)))
-    engine = Engine(config, TOKENIZER, make_mesh("data=1"), **settings)
-    return functools.partial(engine.generate, random_params(config))
+    return Engine(config, TOKENIZER, make_mesh("data=1"), **settings), random_params(config)
 
 
 def call(expression):

@@ -53,13 +53,18 @@ def quickstart_model(folder: Path, seed: int) -> None:
             raise SystemExit(code)
 
 
-def train(folder: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
-    """The run of a variant, trained where it is not there -> its curves."""
-    tag = name.replace(" ", "_").replace(",", "")
+def tag_of(name: str) -> str:
+    """A variant's folder."""
+    return name.replace(" ", "_").replace(",", "")
+
+
+def train(folder: Path, name: str, own: Iterable[str], seed: int, steps: int) -> dict[str, Any]:
+    """The run of a variant, whose flags are its `own`, trained where it is not there -> its curves."""
+    tag = tag_of(name)
     run = folder / "chatrl_checkpoints" / tag
     if not (run / str(steps)).exists():
         length = (f"--num-steps={steps}", f"--eval-every={max(1, steps // 10)}", f"--seed={seed}")
-        flags = (*SETTINGS, *length, f"--output-tag={tag}", "--resume=auto", *VARIANTS[name])
+        flags = (*length, f"--output-tag={tag}", "--resume=auto", *own)
         environment = os.environ | {"NANOCHAT_BASE_DIR": str(folder.absolute())}
         command = [sys.executable, "-m", "nanochat_jax.rl", *flags]
         subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
@@ -125,7 +130,7 @@ def main(
     for seed in seeds:
         quickstart_model(out / f"seed-{seed}", seed)
         for name in variants:
-            print(json.dumps(train(out / f"seed-{seed}", name, seed, steps)), flush=True)
+            print(json.dumps(train(out / f"seed-{seed}", name, (*SETTINGS, *VARIANTS[name]), seed, steps)), flush=True)
 
 
 if __name__ == "__main__":
