@@ -34,8 +34,8 @@ from nanochat_jax.inference.tools import CALCULATOR_ALONE
 from nanochat_jax.model.cost import flops_per_token
 from nanochat_jax.model.gpt import abstract_gpt
 from nanochat_jax.optim.schedules import rl_scalars
-from nanochat_jax.rollouts.collector import Group
-from nanochat_jax.rollouts.objective import Objective, advantages
+from nanochat_jax.rollouts.collector import make_group
+from nanochat_jax.rollouts.objective import Objective
 from nanochat_jax.rollouts.update import make_update, rl_batch_shape, rows_of, token_loss_of
 from nanochat_jax.train.plan import make_plan
 from nanochat_jax.train.start import fine_tuning_groups
@@ -103,8 +103,8 @@ def bench_rl(cfg: BenchConfig, subject: Subject) -> dict[str, Any]:
             compiles.append(engine.compiles)
             began = time.perf_counter()
             rewards = rng.integers(0, 2, (len(prompts), cfg.num_samples)).astype(float)
-            groups = [
-                Group(i, *rest) for i, rest in enumerate(zip(prompts, answers, rewards, advantages(rewards, "mean")))
+            groups = [  # answers that were cut count as judged, for those of random weights all are
+                make_group(i, *one, rl_cfg.advantage, "keep") for i, one in enumerate(zip(prompts, answers, rewards))
             ]
             rows = rows_of(groups, plan, objective, "global", subject.tokenizer)
             state, metrics, _ = update(state, rows, rl_scalars(0, 1))
