@@ -5,14 +5,11 @@ Run: python -m pytest tests/benches
 
 import functools
 import json
-import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from nanochat_jax import bench
-from nanochat_jax.benches import decoding, infer, rates, rl, sft
+from nanochat_jax.benches import decoding, infer, rl, sft
 from nanochat_jax.benches.subject import byte_pair_tokenizer, config_of_sizes
 from nanochat_jax.cli.device import PEAK_BANDWIDTH, PEAK_FLOPS, peak_bandwidth
 from nanochat_jax.flags.bench import BenchConfig, ModelSizes
@@ -20,6 +17,7 @@ from nanochat_jax.model.cost import flops_per_token
 from nanochat_jax.model.gpt import abstract_gpt
 from tests.support.commands import run_command
 from tests.support.models import tiny_config
+from tests.support.yardsticks import shorten_yardsticks
 
 SMALL = ["--depth=2", "--aspect-ratio=32", "--head-dim=16", "--vocab-size=512", "--max-seq-len=64", "--mesh=data=1"]
 run = functools.partial(run_command, bench.main, BenchConfig)
@@ -27,17 +25,8 @@ run = functools.partial(run_command, bench.main, BenchConfig)
 
 @pytest.fixture
 def timed(monkeypatch, capfd):
-    """Runs the command with these flags -> its line of JSON, and what was said before.
-
-    The yardsticks run in it as they are, but in two short samples, and their large arrays hold ones: random numbers and
-    repetitions take seconds, and change nothing that is promised about the output."""
-    normal, timed = jax.random.normal, rates.seconds_per_call
-
-    def briefly(call, *, samples, least):
-        return timed(call, samples=min(samples, 2), least=min(least, 0.01))
-
-    def drawn(key, shape, *dtype):
-        return jnp.ones(shape, *dtype) if math.prod(shape) >= 1 << 20 else normal(key, shape, *dtype)
+    """Runs the command with these flags -> its line of JSON, and what was said before."""
+    shorten_yardsticks(monkeypatch)
 
     def run_it(*flags):
         capfd.readouterr()
@@ -46,8 +35,6 @@ def timed(monkeypatch, capfd):
         (line,) = out.splitlines()
         return json.loads(line), err
 
-    monkeypatch.setattr(rates, "seconds_per_call", briefly)
-    monkeypatch.setattr(jax.random, "normal", drawn)
     return run_it
 
 

@@ -1,7 +1,6 @@
 """The tools print what they promise. Run: python -m pytest tests/tools"""
 
 import json
-import math
 import os
 import runpy
 import subprocess
@@ -9,13 +8,11 @@ import sys
 from pathlib import Path
 
 import bench_attention
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.benches import rates
 from nanochat_jax.model.attention import NAMES
+from tests.support.yardsticks import shorten_yardsticks
 
 ROOT = Path(__file__).parents[2]
 TINY_SERVER = ["--depth=1", "--aspect-ratio=64", "--head-dim=16", "--vocab-size=512", "--max-seq-len=64"]
@@ -24,17 +21,8 @@ TINY_SERVER += ["--clients", "1", "2", "--slots=2", "--rounds=1", "--requests=1"
 
 @pytest.fixture
 def bench(monkeypatch, capfd):
-    """Runs a benchmark as its command line does, in this process -> (lines of output, what went to stderr).
-
-    The yardsticks run in it as they are, but in two short samples, and their large arrays hold ones: random numbers and
-    repetitions take seconds, and change nothing that is promised about the output."""
-    normal, timed = jax.random.normal, rates.seconds_per_call
-
-    def briefly(call, *, samples, least):
-        return timed(call, samples=min(samples, 2), least=min(least, 0.01))
-
-    def drawn(key, shape, *dtype):
-        return jnp.ones(shape, *dtype) if math.prod(shape) >= 1 << 20 else normal(key, shape, *dtype)
+    """Runs a benchmark as its command line does, in this process -> (lines of output, what went to stderr)."""
+    shorten_yardsticks(monkeypatch)
 
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", [name, *flags])
@@ -45,8 +33,6 @@ def bench(monkeypatch, capfd):
         out, err = capfd.readouterr()
         return out.splitlines(), err
 
-    monkeypatch.setattr(rates, "seconds_per_call", briefly)
-    monkeypatch.setattr(jax.random, "normal", drawn)
     return run
 
 
