@@ -200,8 +200,7 @@ class Engine:
         for number, prompt in enumerate(prompts):
             self.check_prompt(prompt, f"prompt {number}")
         devices = self.mesh.size
-        group_rows, groups = arrange_slots(len(prompts), samples, self.slots)
-        groups = devices * padded_size(-(-groups // devices))
+        group_rows, groups = arrange_slots(len(prompts), samples, self.slots, devices)
         shape = programs, groups, group_rows
         longest = max((len(prompt) - 1 for prompt in prompts), default=0)
         self._prompt_sizes[shape] = max(padded_size(longest, PROMPT_STEP), self._prompt_sizes[shape])

@@ -6,12 +6,16 @@ PREFILL_TOKENS = 2048  # of one prefill, per device
 MIN_GROUP = 4  # rows of a group where there are more samples than slots: a long sample then delays 3 others at most
 
 
-def arrange_slots(prompts: int, samples: int, slots: int) -> tuple[int, int]:
-    """(rows of a group, groups): all samples at once where they fit; else small groups, so that rows are soon free."""
-    if prompts * samples <= slots:
-        return samples, max(prompts, 1)
-    rows = min(samples, max(MIN_GROUP, slots // prompts), slots)
-    return rows, min(prompts, max(1, slots // rows))
+def arrange_slots(prompts: int, samples: int, slots: int, devices: int = 1) -> tuple[int, int]:
+    """(rows of a group, groups): all samples at once where they fit; else small groups, so that rows are soon free.
+
+    A device has one group at least, and the same number as the others: one of few, if that takes no more slots."""
+    rows, groups = samples, max(prompts, 1)
+    if prompts * samples > slots:
+        rows = min(samples, max(MIN_GROUP, slots // prompts), slots)
+        groups = min(prompts, max(1, slots // rows))
+    each = -(-groups // devices)
+    return rows, devices * (padded_size(each) if devices * padded_size(each) * rows <= slots else each)
 
 
 def prefill_prompts(waiting: int, T: int, groups: int) -> int:

@@ -198,8 +198,7 @@ def decode_programs(plan: Plan, answers: Answers) -> GenerationPrograms:
 
 def decode_sizes(plan: Plan, answers: Answers) -> tuple[int, int, int, int]:
     """Groups of rows of all devices, rows of each, tokens of a prompt and of a continuation that the caches hold."""
-    shared, groups = arrange_slots(answers.prompts, answers.samples, answers.slots)
-    groups = plan.mesh.size * padded_size(-(-groups // plan.mesh.size))
+    shared, groups = arrange_slots(answers.prompts, answers.samples, answers.slots, plan.mesh.size)
     continuation = padded_size(answers.new_tokens + answers.chunk, CONTINUATION_STEP)
     return groups, shared, padded_size(answers.prompt_tokens - 1, PROMPT_STEP), continuation
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanochat_jax.distributed import device_memory
 from nanochat_jax.distributed.mesh import make_mesh
@@ -275,6 +277,17 @@ def test_slots_hold_all_samples_at_once_or_small_groups():
     assert arrange_slots(1000, 1, 256) == (1, 256)
     assert arrange_slots(3, 100, 64) == (21, 3)
     assert arrange_slots(5, 2, 1) == (1, 1)
+    assert arrange_slots(17, 15, 256) == (15, 17)  # a size of few would be 24
+    assert arrange_slots(17, 8, 256) == (8, 24) and arrange_slots(17, 8, 256, devices=8) == (8, 24)
+
+
+@given(prompts=st.integers(1, 300), samples=st.integers(1, 40), slots=st.integers(1, 300), devices=st.integers(1, 9))
+def test_slots_bound_the_rows_but_for_a_group_that_every_device_must_have(prompts, samples, slots, devices):
+    rows, groups = arrange_slots(prompts, samples, slots)
+    assert rows * groups <= slots and rows <= samples
+    shared, everywhere = arrange_slots(prompts, samples, slots, devices)
+    assert shared == rows and everywhere % devices == 0 and everywhere >= min(groups, devices)
+    assert everywhere * rows <= max(slots, devices * rows * -(-groups // devices))
 
 
 def test_sizes_are_few_and_near():
