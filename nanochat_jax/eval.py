@@ -147,7 +147,7 @@ def main(cfg: EvalConfig) -> int:
     meta = find.peek_meta(found)
     check_tokenizer(tokenizer, meta, found)
     with processes.process_zero_first("the problems"):
-        problems = make_problems(cfg, tokenizer, find.load_config(found).sequence_len)
+        problems = make_problems(cfg, tokenizer, meta["model_config"]["sequence_len"])
     sizes = [f"{eval_set.name}: {len(eval_set.prompts)}" for eval_set in problems.eval_sets]
     sizes += [f"{task.label}: {len(task.rows)}" for task in problems.core]
     facts = {"model": find.identity(found), "tokenizer": tokenizer.digest(), "problems": ", ".join(sizes)}
