@@ -242,9 +242,9 @@ def test_samples_travel_unchanged():
 
     def sample(n, calls=()):
         floats = [rng.normal(size=n).astype(np.float32) for _ in range(2)]
-        return Sample(np.arange(n, dtype=np.int32), np.ones(n, np.uint8), *floats, bool(n % 2), list(calls))
+        return Sample(np.arange(n, dtype=np.int32), np.ones(n, np.uint8), *floats, bool(n % 2), list(calls), n + 1)
 
-    calls = [ToolCall("1+1", "2"), ToolCall("é\n", None)]
+    calls = [ToolCall("1+1", "2"), ToolCall("é\n", None, True)]
     drawn = [([sample(3), sample(0)], np.array([0.5, -1])), ([sample(7, calls), sample(1)], np.array([1.0, 1 / 3]))]
     found, cost = exchange.from_bytes(exchange.to_bytes(drawn, (11, 0.25)))
     assert cost.tolist() == [11, 0.25] and len(found) == 2
@@ -254,7 +254,7 @@ def test_samples_travel_unchanged():
             for name in exchange.FIELDS:
                 a, b = getattr(one, name), getattr(other, name)
                 assert a.dtype == b.dtype and a.tolist() == b.tolist()
-            assert (one.ended, one.tool_calls) == (other.ended, other.tool_calls)
+            assert (one.ended, one.tool_calls, one.turns) == (other.ended, other.tool_calls, other.turns)
     assert exchange.from_bytes(exchange.to_bytes([], (0, 0.0)))[0] == []
 
 
