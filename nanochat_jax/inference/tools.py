@@ -4,6 +4,7 @@ A call is the text between python_start and python_end. With one tool the whole 
 first word names the tool, and what follows is for it. A text that begins with no tool's name is for the first tool.
 """
 
+import contextlib
 import math
 import os
 import queue
@@ -171,7 +172,8 @@ class Toolbox:
             timed_out = isinstance(e, TimeoutError)
             if not timed_out and call.tool.name not in self._told:  # else a fault would only show as a number
                 self._told.add(call.tool.name)
-                print(f"WARNING: tool {call.tool.name}: {type(e).__name__}: {e!s:.300}", file=sys.stderr, flush=True)
+                with contextlib.suppress(Exception):  # of an error whose text cannot be had
+                    print(f"WARNING: tool {call.tool.name}: {type(e).__name__}: {e!s:.300}", file=sys.stderr)
             return ToolCall(call.expression, None, timed_out), []
 
     def _encoded(self, call: RunningCall, result: str | None, tokenizer: Tokenizer) -> Answer:
