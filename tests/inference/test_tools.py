@@ -247,11 +247,12 @@ def test_a_call_with_which_an_answer_is_cut_is_not_waited_for(monkeypatch):
 
 
 def test_whoever_is_left_in_the_middle_leaves_no_call_waiting(monkeypatch):
-    toolbox = Toolbox([Tool("hang", HANG.call, 1000.0)])
+    begun = threading.Event()
+    toolbox = Toolbox([Tool("hang", lambda text: begun.set() or HANG.call(text), 1000.0)])
     generate = scripted(monkeypatch, [[call("hang")]], tools=toolbox)
 
     def leave(done, total):
-        if toolbox._threads:
+        if begun.is_set():
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
