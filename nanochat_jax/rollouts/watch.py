@@ -81,6 +81,11 @@ def warnings(watch: Watch, dtype: str, cut_answers: str) -> dict[str, str]:
             f"the entropy of a token has fallen from {entropy.first:.2g} to {entropy.recent:.2g} nats, so that answers "
             f"get alike and there is nothing to compare: {slower}, or hold on to the first model with --kl-coef"
         )
+    elif entropy.recent > 2 * entropy.first + 0.05:
+        found["entropy"] = (
+            f"the entropy of a token has risen from {entropy.first:.2g} to {entropy.recent:.2g} nats: {slower}; and as "
+            "what --top-k leaves out is never pushed down, give --policy truncated or --top-k 0"
+        )
     if apart.recent > max(3 * apart.first, FAR_APART[dtype] / 10):
         found["dlogp"] = (
             f"trainer and sampler get further apart: dlogp was {apart.first:.1g} and is {apart.recent:.1g}: {slower}, "

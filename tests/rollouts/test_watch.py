@@ -49,6 +49,7 @@ def test_a_reward_that_has_lost_more_than_half_of_its_gain_is_told_with_the_step
     ("name", "values", "said"),
     [
         ("entropy", np.geomspace(0.4, 0.01, 200), "entropy of a token has fallen from 0."),
+        ("entropy", np.linspace(0.4, 1.2, 200), "the entropy of a token has risen from 0.44 to 1.2 nats"),
         ("delta_logp_mean", np.geomspace(1e-7, 1e-2, 200), "--is-cap 2"),
         ("cut", np.linspace(0, 0.9, 200), "% of the answers do not end (4% at first)"),
         ("no_signal", np.full(100, 0.95), "choose easier problems"),
