@@ -35,6 +35,7 @@ SIZES = {  # flags for a command that begins so, the first that fits; a flag tha
     "nanochat_jax.base": f"--download 3 {DIALS} {STEPS}",
     "nanochat_jax.sft --resume": "",
     "nanochat_jax.sft --preflight v5e-8": "--total-batch-size 8192 --device-batch-size 4",
+    "nanochat_jax.sft --preflight h100-8": "--total-batch-size 8192 --device-batch-size 4",
     "nanochat_jax.sft": f"{STEPS} --simple-spelling-rows 300 --spelling-bee-rows 300 --chatcore-max-cat 8 "
     "--chatcore-max-sample 2",
     "nanochat_jax.bench -i": "--batch-sizes 1 --decode-tokens 8 --repeats 1",
