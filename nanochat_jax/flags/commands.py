@@ -34,7 +34,7 @@ COMMANDS = {  # in the order of use
     "report": Command(
         "curves, settings and results of all runs on one HTML page, also while they train", "ReportConfig"
     ),
-    "nanochat_import": Command("convert a nanochat base directory", "ImportConfig"),
+    "nanochat_import": Command("convert models of nanochat, also from the hub, to ours", "ImportConfig"),
     "nanochat_export": Command("write a model as files of nanochat or transformers, and upload it", "ExportConfig"),
 }
 

@@ -25,10 +25,10 @@ from nanochat_jax.cli.settings import (
 )
 from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.flags.tools import ToolConfig
+from nanochat_jax.optim.schedules import RL_SCHEDULES
 
 COUNT = between(1, 65536, "from 1 to 65536")
 ADVANTAGES = ("mean", "grpo", "rloo")  # of rollouts/objective.py
-SCHEDULES = ("linear", "cosine", "constant")  # of optim/schedules.py
 CUT_ANSWERS = ("wrong", "mask", "keep")  # of rollouts/collector.py
 
 
@@ -158,8 +158,8 @@ class RLConfig(StageConfig, ToolConfig):
     init_lr_frac: float = setting(0.05, "all rates start at this fraction", RATE, group=OPTIMIZATION)
     schedule: str = setting(
         "linear",
-        f"how they fall to 0: {', '.join(SCHEDULES)} (not at all)",
-        one_of(*SCHEDULES, words=f"one of {', '.join(SCHEDULES)}"),
+        f"how they fall to 0: {', '.join(RL_SCHEDULES)} (not at all)",
+        one_of(*RL_SCHEDULES, words=f"one of {', '.join(RL_SCHEDULES)}"),
         group=OPTIMIZATION,
     )
     warmup_ratio: float = setting(

@@ -1,4 +1,4 @@
-"""From samples to training rows, in NumPy: each prompt with one sample is a document. And their record on disk.
+"""From samples to training rows, in NumPy: each prompt with one sample is a document.
 
 A sample is an `samples.Sample`: tokens, mask (1 sampled, 0 forced), log-probabilities, ended, tool_calls.
 """
