@@ -37,6 +37,7 @@ from nanochat_jax.evals.evaluator import Evaluator
 from nanochat_jax.evals.passes import PASS_TOKENS
 from nanochat_jax.evals.records import core_csv, make_core_record, make_record, print_core, print_table, summary
 from nanochat_jax.evals.samples import sample_prompts, sample_texts
+from nanochat_jax.evals.span_scores import make_span_scores
 from nanochat_jax.files import bucket
 from nanochat_jax.files.json_numbers import finite_or_null
 from nanochat_jax.files.paths import output_dir, write_atomically, write_to
@@ -260,9 +261,10 @@ def evaluate_core(cfg: EvalConfig, model: Model, tasks: list[CoreTask], report: 
     """The same for CORE's tasks, and their metric in the end."""
     if not tasks:
         return
-    evaluate = make_core_task(
-        model.config, model.tokenizer, model.mesh, dtype=model.dtype, attention=model.attention, rows=cfg.batch_size
+    span_scores = make_span_scores(
+        model.config, model.mesh, model.tokenizer.bos, dtype=model.dtype, attention=model.attention, rows=cfg.batch_size
     )
+    evaluate = make_core_task(model.config.sequence_len, model.tokenizer, span_scores)
     results, report["core"] = [], {}
     for task in tasks:
         began = time.perf_counter()

@@ -20,7 +20,7 @@ from nanochat_jax.distributed.sharding import own_copy
 from nanochat_jax.evals.core_bundle import CoreTask
 from nanochat_jax.evals.evaluator import Progress, collect_items
 from nanochat_jax.evals.intervals import Share, share
-from nanochat_jax.evals.span_scores import Span, SpanScore, make_span_scores
+from nanochat_jax.evals.span_scores import Span, SpanScore, common_length, make_span_scores
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -105,14 +105,6 @@ def spans_of(task: CoreTask, index: int, ids: Sequence[np.ndarray]) -> list[Span
     return [Span(*span) for span in zip(ids, starts, ends)]
 
 
-def common_length(sequences: Sequence[np.ndarray]) -> int:
-    """How many tokens at the beginning all sequences have in common."""
-    shortest = min(map(len, sequences))
-    stacked = np.stack([tokens[:shortest] for tokens in sequences])
-    differing = np.flatnonzero((stacked != stacked[0]).any(0))
-    return int(differing[0]) if len(differing) else shortest
-
-
 def is_right(task: CoreTask, index: int, scores: Sequence[SpanScore]) -> bool:
     """Whether an example is solved, by what the model says of its spans: the first with the smallest mean loss is the
     gold one; of language modelling the continuation is what greedy decoding gives."""
@@ -128,13 +120,12 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     return [np.concatenate([[tokenizer.bos], part]).astype(np.int32) for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
-def make_core_task(
-    config: GPTConfig, tokenizer: Tokenizer, mesh: Mesh, *, dtype, attention: str = "chunked", rows: int | None = None
-) -> Callable[..., CoreResult]:
-    """-> evaluate(params, task, progress=None): a CoreTask's result; params are on the mesh. With several processes it
-    is one of `own_devices`: each evaluates its part of the examples, and all must make the same calls. rows, and
-    progress, which counts texts of this process: see `run_passes`."""
-    span_scores = make_span_scores(config, mesh, tokenizer.bos, dtype=dtype, attention=attention, rows=rows)
+def make_core_task(context: int, tokenizer: Tokenizer, span_scores: Callable) -> Callable[..., CoreResult]:
+    """-> evaluate(params, task, progress=None): a CoreTask's result, by the scores that `make_span_scores` made.
+
+    context: tokens of the rows that the model was trained on. With several processes the scores are of one of
+    `own_devices`: each evaluates its part of the examples, and all must make the same calls. progress counts examples
+    of this process, see `run_passes`."""
 
     def evaluate(params, task: CoreTask, progress: Progress | None = None) -> CoreResult:
         def judge_own() -> list[list[bool]]:
@@ -142,10 +133,10 @@ def make_core_task(
             texts = [texts_of(task, i) for i in own]
             ids = iter(tokenize(tokenizer, [text for some in texts for text in some]) if own else [])
             spans = [spans_of(task, i, [next(ids) for _ in some]) for i, some in zip(own, texts)]
-            scores = iter(span_scores(params, [span for some in spans for span in some], progress))
-            judged = [is_right(task, i, [next(scores) for _ in some]) for i, some in zip(own, spans)]
+            scores = span_scores(params, spans, progress)
+            judged = [is_right(task, i, some) for i, some in zip(own, scores)]
             longest = (max(span.end for span in some) for some in spans)
-            return [[right, length > config.sequence_len] for right, length in zip(judged, longest)]
+            return [[right, length > context] for right, length in zip(judged, longest)]
 
         right, beyond = np.array(collect_items(task.label, judge_own), bool).T
         return CoreResult(right, int(beyond.sum()), task.baseline)
@@ -161,7 +152,8 @@ def make_core(
     All processes must call it together. progress: as of `make_chatcore`."""
     processes.agree("CORE's examples", {task.label: len(task.rows) for task in tasks})
     own = own_devices(mesh)
-    evaluate = make_core_task(config, tokenizer, own, dtype=dtype, attention=attention)
+    span_scores = make_span_scores(config, own, tokenizer.bos, dtype=dtype, attention=attention)
+    evaluate = make_core_task(config.sequence_len, tokenizer, span_scores)
 
     def measure(params, progress: Callable[[int, int, str], None] | None = None) -> dict[str, float]:
         with jax.set_mesh(own):

@@ -1,6 +1,7 @@
 """Multiple choice without generating: the logits of the letters that a question offers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def make_letter_logits(
             last_and_letters,
             mesh=mesh,
             pad=pad,
-            step=LENGTH_STEP,
+            size=partial(padded_size, step=LENGTH_STEP),
             rows=rows,
             progress=progress,
         )

@@ -24,7 +24,8 @@ def run_passes(
     *,
     mesh: Mesh,
     pad: int,
-    step: int,
+    size: Callable[[int], int],
+    beside: int = 0,
     rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[list[int], Any]]:
@@ -32,9 +33,10 @@ def run_passes(
     all texts (token ids, at least one) have had their turn, the longest first.
 
     compute: batch -> arrays [B,...]. A batch holds `ids` int32 [B,T], padded with the token `pad` at the end, and what
-    others(numbers, (B, T)) gives, arrays with B rows. T is a `padded_size` of this step, B a device's `rows` (default:
-    as many as fill PASS_TOKENS) times the devices: few shapes, so few programs are compiled. progress(texts done, texts
-    in all) is called after each pass, with at most one more on the devices; what it raises ends the iterator.
+    others(numbers, (B, T)) gives, arrays with B rows. T is the size of the longest of
+    them, B a device's `rows` (default: a power of 2, as many as fill PASS_TOKENS, with the tokens `beside` each text)
+    times the devices: few shapes, so few programs are compiled. progress(texts done, texts in all) is called after each
+    pass, with at most one more on the devices; what it raises ends the iterator.
     """
     devices = row_shards(mesh)
     tokens = PASS_TOKENS_CPU if jax.default_backend() == "cpu" else PASS_TOKENS
@@ -42,8 +44,9 @@ def run_passes(
     def dispatched():
         waiting = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         while waiting:
-            T = padded_size(len(texts[waiting[0]]), step)
-            B = devices * min(rows or max(1, tokens // T), padded_size(-(-len(texts) // devices)))
+            T = size(len(texts[waiting[0]]))
+            fitting = 1 << max(tokens // (T + beside), 1).bit_length() - 1
+            B = devices * min(rows or fitting, padded_size(-(-len(texts) // devices)))
             numbers, waiting = waiting[:B], waiting[B:]
             ids = np.full((B, T), pad, np.int32)
             for row, i in enumerate(numbers):

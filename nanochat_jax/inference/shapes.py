@@ -32,10 +32,10 @@ def padded_size(n: int, step: int = 1) -> int:
     return step * (power * 3 // 4 if power >= 4 and power * 3 // 4 >= steps else power) if n else 0
 
 
-def coarse_size(n: int, most: int, factor: int = 4) -> int:
-    """The smallest of 64 * (1, factor, factor^2, ...) that is at least n, or `most` where that is less; for what may be
-    of any size at any time, and where each size is a program to be compiled."""
-    size = COARSE_STEP
+def coarse_size(n: int, most: int | None = None, factor: int = 4, step: int = COARSE_STEP) -> int:
+    """The smallest of step * (1, factor, factor^2, ...) that is at least n, or `most` where that is less; for what may
+    be of any size at any time, and where each size is a program to be compiled."""
+    size = step
     while size < n:
         size *= factor
-    return min(size, most)
+    return size if most is None else min(size, most)

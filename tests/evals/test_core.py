@@ -3,6 +3,7 @@
 Run: python -m pytest tests/evals/test_core.py
 """
 
+import itertools
 import random
 
 import jax
@@ -24,16 +25,20 @@ from tests.support.models import random_params
 ONE = make_mesh("data=1")
 TOKENIZER = tiny.tokenizer()
 RNG = np.random.default_rng(0)
-LENGTHS = [2, 32, 33, 90]
 
 
-def span(length: int) -> Span:
-    start = int(RNG.integers(1, length))
-    ids = RNG.integers(0, tiny.CONFIG.vocab_size, length, dtype=np.int32)
-    return Span(ids, start, int(RNG.integers(start + 1, length + 1)))
+def alike(prefix: int, lengths: list[int]) -> list[Span]:
+    """An example whose texts have so many tokens in common, and so many more."""
+    common, *rests = (RNG.integers(0, tiny.CONFIG.vocab_size, n, dtype=np.int32) for n in (prefix, *lengths))
+    starts = [prefix + int(RNG.integers(1, n)) for n in lengths]
+    ends = [int(RNG.integers(start + 1, prefix + n + 1)) for start, n in zip(starts, lengths)]
+    return [Span(np.append(common, rest), *at) for rest, *at in zip(rests, starts, ends)]
 
 
-SPANS = [span(length) for length in LENGTHS * 2]
+# Texts of one and of several tokens in common, as many as a window has and more, with much and little behind them.
+EXAMPLES = [alike(0, [length]) for length in (2, 32, 33, 90)]
+EXAMPLES += [alike(1, [2, 40]), alike(32, [2, 3, 9]), alike(90, [33, 17, 2, 5]), alike(150, [2, 40])]
+SPANS = [s for some in EXAMPLES for s in some]
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +54,21 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logits(params):
-    """Of every text, by the plain forward pass without padding."""
+    """Of every text, by the plain forward pass of each alone; what follows it changes nothing."""
     forward = jax.jit(lambda params, ids: nnx.merge(abstract_gpt(tiny.CONFIG)[0], params)(ids))
-    return [np.asarray(forward(params, s.ids[None])[0], np.float64) for s in SPANS]
-
-
-@pytest.fixture(scope="module")
-def evaluate():
-    """Two texts in a pass, so that there are few programs."""
-    return core.make_core_task(tiny.CONFIG, TOKENIZER, ONE, dtype="float32", rows=2)
+    padded = [np.pad(s.ids, (0, -len(s.ids) % 64))[None] for s in SPANS]
+    return [np.asarray(forward(params, ids)[0, : len(s.ids)], np.float64) for s, ids in zip(SPANS, padded)]
 
 
 @pytest.fixture(scope="module")
 def span_scores():
+    """Two examples in a pass, so that there are few programs."""
     return make_span_scores(tiny.CONFIG, ONE, TOKENIZER.bos, rows=2)
+
+
+@pytest.fixture(scope="module")
+def evaluate(span_scores):
+    return core.make_core_task(tiny.CONFIG.sequence_len, TOKENIZER, span_scores)
 
 
 # --------------------------------------------------------------------------------------------------------- span scores
@@ -72,31 +78,34 @@ def test_texts_in_a_batch_have_the_scores_of_the_plain_forward_of_each(params, l
     span_scores = make_span_scores(tiny.CONFIG, mesh, TOKENIZER.bos, rows=rows)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.param_shardings(params, mesh))
-        scores = span_scores(placed, SPANS, lambda *counts: done.append(counts))
-    for s, z, score in zip(SPANS, logits, scores, strict=True):
+        scores = span_scores(placed, EXAMPLES, lambda *counts: done.append(counts))
+    assert [*map(len, scores)] == [*map(len, EXAMPLES)]
+    for s, z, score in zip(SPANS, logits, itertools.chain(*scores), strict=True):
         at = np.arange(s.start, s.end)
         logprobs = z[at - 1] - np.log(np.exp(z[at - 1]).sum(-1, keepdims=True))
         assert score.mean_loss == pytest.approx(-logprobs[np.arange(len(at)), s.ids[at]].mean(), rel=1e-4)
         assert score.greedy == (z[at - 1].argmax(-1) == s.ids[at]).all()
-    assert done[-1] == (len(SPANS), len(SPANS)) and sorted(done) == done
+    assert done[-1] == (len(EXAMPLES), len(EXAMPLES)) and sorted(done) == done
 
 
 def test_what_greedy_decoding_gives_is_greedy_and_nothing_else(params, logits, span_scores):
     likeliest = [z[-1].argmax() for z in logits]
     right = [Span(np.append(s.ids, t).astype(np.int32), len(s.ids), len(s.ids) + 1) for s, t in zip(SPANS, likeliest)]
     wrong = [s._replace(ids=np.append(s.ids[:-1], (s.ids[-1] + 1) % 200).astype(np.int32)) for s in right]
-    assert [score.greedy for score in span_scores(params, right + wrong)] == [True] * 8 + [False] * 8
+    scores = span_scores(params, [[s] for s in right + wrong])
+    assert [score.greedy for (score,) in scores] == [True] * len(right) + [False] * len(wrong)
 
 
 def test_an_empty_span_has_no_loss_and_is_no_error(params, span_scores):
-    scores = span_scores(params, [Span(np.arange(9, dtype=np.int32), 9, 9), Span(np.arange(9, dtype=np.int32), 0, 9)])
+    ids = np.arange(9, dtype=np.int32)
+    (scores,) = span_scores(params, [[Span(ids, 9, 9), Span(ids, 0, 9), Span(ids[:4], 4, 4)]])
     assert all(np.isnan(score.mean_loss) and score.greedy for score in scores) and span_scores(params, []) == []
 
 
 def test_weights_that_are_no_numbers_are_said_instead_of_scored(params, span_scores):
     broken = params | {"lm_head": params["lm_head"] * np.nan}
     with pytest.raises(FloatingPointError, match="not finite in a text that is scored"):
-        span_scores(broken, SPANS[:2])
+        span_scores(broken, EXAMPLES[:2])
 
 
 # --------------------------------------------------------------------------------------------- examples and their texts

@@ -45,6 +45,12 @@ def tokenizer_of(name: str) -> Tokenizer:
     return Tokenizer.load(data.path(f"checkpoints/{name}/tokenizer"))
 
 
+@functools.cache
+def span_scores_of(name: str):
+    """Compiled once for all tests, four examples in a pass."""
+    return make_span_scores(models.load(name)[0], make_mesh("data=1"), tokenizer_of(name).bos, rows=4)
+
+
 def spans(name: str, task: CoreTask, index: int):
     return core.spans_of(task, index, core.tokenize(tokenizer_of(name), core.texts_of(task, index)))
 
@@ -68,17 +74,15 @@ def test_examples_texts_and_tokens_are_nanochats(name):
 
 @pytest.mark.parametrize("name", named("core.json"))
 def test_losses_choices_and_accuracies_are_nanochats(name):
-    config, params, _ = models.load(name)
-    span_scores = make_span_scores(config, make_mesh("data=1"), tokenizer_of(name).bos)
+    params, span_scores = models.load(name)[1], span_scores_of(name)
     golden = data.load_json("core.json")["models"][name]
     results = {}
     for task, record in tasks_of(name):
         examples = [example for example in record["examples"] if "error" not in example]
         of_examples = [spans(name, task, example["index"]) for example in examples]
-        scores = iter(span_scores(params, [span for some in of_examples for span in some]))
+        scores = span_scores(params, of_examples)
         right = []
-        for example, some in zip(examples, of_examples):
-            own = [next(scores) for _ in some]
+        for example, own in zip(examples, scores, strict=True):
             if expected := example.get("mean_losses"):
                 np.testing.assert_allclose([score.mean_loss for score in own], expected, atol=1e-4)
             right.append(core.is_right(task, example["index"], own))
@@ -90,21 +94,14 @@ def test_losses_choices_and_accuracies_are_nanochats(name):
     assert core.core_metric([*results.values()]) == pytest.approx(golden["core"], rel=1e-6)
 
 
-@functools.cache
-def evaluator_of(name: str):
-    """Compiled once for both sizes of the tasks."""
-    config, params, _ = models.load(name)
-    evaluate = core.make_core_task(config, tokenizer_of(name), make_mesh("data=1"), dtype="float32")
-    return functools.partial(evaluate, params)
-
-
 @pytest.mark.parametrize("limit", ["-1", "5"])
 @pytest.mark.parametrize("name", named("core_bundle/expected.json"))
 def test_the_whole_evaluation_of_a_bundle_is_nanochats(name, limit):
     expected = data.load_json("core_bundle/expected.json")[name][limit]
     tasks = read_tasks(data.path("core_bundle/eval_bundle"), int(limit) if int(limit) > 0 else None)
-    evaluate = evaluator_of(name)
-    results = {task.label: evaluate(task) for task in tasks}
+    config, params, _ = models.load(name)
+    evaluate = core.make_core_task(config.sequence_len, tokenizer_of(name), span_scores_of(name))
+    results = {task.label: evaluate(params, task) for task in tasks}
     assert [*results] == [*expected["results"]]
     for label, result in results.items():
         assert result.accuracy.value == pytest.approx(expected["results"][label], rel=1e-6)

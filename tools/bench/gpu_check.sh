@@ -18,6 +18,7 @@ and a line in summary.tsv: name, exit status, seconds, command.
   rl_cpu, rl_d12, rl_d20, rl_d26                  python -m nanochat_jax.bench --what rl
   infer_cpu, infer_d12, infer_d20, infer_d26      python -m nanochat_jax.bench, as nanochat's infer_bench
   serve_cpu, serve_d12, serve_d20, serve_d26      tools/bench/bench_serve.py
+  core_cpu, core_d12, core_d20, core_d26          tools/bench/bench_core.py
   --quick     tiny sizes, to see that everything runs
   --out DIR   default: build/gpu_check
   --help      show this text
@@ -34,7 +35,7 @@ fail() {
 all=(environment tests attention_h64 attention_h128)
 for model in cpu d12 d20 d26; do all+=("sft_$model"); done
 for model in d12 d20 d26; do all+=("packed_$model"); done
-for kind in rl infer serve; do
+for kind in rl infer serve core; do
   for model in cpu d12 d20 d26; do all+=("${kind}_$model"); done
 done
 quick="" out="" parts=()
@@ -169,6 +170,10 @@ for part in "${parts[@]}"; do
       [ "$model" = cpu ] || size=(--prompt-chars 150 --new-tokens 256)
       [ -z "$quick" ] || size=("${tiny[@]}" --clients 1 4 --requests 1 --rounds 1 --slots 4 --new-tokens 20)
       run "$part" jsonl "$python" tools/bench/bench_serve.py $(sizes "$model") ${size[@]+"${size[@]}"}
+      ;;
+    core_*)
+      [ -z "$quick" ] || size=("${tiny[@]}" --examples 2 --rounds 1)
+      run "$part" jsonl "$python" tools/bench/bench_core.py $(sizes "$model") ${size[@]+"${size[@]}"}
       ;;
   esac
 done
