@@ -34,7 +34,7 @@ class ModelSizes:
     vocab_size: int = setting(32768, "tokens of the vocabulary", COUNT, group=MODEL)
     max_seq_len: int = setting(2048, "tokens in a row; its context", COUNT, group=MODEL)
     dtype: Annotated[str, short("-d")] = setting(
-        "auto", "compute type: float32 or bfloat16; auto = float32 on CPU", group=DEVICES
+        "auto", "compute type: float32 or bfloat16; auto = as a run takes it", group=DEVICES
     )
 
 

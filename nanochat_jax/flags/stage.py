@@ -27,7 +27,9 @@ class StageConfig:
     run: str = setting("dummy", 'name of the run; "dummy" = no wandb', resume="free", group=RUN)
     device_type: str = setting("auto", "auto, cuda, tpu or cpu", resume="own", group=DEVICES)
     dtype: str = setting(
-        "auto", "compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, float32 on CPU", group=DEVICES
+        "auto",
+        "compute type: float32 or bfloat16; auto = bfloat16 on GPU and TPU, for wide models on CPUs with AMX",
+        group=DEVICES,
     )
     attention: str = setting(
         "auto",

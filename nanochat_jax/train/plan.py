@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nanochat_jax.cli.device import choose_attention, compute_dtype
+from nanochat_jax.cli.device import choose_attention, training_dtype
 from nanochat_jax.distributed import processes
 from nanochat_jax.distributed.collectives import replicated_parameters
 from nanochat_jax.distributed.mesh import row_shards
@@ -167,7 +167,8 @@ def make_plan(
 
     mesh: of real or compile-only devices. packed: rows hold documents that do not see each other. attention: what the
     checkpoint of a run that goes on records of it. ValueError: a backend that was asked for cannot do it."""
-    dtype = compute_dtype(cfg.dtype, mesh.devices.flat[0].platform)
+    dtype = training_dtype(cfg.dtype, mesh.devices.flat[0].platform, model.n_embd)
+    dtype = jnp.dtype(processes.exchange("the compute type", dtype.name)[0])  # it depends on a machine's processor
     backend = choose_attention(
         cfg.attention,
         model,
