@@ -80,7 +80,10 @@ def orthogonalize_distributed(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
-        return orthogonalize_stack(jnp.stack(U), jnp.stack(second), b2)
+        # XLA for GPUs would compile the stacking and the taking apart, a branch a matrix, into every kernel that reads
+        # the stack: half of the seconds in which the optimizer of depth 12 compiles.
+        stacks = jax.lax.optimization_barrier((jnp.stack(U), jnp.stack(second)))
+        return jax.lax.optimization_barrier(orthogonalize_stack(*stacks, b2))
     split = {name: axis for axis, name in enumerate(spec, 1) if name}  # mesh axis -> axis of the stack [n,r,c]
     mesh_axes = [*split, *(name for name, size in mesh.shape.items() if size > 1 and name not in split)]
 
@@ -121,13 +124,15 @@ def orthogonalize(U: jax.Array) -> jax.Array:
     rows = jnp.linalg.norm(U, axis=-1, keepdims=True)
     U = U * ((frobenius_norm(U) / r**0.5) / jnp.maximum(rows, 1e-6)).astype(U.dtype)
     X = U / (1.01 * frobenius_norm(U) + 1e-6)
-    for a, b, c3 in POLAR_EXPRESS:
-        if r > c:  # the same polynomial with the smaller of the two square matrices
-            A = X.mT @ X
-            X = a * X + X @ (b * A + c3 * (A @ A))
-        else:
-            A = X @ X.mT
-            X = a * X + (b * A + c3 * (A @ A)) @ X
+    tall = r > c  # the same polynomial with the smaller of the two square matrices
+
+    def iterate(X, coefficients):
+        a, b, c = coefficients
+        A = X.mT @ X if tall else X @ X.mT
+        polynomial = b * A + c * (A @ A)
+        return a * X + (X @ polynomial if tall else polynomial @ X), None
+
+    X, _ = jax.lax.scan(iterate, X, jnp.asarray(POLAR_EXPRESS, X.dtype))  # a loop: compiled once, not five times
     X = X.astype(jnp.float32)
     return X * (min(r, c) ** 0.5 / jnp.maximum(frobenius_norm(X), 1e-6))
 

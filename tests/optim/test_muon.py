@@ -19,8 +19,10 @@ def test_the_iteration_multiplies_in_the_compute_type():
     """Else an accelerator multiplies float32 matrices, at a fraction of its rate; nanochat iterates in bfloat16."""
     for dtype in (jnp.bfloat16, jnp.float32):
         program = jax.make_jaxpr(orthogonalize)(jnp.ones((3, 16, 8), dtype))
-        products = [equation.invars[0].aval.dtype for equation in program.eqns if "dot_general" in str(equation)]
-        assert len(products) == 15 and set(products) == {jnp.dtype(dtype)}
+        (loop,) = (equation.params for equation in program.eqns if equation.primitive.name == "scan")
+        products = [eqn.invars[0].aval.dtype for eqn in loop["jaxpr"].eqns if "dot_general" in str(eqn)]
+        assert loop["length"] == 5 and len(products) == 3 and set(products) == {jnp.dtype(dtype)}
+        assert str(program).count("dot_general[") == 3  # and none outside of the loop
     U = jax.random.normal(jax.random.key(0), (16, 8))
     rounded = orthogonalize(U.astype(jnp.bfloat16))
     assert rounded.dtype == jnp.float32
