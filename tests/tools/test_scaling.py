@@ -99,7 +99,7 @@ def test_what_two_depths_say_is_extended_linearly_whatever_its_shape():
 
 def test_layers_that_are_alike_cost_alike_so_two_depths_foretell_a_third():
     plans = [tiny(n) for n in (2, 4, 6)]
-    programs = [scaling_programs.compile_gradient(plan) for plan in plans]
+    programs = [scaling_programs.compile_traced("gradient", plan) for plan in plans]
     small, large, real = map(as_part, programs)
     for passes in (1, 3):
         guess = scaling.extended(*(scaling.of_passes(p, passes) for p in (small, large)), (2, 4), 6)
@@ -117,7 +117,7 @@ def test_layers_that_are_alike_cost_alike_so_two_depths_foretell_a_third():
 def test_the_optimizer_costs_whole_matrices_for_each_device():
     """So it is not linear in depth: 3 matrices of a shape cost as much as 4 on each of 2 devices."""
     state = tiny(3).abstract_state
-    program = scaling_programs.compile_update(tiny(3))
+    program = scaling_programs.compile_traced("update", tiny(3))
     flops = hlo_cost.cost(program.as_text()).flops
     arguments = bytes_on_device([state.params, state.opt_state, state.params]) + 2 * 4  # and two scalars
     assert program.memory_analysis().argument_size_in_bytes == arguments

@@ -1,6 +1,7 @@
-"""How long the SFT step of a depth takes until it is compiled, for devices that are not here: a JSON line a case.
+"""How long the SFT step of a depth takes until it is compiled, for devices that are not here: a JSON line a program.
 
 python tools/predict/compile_time.py --cases d12:h100 d20:h100 d20:v5e-8 d34:v5e-8
+python tools/predict/compile_time.py --cases d12:h100 --programs gradient update
 
 Seconds of processors, of this process and those it starts, beside those of the clock: on a machine that others use too
 only the first can be compared. Nothing is read from a compilation cache.
@@ -10,10 +11,12 @@ import dataclasses
 import json
 import os
 import time
+from typing import Literal
 
 import tyro
 from cases import model_of_depth, parse_case, sft_plan, slice_mesh
 from roofline import provenance
+from scaling_programs import TRACERS
 
 from nanochat_jax.cli.main import run_stage
 
@@ -23,6 +26,7 @@ class Settings:
     """Compile for devices that are not here, and tell how long that takes."""
 
     cases: tuple[str, ...] = ("d12:h100", "d12:v5e-8")  # depth:devices
+    programs: tuple[Literal["step", "gradient", "update"], ...] = ("step",)  # the others are its parts, by themselves
     device_batch_size: int = 8
     max_seq_len: int = 2048
     vocab_size: int = 32768
@@ -46,15 +50,15 @@ class Clock:
         return dict(zip(("processor", "wall"), (round(b - a, 2) for a, b in zip(before, self.last))))
 
 
-def measure(settings: Settings, text: str) -> dict:
+def measure(settings: Settings, text: str, program: str) -> dict:
     """Seconds of tracing, lowering and compiling, and what a device would hold."""
     case = parse_case(text)
     model = model_of_depth(case.depth, settings.max_seq_len, settings.vocab_size)
     mesh = slice_mesh(case, model)
     plan = sft_plan(model, mesh, passes=1, rows=settings.device_batch_size, remat=settings.remat)
-    found: dict = {"case": text, "attention": plan.attention, "remat": plan.remat}
+    found: dict = {"case": text, "program": program, "attention": plan.attention, "remat": plan.remat}
     clock = Clock()
-    traced = plan.trace_train_step()
+    traced = TRACERS[program](plan)
     found["trace"] = clock.lap()
     with plan.scope():
         lowered = traced.lower()
@@ -71,7 +75,8 @@ def measure(settings: Settings, text: str) -> dict:
 
 def main(settings: Settings) -> int:
     for text in settings.cases:
-        print(json.dumps(measure(settings, text) | {"compiled": provenance()}), flush=True)
+        for program in settings.programs:
+            print(json.dumps(measure(settings, text, program) | {"compiled": provenance()}), flush=True)
     return 0
 
 

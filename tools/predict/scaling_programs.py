@@ -135,7 +135,7 @@ def sizes_of(work: Workload, case: Case) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------- the programs
-def compile_gradient(plan: Plan) -> jax.stages.Compiled:
+def trace_gradient(plan: Plan) -> jax.stages.Traced:
     """The train step without its optimizer: the gradients are added to the parameters, and no moments are kept."""
     optimizer = optax.with_extra_args_support(optax.identity())
     state = abstract_state(plan.model, optimizer, plan.mesh, plan.replicate)
@@ -151,10 +151,10 @@ def compile_gradient(plan: Plan) -> jax.stages.Compiled:
             scheduled=plan.scalars,
         )
         numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * len(plan.scalars)
-        return step.lower(state, plan.abstract_batch, *numbers).compile()
+        return step.trace(state, plan.abstract_batch, *numbers)
 
 
-def compile_update(plan: Plan) -> jax.stages.Compiled:
+def trace_update(plan: Plan) -> jax.stages.Traced:
     """The optimizer's part of the train step: from gradients to what is added to the parameters."""
     _, params, opt_state, _ = plan.abstract_state
     param_shardings, opt_shardings = (jax.tree.map(lambda x: x.sharding, tree) for tree in (params, opt_state))
@@ -170,16 +170,23 @@ def compile_update(plan: Plan) -> jax.stages.Compiled:
             in_shardings=(param_shardings, opt_shardings, param_shardings, *[None] * len(numbers)),
             out_shardings=(param_shardings, opt_shardings),
         )
-        return jitted.lower(params, opt_state, params, *numbers).compile()
+        return jitted.trace(params, opt_state, params, *numbers)
 
 
-COMPILERS = {"gradient": compile_gradient, "update": compile_update, "step": Plan.compile_train_step}
+TRACERS = {"gradient": trace_gradient, "update": trace_update, "step": Plan.trace_train_step}
+
+
+def compile_traced(name: str, plan: Plan) -> jax.stages.Compiled:
+    """The program of this name, one of TRACERS."""
+    traced = TRACERS[name](plan)
+    with plan.scope():
+        return traced.lower().compile()
 
 
 def compile_part(
     work: Workload, case: Case, name: str, layers: int | None, sizes: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Costs of a program on one chip. name: one of COMPILERS (step: both of the others, as they run), or decode (on one
+    """Costs of a program on one chip. name: one of TRACERS (step: both of the others, as they run), or decode (on one
     chip); or plan: `sizes_of`, which the others are compiled with."""
     if name == "plan":
         return sizes_of(work, case)
@@ -202,7 +209,7 @@ def compile_part(
         # half of the new tokens: the mean size of the continuation's cache while answers grow
         rollouts = rollouts_of(work, sizes["slots"], 1, work.new_tokens // 2)
         return costs(lambda: preflight.compile_decode(plan, rollouts), plan, {"once": rollouts.chunk})
-    return costs(lambda: COMPILERS[name](plan), plan, {"once": 1, "twice": 2})
+    return costs(lambda: compile_traced(name, plan), plan, {"once": 1, "twice": 2})
 
 
 def costs(compiled: Callable, plan: Plan, trips: dict[str, int]) -> dict[str, Any]:
