@@ -1,5 +1,6 @@
 """The host's side of generation: which sample is in which row (slot), and what the next device call must know of it."""
 
+import collections
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,10 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax.inference.decode import DecodeSettings, GenerationPrograms, PrefillBatch, empty_slots
+from nanochat_jax.inference.decode import DecodeSettings, GenerationPrograms, PrefillBatch, SlotTable, empty_slots
+from nanochat_jax.inference.kv_cache import Cache
 from nanochat_jax.inference.samples import ControlTokens, SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, coarse_size, padded_size, prefill_prompts
+from nanochat_jax.inference.shapes import (
+    CONTINUATION_STEP,
+    PROMPT_STEP,
+    TAIL_STEP,
+    coarse_size,
+    padded_size,
+    prefill_prompts,
+    tail_shapes,
+)
 
 MOMENT = 0.05  # seconds without a look at anything else
 
@@ -65,6 +75,9 @@ class SlotScheduler:
         self.group_prompt: list[PromptInProgress | None] = [None] * self.groups
         self.rows: list[SampleInProgress | None] = [None] * (self.groups * self.group_rows)
         self.slots = empty_slots(len(self.rows), self.programs.chunk)
+        devices = self.programs.mesh.size
+        self.tail = [] if self.follows else tail_shapes(self.groups // devices, self.group_rows)
+        self.size_step = CONTINUATION_STEP
         self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, size))
         self.continuation_size = self.least_continuation = least  # tokens that it can hold
         self.continuation = self.programs.empty(self.programs.layout.continuation(len(self.rows), least))
@@ -165,6 +178,7 @@ class SlotScheduler:
                 self.rows[r] = None
         unfinished = [int(lengths[r]) for r, sample in rows if not sample.finished]
         if unfinished:
+            fresh, lengths = self._compact(fresh, lengths)
             self.continuation_size = self._continuation_size(max(unfinished) + chunk)
             self.continuation = self.programs.append(self.continuation, fresh, lengths, self.continuation_size)
         else:
@@ -172,6 +186,48 @@ class SlotScheduler:
             layout = self.programs.layout.continuation(len(self.rows), self.least_continuation)
             self.continuation = self.programs.resize(self.continuation, layout)
         return [sample for _, sample in active]
+
+    def _compact(self, fresh: Cache, lengths: np.ndarray) -> tuple[Cache, np.ndarray]:
+        """Where no prompt waits for rows, go on with as few rows as `tail_shapes` allows on every device -> the fresh
+        cache and the lengths of those that are left. A row stays on its device; rows of a prompt stay together."""
+        devices = self.programs.mesh.size
+        first, first_group = (np.arange(devices) * (n // devices) for n in (len(self.rows), self.groups))
+        of_prompt = [collections.defaultdict(list) for _ in range(devices)]
+        for r, sample in enumerate(self.rows):
+            if sample:
+                of_prompt[r * devices // len(self.rows)][sample.prompt].append(r)
+
+        def fits(shape):
+            groups, each = shape
+            return all(sum(-(-len(rows) // each) for rows in found.values()) <= groups for found in of_prompt)
+
+        shape = next(filter(fits, self.tail), None)
+        if self.waiting or shape is None:
+            return fresh, lengths
+        groups, each = shape
+        self.tail = self.tail[: self.tail.index(shape)]
+        places = []  # of each new group: its rows
+        for found in of_prompt:
+            parts = [rows[i : i + each] for rows in found.values() for i in range(0, len(rows), each)]
+            places += parts + [[]] * (groups - len(parts))
+        device = np.arange(len(places)) // groups
+        source_group = np.array([rows[0] // self.group_rows if rows else first_group[d] for d, rows in zip(device, places)])
+        source = np.array(
+            [r for d, rows in zip(device, places) for r in [*rows, *[-1] * (each - len(rows))]]
+        )
+        idle, device_of_row = source < 0, np.repeat(device, each)
+        source = np.where(idle, first[device_of_row], source)
+        local_rows, local_groups = source - first[device_of_row], source_group - first_group[device]
+        self.prompt_cache, self.continuation, fresh = self.programs.take(
+            self.prompt_cache, self.continuation, fresh, local_groups.astype(np.int32), local_rows.astype(np.int32)
+        )
+        self.rows = [None if no else self.rows[r] for r, no in zip(source, idle)]
+        self.group_prompt = [self.group_prompt[g] if rows else None for g, rows in zip(source_group, places)]
+        self.slots = SlotTable(*(x[source] for x in self.slots))
+        self.slots.remaining[idle] = 0
+        self.groups, self.group_rows, self.continuation_size = len(places), each, 0
+        self.size_step = TAIL_STEP
+        return fresh, lengths[source]
 
     def _not_waiting(self, rows: list[tuple[int, SampleInProgress]]) -> list[tuple[int, SampleInProgress]]:
         """The rows that can go on; where there is none, whoever gets an answer from its tool within a moment."""
@@ -188,7 +244,7 @@ class SlotScheduler:
     def _continuation_size(self, needed: int) -> int:
         if self.follows:
             return coarse_size(needed, self._most)
-        return max(self.continuation_size, padded_size(needed, CONTINUATION_STEP))
+        return max(self.continuation_size, padded_size(needed, self.size_step))
 
     def _check(self, r: int, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
         """FloatingPointError where a token was drawn from logits that are not finite, as its log-probability tells."""
