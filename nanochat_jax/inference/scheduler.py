@@ -1,6 +1,5 @@
 """The host's side of generation: which sample is in which row (slot), and what the next device call must know of it."""
 
-import collections
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from nanochat_jax.inference.shapes import (
     coarse_size,
     padded_size,
     prefill_prompts,
-    tail_shapes,
 )
+from nanochat_jax.inference.tail import fewest_rows, tail_shapes
 
 MOMENT = 0.05  # seconds without a look at anything else
 
@@ -75,9 +74,9 @@ class SlotScheduler:
         self.group_prompt: list[PromptInProgress | None] = [None] * self.groups
         self.rows: list[SampleInProgress | None] = [None] * (self.groups * self.group_rows)
         self.slots = empty_slots(len(self.rows), self.programs.chunk)
-        devices = self.programs.mesh.size
-        self.tail = [] if self.follows else tail_shapes(self.groups // devices, self.group_rows)
-        self.size_step = CONTINUATION_STEP
+        local_groups = self.groups // self.programs.mesh.size
+        self.tail_shapes = [] if self.follows else tail_shapes(local_groups, self.group_rows)  # that may still come
+        self.continuation_step = CONTINUATION_STEP
         self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, size))
         self.continuation_size = self.least_continuation = least  # tokens that it can hold
         self.continuation = self.programs.empty(self.programs.layout.continuation(len(self.rows), least))
@@ -178,7 +177,7 @@ class SlotScheduler:
                 self.rows[r] = None
         unfinished = [int(lengths[r]) for r, sample in rows if not sample.finished]
         if unfinished:
-            fresh, lengths = self._compact(fresh, lengths)
+            fresh, lengths = self._move_together(fresh, lengths)
             self.continuation_size = self._continuation_size(max(unfinished) + chunk)
             self.continuation = self.programs.append(self.continuation, fresh, lengths, self.continuation_size)
         else:
@@ -187,47 +186,35 @@ class SlotScheduler:
             self.continuation = self.programs.resize(self.continuation, layout)
         return [sample for _, sample in active]
 
-    def _compact(self, fresh: Cache, lengths: np.ndarray) -> tuple[Cache, np.ndarray]:
-        """Where no prompt waits for rows, go on with as few rows as `tail_shapes` allows on every device -> the fresh
-        cache and the lengths of those that are left. A row stays on its device; rows of a prompt stay together."""
+    def _move_together(self, fresh: Cache, lengths: np.ndarray) -> tuple[Cache, np.ndarray]:
+        """Go on with the fewest rows that hold the samples, where no prompt waits for one. fresh, lengths: of all rows,
+        the call's cache and the tokens before it -> those of the rows that are left."""
+        prompts = [sample.prompt if sample else -1 for sample in self.rows]
         devices = self.programs.mesh.size
-        first, first_group = (np.arange(devices) * (n // devices) for n in (len(self.rows), self.groups))
-        of_prompt = [collections.defaultdict(list) for _ in range(devices)]
-        for r, sample in enumerate(self.rows):
-            if sample:
-                of_prompt[r * devices // len(self.rows)][sample.prompt].append(r)
-
-        def fits(shape):
-            groups, each = shape
-            return all(sum(-(-len(rows) // each) for rows in found.values()) <= groups for found in of_prompt)
-
-        shape = next(filter(fits, self.tail), None)
-        if self.waiting or shape is None:
+        table = None if self.waiting else fewest_rows(prompts, devices, self.tail_shapes)
+        if table is None:
             return fresh, lengths
-        groups, each = shape
-        self.tail = self.tail[: self.tail.index(shape)]
-        places = []  # of each new group: its rows
-        for found in of_prompt:
-            parts = [rows[i : i + each] for rows in found.values() for i in range(0, len(rows), each)]
-            places += parts + [[]] * (groups - len(parts))
-        device = np.arange(len(places)) // groups
-        source_group = np.array([rows[0] // self.group_rows if rows else first_group[d] for d, rows in zip(device, places)])
-        source = np.array(
-            [r for d, rows in zip(device, places) for r in [*rows, *[-1] * (each - len(rows))]]
-        )
-        idle, device_of_row = source < 0, np.repeat(device, each)
-        source = np.where(idle, first[device_of_row], source)
-        local_rows, local_groups = source - first[device_of_row], source_group - first_group[device]
+        local_rows, local_groups = len(self.rows) // devices, self.groups // devices
+        first = local_rows * np.arange(devices)[:, None, None]
+        of_group = np.where(table[..., :1] < 0, first, table[..., :1])  # an idle row copies any of its device
+        rows = np.where(table < 0, of_group, table).ravel()
+        groups = of_group.ravel() // self.group_rows
         self.prompt_cache, self.continuation, fresh = self.programs.take(
-            self.prompt_cache, self.continuation, fresh, local_groups.astype(np.int32), local_rows.astype(np.int32)
+            self.prompt_cache,
+            self.continuation,
+            fresh,
+            (groups % local_groups).astype(np.int32),
+            (rows % local_rows).astype(np.int32),
         )
-        self.rows = [None if no else self.rows[r] for r, no in zip(source, idle)]
-        self.group_prompt = [self.group_prompt[g] if rows else None for g, rows in zip(source_group, places)]
-        self.slots = SlotTable(*(x[source] for x in self.slots))
-        self.slots.remaining[idle] = 0
-        self.groups, self.group_rows, self.continuation_size = len(places), each, 0
-        self.size_step = TAIL_STEP
-        return fresh, lengths[source]
+        self.rows = [self.rows[r] if r >= 0 else None for r in table.ravel()]
+        self.group_prompt = [self.group_prompt[group] for group in groups]
+        self.slots = SlotTable(*(column[rows] for column in self.slots))
+        self.slots.remaining[table.ravel() < 0] = 0
+        _, per_device, self.group_rows = table.shape
+        self.groups = devices * per_device
+        self.tail_shapes = [shape for shape in self.tail_shapes if shape[0] * shape[1] < per_device * self.group_rows]
+        self.continuation_size, self.continuation_step = 0, TAIL_STEP
+        return fresh, lengths[rows]
 
     def _not_waiting(self, rows: list[tuple[int, SampleInProgress]]) -> list[tuple[int, SampleInProgress]]:
         """The rows that can go on; where there is none, whoever gets an answer from its tool within a moment."""
@@ -244,7 +231,7 @@ class SlotScheduler:
     def _continuation_size(self, needed: int) -> int:
         if self.follows:
             return coarse_size(needed, self._most)
-        return max(self.continuation_size, padded_size(needed, self.size_step))
+        return max(self.continuation_size, padded_size(needed, self.continuation_step))
 
     def _check(self, r: int, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
         """FloatingPointError where a token was drawn from logits that are not finite, as its log-probability tells."""

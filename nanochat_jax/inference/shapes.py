@@ -1,8 +1,7 @@
 """How many slots, and arrays of which sizes: generation has few sizes, so that few programs are compiled."""
 
 PROMPT_STEP, CONTINUATION_STEP = 16, 32  # tokens; the smallest cache of a prompt and of a continuation
-TAIL_ROWS, TAIL_FACTOR = 4, 2
-TAIL_STEP = 128
+TAIL_STEP = 128  # the same of the rows that are left when most are done
 COARSE_STEP = 64  # the same where prompts come and go
 PREFILL_TOKENS = 2048  # of one prefill, per device
 MIN_GROUP = 4  # rows of a group where there are more samples than slots: a long sample then delays 3 others at most
@@ -18,19 +17,6 @@ def arrange_slots(prompts: int, samples: int, slots: int, devices: int = 1) -> t
         groups = min(prompts, max(1, slots // rows))
     each = -(-groups // devices)
     return rows, devices * (padded_size(each) if devices * padded_size(each) * rows <= slots else each)
-
-
-def tail_shapes(groups: int, rows: int) -> list[tuple[int, int]]:
-    """(groups, rows of each) that a device goes on with when its last answers need no more, the fewest rows first.
-
-    Each holds at least half, a quarter, ... of all rows; the prompts, which several groups may share then, take at most
-    twice the room that they had."""
-    shapes, n = [], groups * rows
-    while n > TAIL_ROWS:
-        n = -(-n // TAIL_FACTOR)
-        each = -(-n // (2 * groups))
-        shapes.append((-(-n // each), each))
-    return sorted((shape for shape in shapes if shape[0] * shape[1] < groups * rows), key=lambda s: s[0] * s[1])
 
 
 def prefill_prompts(waiting: int, T: int, groups: int) -> int:
