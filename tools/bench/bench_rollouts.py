@@ -144,7 +144,7 @@ def main(cfg: Bench) -> None:
     params = random_params(config_of_sizes(cfg))
     for kind in cfg.lengths:
         for line in compare(cfg, kind, params):
-            print(json.dumps(line | facts(jax.devices()[0]) | dataclasses.asdict(cfg)), flush=True)
+            print(json.dumps(dataclasses.asdict(cfg) | facts(jax.devices()[0]) | line), flush=True)
 
 
 if __name__ == "__main__":
