@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FEWEST_ROWS = 4  # of a device: below, a step takes no less time
+FEWEST_ROWS = 4  # of a device; still fewer save little more, and would be programs to compile as well
 
 
 def tail_shapes(groups: int, rows: int) -> list[tuple[int, int]]:
