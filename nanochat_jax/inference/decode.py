@@ -153,6 +153,11 @@ class GenerationPrograms:
         args = self.resize(continuation, self.layout.continuation(len(length), size)), fresh, length
         return self._program(self.layout.append, (self.rows,) * 3, *args, donate=(0,))(*args)
 
+    def take(self, prompt: Cache, continuation: Cache, fresh: Cache, groups, rows) -> tuple[Cache, Cache, Cache]:
+        """The caches of these groups and rows alone, int32 numbers that count from 0 on each device, in this order."""
+        args = prompt, continuation, fresh, groups, rows
+        return self._program(_take, (self.rows,) * 5, *args)(*args)
+
     def resize(self, cache: Cache, wanted: Cache) -> Cache:
         """The cache with the columns of another of its kind, of the layout's; tokens beyond them are lost."""
         columns = tuple(k.shape[2] for k, _ in wanted)
@@ -358,6 +363,15 @@ def empty_slots(rows: int, chunk: int) -> SlotTable:
     types = dict.fromkeys(("seed", "example", "sample"), np.uint32)
     types |= {"temperature": np.float32, "top_p": np.float32, "alternatives": np.bool}
     return SlotTable(*(np.zeros(shapes.get(name, rows), types.get(name, np.int32)) for name in SlotTable._fields))
+
+
+def _take(prompt: Cache, continuation: Cache, fresh: Cache, groups, rows) -> tuple[Cache, Cache, Cache]:
+    """What one device has of `GenerationPrograms.take`."""
+
+    def pick(numbers, cache):
+        return jax.tree.map(lambda x: jnp.take(x, numbers, 0, mode="clip"), cache)
+
+    return pick(groups, prompt), pick(rows, continuation), pick(rows, fresh)
 
 
 def _fit(columns: tuple[int, ...], cache: Cache) -> Cache:

@@ -1,8 +1,9 @@
 """Rollouts: prompts in, samples with masks and log-probabilities out, tool calls answered on the way.
 
 The device runs calls of `chunk` tokens (see `decode`); between two of them the host (see `scheduler`) takes what came,
-answers the rows that have called a tool, and gives the rows of finished samples to the next ones. Nothing else travels,
-and what a row computes does not depend on its neighbours, nor on when a tool answers.
+answers the rows that have called a tool, and gives the rows of finished samples to the next ones; the last samples go
+on in fewer rows (see `tail`). Nothing else travels, and what is drawn does not depend on a row's neighbours, nor on
+when a tool answers; how many rows a call has may change the last bits of log-probabilities.
 """
 
 import codecs

@@ -8,10 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax.inference.decode import DecodeSettings, GenerationPrograms, PrefillBatch, empty_slots
+from nanochat_jax.inference.decode import DecodeSettings, GenerationPrograms, PrefillBatch, SlotTable, empty_slots
+from nanochat_jax.inference.kv_cache import Cache
 from nanochat_jax.inference.samples import ControlTokens, SampleInProgress
 from nanochat_jax.inference.sampling import SamplingParams
-from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, coarse_size, padded_size, prefill_prompts
+from nanochat_jax.inference.shapes import (
+    CONTINUATION_STEP,
+    PROMPT_STEP,
+    TAIL_STEP,
+    coarse_size,
+    padded_size,
+    prefill_prompts,
+)
+from nanochat_jax.inference.tail import fewest_rows, tail_shapes
 
 MOMENT = 0.05  # seconds without a look at anything else
 
@@ -65,6 +74,9 @@ class SlotScheduler:
         self.group_prompt: list[PromptInProgress | None] = [None] * self.groups
         self.rows: list[SampleInProgress | None] = [None] * (self.groups * self.group_rows)
         self.slots = empty_slots(len(self.rows), self.programs.chunk)
+        local_groups = self.groups // self.programs.mesh.size
+        self.tail_shapes = [] if self.follows else tail_shapes(local_groups, self.group_rows)  # that may still come
+        self.continuation_step = CONTINUATION_STEP
         self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, size))
         self.continuation_size = self.least_continuation = least  # tokens that it can hold
         self.continuation = self.programs.empty(self.programs.layout.continuation(len(self.rows), least))
@@ -165,6 +177,7 @@ class SlotScheduler:
                 self.rows[r] = None
         unfinished = [int(lengths[r]) for r, sample in rows if not sample.finished]
         if unfinished:
+            fresh, lengths = self._move_together(fresh, lengths)
             self.continuation_size = self._continuation_size(max(unfinished) + chunk)
             self.continuation = self.programs.append(self.continuation, fresh, lengths, self.continuation_size)
         else:
@@ -172,6 +185,36 @@ class SlotScheduler:
             layout = self.programs.layout.continuation(len(self.rows), self.least_continuation)
             self.continuation = self.programs.resize(self.continuation, layout)
         return [sample for _, sample in active]
+
+    def _move_together(self, fresh: Cache, lengths: np.ndarray) -> tuple[Cache, np.ndarray]:
+        """Go on with the fewest rows that hold the samples, where no prompt waits for one. fresh, lengths: of all rows,
+        the call's cache and the tokens before it -> those of the rows that are left."""
+        prompts = [sample.prompt if sample else -1 for sample in self.rows]
+        devices = self.programs.mesh.size
+        table = None if self.waiting else fewest_rows(prompts, devices, self.tail_shapes)
+        if table is None:
+            return fresh, lengths
+        local_rows, local_groups = len(self.rows) // devices, self.groups // devices
+        first = local_rows * np.arange(devices)[:, None, None]
+        of_group = np.where(table[..., :1] < 0, first, table[..., :1])  # an idle row copies any of its device
+        rows = np.where(table < 0, of_group, table).ravel()
+        groups = of_group.ravel() // self.group_rows
+        self.prompt_cache, self.continuation, fresh = self.programs.take(
+            self.prompt_cache,
+            self.continuation,
+            fresh,
+            (groups % local_groups).astype(np.int32),
+            (rows % local_rows).astype(np.int32),
+        )
+        self.rows = [self.rows[r] if r >= 0 else None for r in table.ravel()]
+        self.group_prompt = [self.group_prompt[group] for group in groups]
+        self.slots = SlotTable(*(column[rows] for column in self.slots))
+        self.slots.remaining[table.ravel() < 0] = 0
+        _, per_device, self.group_rows = table.shape
+        self.groups = devices * per_device
+        self.tail_shapes = [shape for shape in self.tail_shapes if shape[0] * shape[1] < per_device * self.group_rows]
+        self.continuation_size, self.continuation_step = 0, TAIL_STEP
+        return fresh, lengths[rows]
 
     def _not_waiting(self, rows: list[tuple[int, SampleInProgress]]) -> list[tuple[int, SampleInProgress]]:
         """The rows that can go on; where there is none, whoever gets an answer from its tool within a moment."""
@@ -188,7 +231,7 @@ class SlotScheduler:
     def _continuation_size(self, needed: int) -> int:
         if self.follows:
             return coarse_size(needed, self._most)
-        return max(self.continuation_size, padded_size(needed, CONTINUATION_STEP))
+        return max(self.continuation_size, padded_size(needed, self.continuation_step))
 
     def _check(self, r: int, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
         """FloatingPointError where a token was drawn from logits that are not finite, as its log-probability tells."""

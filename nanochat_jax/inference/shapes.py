@@ -1,6 +1,7 @@
 """How many slots, and arrays of which sizes: generation has few sizes, so that few programs are compiled."""
 
 PROMPT_STEP, CONTINUATION_STEP = 16, 32  # tokens; the smallest cache of a prompt and of a continuation
+TAIL_STEP = 128  # the same of the rows that are left when most are done
 COARSE_STEP = 64  # the same where prompts come and go
 PREFILL_TOKENS = 2048  # of one prefill, per device
 MIN_GROUP = 4  # rows of a group where there are more samples than slots: a long sample then delays 3 others at most

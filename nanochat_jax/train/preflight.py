@@ -26,6 +26,7 @@ from nanochat_jax.files.paths import base_dir
 from nanochat_jax.flags.stage import StageConfig
 from nanochat_jax.inference.decode import GenerationPrograms
 from nanochat_jax.inference.shapes import CONTINUATION_STEP, PROMPT_STEP, arrange_slots, padded_size, prefill_prompts
+from nanochat_jax.inference.tail import tail_shapes
 from nanochat_jax.model.cost import parameter_counts
 from nanochat_jax.model.gpt import GPTConfig
 from nanochat_jax.model.loss import summed_token_loss, weighted_nll
@@ -137,13 +138,15 @@ def generation_phase(
     """The engine's calls, beside which the state stays where it is, and what else is there (`extra`).
 
     To the weights and the caches at their largest comes the most of what the programs need in turn: a decode call, a
-    prefill for a row that is free again, writing what a call brought, and the cache from which the largest one grew."""
+    prefill for a row that is free again, writing what a call brought, the cache from which the largest one grew, and
+    the smaller caches in which the last answers go on."""
     groups, shared, prompt, continuation = decode_sizes(plan, answers)
     devices, programs, params = plan.mesh.size, decode_programs(plan, answers), plan.abstract_state.params
     copy, cache = weight_copy_bytes(plan), cache_bytes(plan, answers)
     waiting = prefill_prompts(groups // devices, prompt, groups // devices)
     smaller = [n for n in grown_sizes(continuation) if n < continuation]
     grows_from = programs.cache_bytes(groups, shared, 0, smaller[-1]) // devices if smaller else 0
+    tail = tail_shapes(groups // devices, shared)
     with jax.set_mesh(plan.mesh):
         work = {
             "decoding": temporaries(lambda: compile_decode(plan, answers), copy + cache)[0],
@@ -153,6 +156,8 @@ def generation_phase(
             "writing": fresh_bytes(programs, groups * shared)
             + temporaries(lambda: programs.compile_append(groups * shared, continuation), cache)[0],
             "growing": fresh_bytes(programs, groups * shared) + grows_from,
+            "moving rows": 2 * fresh_bytes(programs, groups * shared)  # before and after
+            + max((programs.cache_bytes(*shape, prompt, continuation) for shape in tail), default=0),
             "copying": temporaries(lambda: programs.compile_cast(params), 0)[0] - copy - cache if copy else 0,
         }
     most = max(work, key=work.get)

@@ -26,7 +26,7 @@ def scripted(monkeypatch, script, config=CONFIG, logits=False, **settings):
     return functools.partial(engine.generate, params)
 
 
-def scripted_engine(monkeypatch, script, config=CONFIG, logits=False, **settings):
+def scripted_engine(monkeypatch, script, config=CONFIG, logits=False, mesh="data=1", **settings):
     """The engine of `scripted`, and its parameters."""
     ids = np.full((len(script), max(map(len, script)), 200), 7, np.int32)
     for e, samples in enumerate(script):
@@ -45,7 +45,7 @@ def scripted_engine(monkeypatch, script, config=CONFIG, logits=False, **settings
     monkeypatch.setattr(sampling, "choose_tokens", choose_tokens)
     if not logits:
         monkeypatch.setattr(GPT, "logits", lambda self, x: jnp.zeros((*x.shape[:-1], 265)))
-    return Engine(config, TOKENIZER, make_mesh("data=1"), **settings), random_params(config)
+    return Engine(config, TOKENIZER, make_mesh(mesh), **settings), random_params(config)
 
 
 def call(expression):

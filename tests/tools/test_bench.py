@@ -45,6 +45,16 @@ def test_the_server_bench_tells_the_speed_of_each_number_of_clients(bench):
     assert alone["compiles_after_warmup"] == 0
 
 
+def test_the_bench_of_rollouts_compares_the_same_answers_in_all_rows_and_in_fewer(bench):
+    sizes = ["--depth=1", "--aspect-ratio=64", "--head-dim=16", "--vocab-size=512", "--max-seq-len=64", "--rounds=1"]
+    sizes += ["--prompts=2", "--samples=8", "--prompt-tokens=4", "--decode-tokens=40", "--chunk=4"]
+    lines, _ = bench("bench_rollouts", *sizes, "--lengths", "uneven")
+    all_rows, fewer = map(json.loads, lines)
+    assert (all_rows["fewer_rows"], fewer["fewer_rows"], fewer["lengths"]) == (False, True, "uneven")
+    assert all_rows["same_tokens"] and fewer["row_steps"] < all_rows["row_steps"] and fewer["tokens_per_second"] > 0
+    assert fewer["tokens"] == all_rows["tokens"] and fewer["compiles_after_warm_up"] == 0
+
+
 def test_the_attention_bench_times_what_runs_here_and_says_why_the_rest_does_not(bench):
     printed, said = bench("bench_attention", "--quick", "--head-dims=64")
     lines = [json.loads(line) for line in printed]
