@@ -74,8 +74,11 @@ class SlotScheduler:
         self.group_prompt: list[PromptInProgress | None] = [None] * self.groups
         self.rows: list[SampleInProgress | None] = [None] * (self.groups * self.group_rows)
         self.slots = empty_slots(len(self.rows), self.programs.chunk)
-        local_groups = self.groups // self.programs.mesh.size
-        self.tail_shapes = [] if self.follows else tail_shapes(local_groups, self.group_rows)  # that may still come
+        # That rows may still move to. They stay where threads answer calls: when is chance, and the last bits of what a
+        # row computes may depend on how many rows there are.
+        tools, local_groups = self.control_tokens.tools, self.groups // self.programs.mesh.size
+        rows_stay = self.follows or (tools and tools.threaded)
+        self.tail_shapes = [] if rows_stay else tail_shapes(local_groups, self.group_rows)
         self.continuation_step = CONTINUATION_STEP
         self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, size))
         self.continuation_size = self.least_continuation = least  # tokens that it can hold

@@ -100,6 +100,11 @@ class Toolbox:
         self._threads = self._stuck = 0  # that take calls, that were given up
         self._told: set[str] = set()  # tools of which an error was told
 
+    @property
+    def threaded(self) -> bool:
+        """Whether calls may take time, so that it is chance when they are answered."""
+        return any(tool.seconds for tool in self.tools)
+
     def start(self, expression: str, tokenizer: Tokenizer) -> RunningCall:
         """Make a call; the calculator has answered it already."""
         call = RunningCall(*self._choose(expression), expression)

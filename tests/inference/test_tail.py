@@ -77,12 +77,20 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "slots", "expected"), [("data=1", 24, [24, 12, 4]), ("data=2", 24, [24, 8]), ("data=1", 12, [12, 4])]
+    ("mesh", "slots", "seconds", "expected"),
+    [
+        ("data=1", 24, 0.0, [24, 12, 4]),
+        ("data=2", 24, 0.0, [24, 8]),
+        ("data=1", 12, 0.0, [12, 4]),
+        ("data=1", 24, 5.0, [24]),
+    ],
 )
-def test_the_same_answers_come_of_fewer_rows(monkeypatch, sizes, mesh, slots, expected):
+def test_the_same_answers_come_of_fewer_rows_but_where_threads_answer_calls(
+    monkeypatch, sizes, mesh, slots, seconds, expected
+):
     """Games of four turns with tools, in one sample each of two examples, beside short and middling answers. With fewer
     slots than samples, rows move together once nothing waits for one."""
-    tools = Toolbox([Tool("twice", lambda words: 2 * words)])
+    tools = Toolbox([Tool("twice", lambda words: 2 * words, seconds)])
 
     def game(e):
         turn = [*call(f"{e}5"), *[0] * 6, 9, END]
