@@ -190,11 +190,13 @@ class SlotScheduler:
         return [sample for _, sample in active]
 
     def _move_together(self, fresh: Cache, lengths: np.ndarray) -> tuple[Cache, np.ndarray]:
-        """Go on with the fewest rows that hold the samples, where no prompt waits for one. fresh, lengths: of all rows,
-        the call's cache and the tokens before it -> those of the rows that are left."""
+        """Go on with the fewest rows that hold the samples, where no prompt waits for one and there is more to do than
+        one call. fresh, lengths: of all rows, the call's cache and the tokens before it -> those of the rows that are
+        left."""
         prompts = [sample.prompt if sample else -1 for sample in self.rows]
-        devices = self.programs.mesh.size
-        table = None if self.waiting else fewest_rows(prompts, devices, self.tail_shapes)
+        devices, remaining = self.programs.mesh.size, max(sample.remaining for sample in self.rows if sample)
+        worth = not self.waiting and remaining > self.programs.chunk
+        table = fewest_rows(prompts, devices, self.tail_shapes) if worth else None
         if table is None:
             return fresh, lengths
         local_rows, local_groups = len(self.rows) // devices, self.groups // devices
