@@ -20,7 +20,7 @@ from nanochat_jax.inference.shapes import (
     padded_size,
     prefill_prompts,
 )
-from nanochat_jax.inference.tail import fewest_rows, tail_shapes
+from nanochat_jax.inference.tail import WORTH, fewest_rows, tail_shapes
 
 MOMENT = 0.05  # seconds without a look at anything else
 
@@ -79,7 +79,6 @@ class SlotScheduler:
         tools, local_groups = self.control_tokens.tools, self.groups // self.programs.mesh.size
         rows_stay = self.follows or (tools and tools.threaded)
         self.tail_shapes = [] if rows_stay else tail_shapes(local_groups, self.group_rows)
-        self.continuation_step = CONTINUATION_STEP
         self.prompt_cache = self.programs.empty(self.programs.layout.prompt(self.groups, size))
         self.continuation_size = self.least_continuation = least  # tokens that it can hold
         self.continuation = self.programs.empty(self.programs.layout.continuation(len(self.rows), least))
@@ -190,12 +189,11 @@ class SlotScheduler:
         return [sample for _, sample in active]
 
     def _move_together(self, fresh: Cache, lengths: np.ndarray) -> tuple[Cache, np.ndarray]:
-        """Go on with the fewest rows that hold the samples, where no prompt waits for one and there is more to do than
-        one call. fresh, lengths: of all rows, the call's cache and the tokens before it -> those of the rows that are
-        left."""
+        """Go on with the fewest rows that hold the samples, where no prompt waits for one and there is enough to do.
+        fresh, lengths: of all rows, the call's cache and the tokens before it -> those of the rows that are left."""
         prompts = [sample.prompt if sample else -1 for sample in self.rows]
         devices, remaining = self.programs.mesh.size, max(sample.remaining for sample in self.rows if sample)
-        worth = not self.waiting and remaining > self.programs.chunk
+        worth = not self.waiting and remaining > WORTH * self.programs.chunk
         table = fewest_rows(prompts, devices, self.tail_shapes) if worth else None
         if table is None:
             return fresh, lengths
@@ -218,7 +216,8 @@ class SlotScheduler:
         _, per_device, self.group_rows = table.shape
         self.groups = devices * per_device
         self.tail_shapes = [shape for shape in self.tail_shapes if shape[0] * shape[1] < per_device * self.group_rows]
-        self.continuation_size, self.continuation_step = 0, TAIL_STEP
+        most = max(self.slots.length[r] + sample.remaining for r, sample in enumerate(self.rows) if sample)
+        self.continuation_size = padded_size(int(most) + self.programs.chunk, TAIL_STEP)  # of one size to the end
         return fresh, lengths[rows]
 
     def _not_waiting(self, rows: list[tuple[int, SampleInProgress]]) -> list[tuple[int, SampleInProgress]]:
@@ -236,7 +235,7 @@ class SlotScheduler:
     def _continuation_size(self, needed: int) -> int:
         if self.follows:
             return coarse_size(needed, self._most)
-        return max(self.continuation_size, padded_size(needed, self.continuation_step))
+        return max(self.continuation_size, padded_size(needed, CONTINUATION_STEP))
 
     def _check(self, r: int, sample: SampleInProgress, policy_logprobs: np.ndarray) -> None:
         """FloatingPointError where a token was drawn from logits that are not finite, as its log-probability tells."""

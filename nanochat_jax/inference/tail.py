@@ -11,21 +11,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FEWEST_ROWS = 4  # of a device; still fewer save little more, and would be programs to compile as well
+PARTS = (16, 4)  # a sixteenth and a quarter; more of them would save little, and take minutes to compile
+FEWEST_ROWS = 4  # of a device
+WORTH = 4  # calls; where no answer may take more, rows stay: they would save less than the programs take to compile
 
 
 def tail_shapes(groups: int, rows: int) -> list[tuple[int, int]]:
-    """(groups, rows of each) that a device with so many may go on with, the fewest rows first: about a half of all
-    rows, a quarter, ...
+    """(groups, rows of each) that a device with so many may go on with, the fewest rows first: about a sixteenth and a
+    quarter of all rows.
 
     More groups make room for a prompt whose rows do not fit into one, so there are up to twice as many as before; that
     bounds the memory that copies of a prompt's keys and values take."""
-    shapes, n = [], groups * rows
-    while n > FEWEST_ROWS:
-        n = max(-(-n // 2), FEWEST_ROWS)
+    shapes = []
+    for part in PARTS:
+        n = max(-(-groups * rows // part), FEWEST_ROWS)
         each = -(-n // (2 * groups))
-        shapes.append((-(-n // each), each))
-    return [(count, each) for count, each in reversed(shapes) if count * each < groups * rows]
+        if -(-n // each) * each < groups * rows and (-(-n // each), each) not in shapes:
+            shapes.append((-(-n // each), each))
+    return shapes
 
 
 def fewest_rows(prompts: Sequence[int], devices: int, shapes: Sequence[tuple[int, int]]) -> np.ndarray | None:
