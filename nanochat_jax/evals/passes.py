@@ -33,10 +33,10 @@ def run_passes(
     all texts (token ids, at least one) have had their turn, the longest first.
 
     compute: batch -> arrays [B,...]. A batch holds `ids` int32 [B,T], padded with the token `pad` at the end, and what
-    others(numbers, (B, T)) gives, arrays with B rows. T is the size of the longest of
-    them, B a device's `rows` (default: a power of 2, as many as fill PASS_TOKENS, with the tokens `beside` each text)
-    times the devices: few shapes, so few programs are compiled. progress(texts done, texts in all) is called after each
-    pass, with at most one more on the devices; what it raises ends the iterator.
+    others(numbers, (B, T)) gives, arrays with B rows. T is size(tokens of the longest one), B a device's `rows` times
+    the devices; by default it is a power of 2, as many rows as fill PASS_TOKENS with the tokens that come `beside` each
+    text: few shapes, so few programs are compiled. progress(texts done, texts in all) is called after each pass, with
+    at most one more on the devices; what it raises ends the iterator.
     """
     devices = row_shards(mesh)
     tokens = PASS_TOKENS_CPU if jax.default_backend() == "cpu" else PASS_TOKENS

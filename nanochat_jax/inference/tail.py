@@ -1,9 +1,9 @@
 """The last answers of a call: few rows are left of many, and go on in smaller arrays.
 
 A row costs about as much when its answer is over as before, until the call's longest answer ends. So, as soon as no
-prompt waits for a row, the rows that are left move together between two device calls, whenever they fit into one of a
-few shapes; each shape is a program to be compiled, once. A row stays on its device: no device sends another one keys
-and values, and all keep as many rows as the one that needs most.
+prompt waits for a row, the rows that are left move together between two device calls, when they fit into one of two
+shapes; each shape is a program to be compiled, once. A row stays on its device: no device sends another one keys and
+values, and all keep as many rows as the one that needs most.
 """
 
 import collections
