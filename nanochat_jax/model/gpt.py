@@ -146,7 +146,8 @@ def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array,
     """cos and sin, float32 [B or 1, T, 1, H/2], of positions [B or 1, T]. nanochat rounds some of them to bfloat16."""
     inverse = np.float32(1) / np.float32(base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(inverse)[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    # Behind the barrier they are computed once; else XLA does so in each layer, and on a CPU for every head again.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate_and_scale(x: jax.Array, rope: tuple[jax.Array, jax.Array], scale: float) -> jax.Array:
