@@ -176,12 +176,13 @@ def _scan_chunks(token_loss, cap, vocab_size, limits, with_gradient, x, lm_head,
             return (loss, dhead), (logp, None)
         dlogp = jnp.where(real, pullback(jnp.ones_like(losses))[0], 0.0)
         # d logp / d z = (onehot - p)(1 - tanh^2); a weight of 0 gives exact zeros
-        onehot = jnp.arange(vocab_size)[None, None] == targets[..., None]
-        if limits == NO_LIMITS:
-            p = jnp.exp(logits) * jnp.exp(-normalizer)[..., None]  # the exponentials that the normalizer has summed
+        if limits == NO_LIMITS:  # p of the exponentials that the normalizer has summed
+            weighted_p = jnp.exp(logits) * (dlogp * jnp.exp(-normalizer))[..., None]
         else:
             dlogp = dlogp / limits.temperature
-        dz = (dlogp[..., None] * (onehot - p) * (1 - t * t)).astype(x.dtype)
+            weighted_p = p * dlogp[..., None]
+        is_target = jnp.arange(vocab_size)[None, None] == targets[..., None]  # turned into numbers it is slow on a CPU
+        dz = ((jnp.where(is_target, dlogp[..., None], 0.0) - weighted_p) * (1 - t * t)).astype(x.dtype)
         dx = jnp.einsum("BCV,VD->BCD", dz, head)
         if transposed:
             dhead = dhead + jnp.einsum("BCD,BCV->DV", x, dz, preferred_element_type=jnp.float32)
