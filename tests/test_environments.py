@@ -22,7 +22,7 @@ TOKENIZER = tiny.tokenizer()
 TALK = "tests.support.process_tasks:Talk"
 LATE = ["--tool", "tests.support.process_tasks:Late"]
 FLAGS = ["--source", "base", "--device-batch-size", "1", "--examples-per-step", "2", "--num-samples", "4"]
-FLAGS += ["--max-new-tokens", "44", "--max-turns", "3", "--task", TALK, "--cut-answers", "keep", "--seed", "1"]
+FLAGS += ["--max-new-tokens", "60", "--max-turns", "3", "--task", TALK, "--cut-answers", "keep", "--seed", "1"]
 EVALUATED = ["--eval-task", TALK, "--eval-every", "3", "--eval-examples", "4", "--eval-samples", "2"]
 STEPS = 3
 

@@ -123,6 +123,9 @@ def test_a_lost_process_ends_the_others_by_name_and_a_stopped_one_saves_with_the
     newest = integrity.newest_intact(folder)
     assert f"step {newest:05d} | saving" in runs.output(0) and newest >= at, f"{SEED=}\n{runs.all_output()}"
 
+    if stage == "sft":
+        assert f"Resuming {folder} from step {newest}" in run(base, stage, these)
+        newest = total
     assert_bit_identical(folder, alone, newest)
     assert not [p.name for p in folder.iterdir() if "tmp" in p.name or "deleted" in p.name]
 

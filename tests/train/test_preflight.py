@@ -122,7 +122,7 @@ def test_what_is_alive_while_answers_are_generated_is_what_was_predicted():
     """On 8 devices: parameters split over all, their copy whole on each."""
     cfg = inherit(parse(sft.SFTConfig, [], prog="test"), tiny.SETTINGS, "the test")
     plan = sft.plan_of(cfg, tiny.CONFIG, mesh := make_mesh("data=8"))
-    answers = preflight.Answers(16, 1, 16, 20, prompt_tokens=32, chunk=4)
+    answers = preflight.Answers(16, 1, 16, 44, prompt_tokens=32, chunk=4)
     phase = preflight.generation_phase("answers", plan, answers, "")
     before = alive(mesh.devices.flat[0])
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), plan.abstract_state)
@@ -134,8 +134,8 @@ def test_what_is_alive_while_answers_are_generated_is_what_was_predicted():
     with engine.holding(state.params, mesh) as held:
         prompts = [[1] * 32] * 16
         watch = lambda done, of: seen.append(alive(mesh.devices.flat[0]) - with_state)  # noqa: E731
-        ((sample,), *_) = engine.generate(held, prompts, SamplingParams(0.0, 0, 20), progress=watch)
-    assert len(sample.tokens) == 20
+        ((sample,), *_) = engine.generate(held, prompts, SamplingParams(0.0, 0, 44), progress=watch)
+    assert len(sample.tokens) == 44
     predicted = phase.adds["copy of the weights"] + phase.adds["caches"]
     assert max(seen) == pytest.approx(predicted, rel=0.01)
 
