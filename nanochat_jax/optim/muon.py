@@ -15,7 +15,6 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.distributed.collectives import spec_in_force
-from nanochat_jax.distributed.mesh import platform
 from nanochat_jax.distributed.sharding import path_name
 
 # (a, b, c) of each iteration X <- a X + (b A + c A^2) X, A = X X^T, for singular values of at most 1 / 1.01.
@@ -71,19 +70,19 @@ def scale_by_muon(b2: float, compute_dtype=jnp.float32) -> optax.GradientTransfo
 def orthogonalize_distributed(
     U: list[jax.Array], second: list[jax.Array], spec: P, b2: float
 ) -> tuple[jax.Array | list[jax.Array], jax.Array]:
-    """`orthogonalize_stack` of matrices [r,c] that the mesh in force splits as `spec`, the work divided evenly.
+    """Directions of the update for matrices U [r,c] that the mesh in force splits as `spec`, the work divided evenly.
 
     Each device sends its parts away and receives as many whole matrices as any other (all-to-all), works on them, and
     a second exchange brings the parts back: no device ever holds all of them. Devices that hold copies of a part take
     a slice each of what they have and gather the results. `second` [r,1] or [1,c] is whole on every device.
-    -> (directions [r,c], split as the matrices were, second moments as one stack).
+    -> (directions float32 [r,c], split as the matrices were, second moments as one stack).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         # XLA for GPUs would compile the stacking and the taking apart, a branch a matrix, into every kernel that reads
         # the stack: half of the seconds in which the optimizer of depth 12 compiles.
-        stacks = jax.lax.optimization_barrier((jnp.stack(U), jnp.stack(second)))
-        return jax.lax.optimization_barrier(orthogonalize_stack(*stacks, b2))
+        X, second = jax.lax.optimization_barrier((jnp.stack(U), jnp.stack(second)))
+        return jax.lax.optimization_barrier(reduce_variance(orthogonalize(X), second, b2))
     split = {name: axis for axis, name in enumerate(spec, 1) if name}  # mesh axis -> axis of the stack [n,r,c]
     mesh_axes = [*split, *(name for name, size in mesh.shape.items() if size > 1 and name not in split)]
 
@@ -96,7 +95,7 @@ def orthogonalize_distributed(
         for name in mesh_axes:
             X = jax.lax.all_to_all(X, name, 0, split[name], tiled=True) if name in split else own_slice(X, name)
             second = own_slice(second, name)
-        X, second = orthogonalize_stack(X, second, b2)
+        X, second = reduce_variance(orthogonalize(X), second, b2)
         for name in reversed(mesh_axes):
             gather = partial(jax.lax.all_gather, axis_name=name, tiled=True)
             X = jax.lax.all_to_all(X, name, split[name], 0, tiled=True) if name in split else gather(X)
@@ -105,15 +104,6 @@ def orthogonalize_distributed(
 
     specs = [spec] * len(U), P()
     return jax.shard_map(local, in_specs=specs, out_specs=specs, check_vma=False)(U, jnp.stack(second))
-
-
-def orthogonalize_stack(U: jax.Array, second: jax.Array, b2: float) -> tuple[jax.Array, jax.Array]:
-    """U [n,r,c] and its second moments -> (directions of the update, float32 [n,r,c], the new second moments)."""
-    if platform() == "cpu" and U.dtype == jnp.float32:  # an AMD CPU takes 1.4 times as long for a batch of products
-        X = jax.lax.map(orthogonalize, U)
-    else:
-        X = orthogonalize(U)
-    return reduce_variance(X, second, b2)
 
 
 def orthogonalize(U: jax.Array) -> jax.Array:
