@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo_cost import cost, group
+from roofline import Span, spans
 
+from nanochat_jax.distributed.mesh import make_mesh
 from tests.support.marks import needs_tpu_compiler
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +118,58 @@ ENTRY %main (x: f32[64,4]) -> f32[8,4] {
 }
 """
     assert cost(text).collectives == {"reduce-scatter": [3, 3 * 7 * 128.0]}
+
+
+def test_a_collective_in_two_halves_counts_its_results_once():
+    text = """
+ENTRY %main (x: f32[64,4], y: f32[16]) -> f32[64,4] {
+  %x = f32[64,4]{1,0} parameter(0)
+  %y = f32[16]{0} parameter(1)
+  %a = ((f32[64,4], f32[16]), (f32[512,4]{1,0}, f32[128]{0})) all-gather-start(%x, %y), replica_groups=[1,8]<=[8]
+  %b = ((f32[64,4]{1,0}), f32[64,4]{1,0}) all-to-all-start(%x), replica_groups=[1,8]<=[8]
+  %c = ((f32[64,4]{1,0}), f32[8,4]{1,0}) reduce-scatter-start(%x), replica_groups=[1,8]<=[8]
+  %d = (f32[64,4]{1,0}, f32[64,4]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %e = f32[64,4]{1,0} all-reduce-start(%x), replica_groups=[1,8]<=[8]
+  ROOT %done = f32[64,4]{1,0} all-reduce-done(%e)
+}
+"""
+    assert cost(text).collectives == {
+        "all-gather": [1, 7 / 8 * (8192 + 512)],
+        "all-to-all": [1, 7 / 8 * 1024],
+        "reduce-scatter": [1, 7 * 128],
+        "collective-permute": [1, 1024],
+        "all-reduce": [1, 2 * 7 / 8 * 1024],
+    }
+
+
+def test_a_program_for_a_gpu_counts_the_products_of_cublas_its_kernels_and_loops_of_which_the_length_is_noted():
+    dimensions = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]'
+    text = f"""
+%body (x: f32[8,16]) -> f32[8,16] {{
+  %x = f32[8,16]{{1,0}} parameter(0)
+  %w = f32[16,4]{{1,0}} constant({{...}})
+  %y = (f32[8,4]{{1,0}}, s8[4096]{{0}}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", \
+backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{{dimensions}}}}}}}
+  ROOT %z = f32[8,16]{{1,0}} custom-call(%x, %y), custom_call_target="mosaic_gpu_v2"
+}}
+
+ENTRY %main (x: f32[8,16]) -> f32[8,16] {{
+  %x = f32[8,16]{{1,0}} parameter(0)
+  ROOT %loop = f32[8,16]{{1,0}} while(%x), condition=%condition, body=%body, \
+backend_config={{"known_trip_count":{{"n":"5"}},"known_init_step":{{"init":"0","step":"1"}}}}
+}}
+"""
+    found = cost(text)
+    assert found.flops == 5 * 2 * 8 * 16 * 4
+    assert found.kernels.total() == 5 and found.unknown_loops == 0
+
+
+def test_the_gpus_of_a_host_are_equally_near_and_those_of_several_hosts_are_refused():
+    mesh = make_mesh("data=4,model=2", jax.devices()[:8], 64)
+    assert spans(mesh) == {"all": Span(1, 7, 1), "data": Span(1, 3, 1), "model": Span(1, 1, 1)}
+    many = SimpleNamespace(size=16, devices=mesh.devices)
+    with pytest.raises(ValueError, match="of one host, 8 at most, got 16"):
+        spans(many)
 
 
 def test_what_stays_on_the_chip_is_no_traffic():

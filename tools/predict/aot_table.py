@@ -1,8 +1,9 @@
-"""Compile the SFT step and the decode call ahead of time for TPU slices that are not here, and print what a chip would
-hold, what the chips would send each other, and bounds of the time: a JSON line for each program, then a table on
-stderr.
+"""Compile the SFT step and the decode call ahead of time for TPU slices and GPUs that are not here, and print what a
+chip would hold, what the chips would send each other, and bounds of the time: a JSON line for each program, then a
+table on stderr.
 
 python tools/predict/aot_table.py --out tools/bench/results/aot_2026-11-22.jsonl       # all of CASES, an hour of CPU
+python tools/predict/aot_table.py --cases d20:h100 d20:h100-8 d20:a100-8 --device-batch-size 32
 python tools/predict/aot_table.py --cases d20:v5e-8 --programs sft --device-batch-size 8
 
 Nothing is run, so no number here is a measurement. cases.py says how a case is written; hlo_cost.py counts a program's
@@ -37,9 +38,9 @@ PROGRAMS = ("sft", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Compile for TPU slices that are not here."""
+    """Compile for TPU slices and GPUs that are not here."""
 
-    cases: tuple[str, ...] = CASES  # depth:slice, or with a mesh or `replicate` behind
+    cases: tuple[str, ...] = CASES  # depth:devices, or with a mesh or `replicate` behind
     programs: tuple[str, ...] = PROGRAMS
     device_batch_size: int = 8  # rows of a chip in one pass, at most
     total_batch_size: int = 524288  # tokens per step

@@ -2,8 +2,8 @@
 loop bodies counted as often as they run (the compiler's own cost analysis counts them once). For the tools beside it.
 
 - Counted is what is reached from the entry. How often a loop runs is read from its condition and its counter's step.
-- FLOPs are 2 per multiply-add of every dot and convolution, also within fusions; a kernel (custom call) is opaque and
-  has none here.
+- FLOPs are 2 per multiply-add of every dot, convolution and call of cuBLAS, also within fusions; a kernel of our own
+  (another custom call) is opaque and has none here.
 - Bytes are those of operands and results in the device's memory (not those the compiler keeps on the chip, S(1)), of
   slices and updates only the part: XLA may read less, so it is an upper bound.
 - Bytes of a collective are what a device sends in a ring. One that the compiler cut into several fusions counts once:
@@ -31,6 +31,7 @@ FREE = {  # no traffic of their own: names for what is there, or the second half
     *(f"{name}-done" for name in COLLECTIVES),
 }
 PART_READ = {"slice", "dynamic-slice", "slice-start", "gather"}
+KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton")  # targets of the custom calls that are kernels of our own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,18 @@ def split_parenthesis(text: str) -> tuple[str, str]:
     return text, ""
 
 
+def parts(shape: str) -> list[str]:
+    """The shapes that a tuple's shape is made of."""
+    found, depth = [""], 0
+    for c in shape.removeprefix("(").removesuffix(")"):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += c
+    return found
+
+
 def arrays(shape: str) -> Iterator[tuple[float, tuple[int, ...], bool]]:
     """(bytes, dimensions, whether it lies in the device's memory) of each array of a shape."""
     for kind, dims, layout in ARRAY.findall(shape):
@@ -103,14 +116,15 @@ def in_memory(shape: str) -> float:
 
 
 def product_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
-    """Of a dot or a convolution; 0 for anything else."""
-    if instruction.opcode not in ("dot", "convolution"):
+    """Of a dot, a convolution or a call of cuBLAS; 0 for anything else."""
+    cublas = instruction.opcode == "custom-call" and "__cublas$" in instruction.rest
+    if instruction.opcode not in ("dot", "convolution") and not cublas:
         return 0.0
-    ((_, out, _),) = list(arrays(instruction.shape))[:1]
+    _, out, _ = next(arrays(instruction.shape))  # the first of cuBLAS's results; the second is its work space
     (_, left, _), (_, right, _) = (next(arrays(shapes[name])) for name in instruction.operands[:2])
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
-        return 2 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    if instruction.opcode != "convolution":
+        contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.rest)[1]
+        return 2 * math.prod(out) * math.prod(left[int(d)] for d in contracted.replace('"', "").split(",") if d)
     labels_left, labels_right, labels_out = re.match(
         r"(\w+)_(\w+)->(\w+)", re.search(r"dim_labels=([\w\->]+)", instruction.rest)[1]
     ).groups()
@@ -199,7 +213,8 @@ def cost(text: str, *, unknown_trips: int = 1, rates: tuple[float, float] = (mat
         for i in computations[name].values():
             if i.opcode == "while":
                 (condition,), (body,) = called(i, "condition"), called(i, "body")
-                trips = loop_trips(computations[condition], computations[body])
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+                trips = int(known[1]) if known else loop_trips(computations[condition], computations[body])
                 total.unknown_loops += trips is None
                 visit(body, times * (trips or unknown_trips))
             elif i.opcode in ("call", "conditional"):
@@ -211,7 +226,7 @@ def cost(text: str, *, unknown_trips: int = 1, rates: tuple[float, float] = (mat
                     visit_fusion(inner, times)
             if i.opcode in FREE:
                 continue
-            if i.opcode == "custom-call" and "tpu_custom_call" in i.rest:
+            if i.opcode == "custom-call" and any(target in i.rest for target in KERNELS):
                 total.kernels[re.sub(r"[.\d]+$", "", i.name)] += times
             moved = traffic(i, shapes[name])
             flops = product_flops(i, shapes[name]) + sum(flops_within(c) for c in called(i, "calls"))
@@ -247,10 +262,9 @@ def collective(instruction: Instruction, fusion: str) -> tuple[str, int, int, fl
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    sizes = [size for size, _, _ in arrays(instruction.shape)]
+    start = instruction.opcode.endswith("-start") and kind != "all-reduce"  # of which the shape is (operands, results)
+    sizes = [size for size, _, _ in arrays(parts(instruction.shape)[1] if start else instruction.shape)]
     n, distance = group(instruction.rest)
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]  # operand and result
     if kind == "all-reduce" and fusion.startswith("all-reduce-scatter"):
         kind, sizes = "reduce-scatter", [size / n for size in sizes]
     factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}

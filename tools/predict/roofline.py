@@ -1,14 +1,14 @@
-"""How long a compiled program takes on TPU chips at the least and at the most, from what hlo_cost.py counts. For the
-tools beside it.
+"""How long a compiled program takes on TPU chips or NVIDIA GPUs at the least and at the most, from what hlo_cost.py
+counts. For the tools beside it.
 
 Computing: each operation takes as long as its products or its memory traffic need, whichever is longer; attention
 kernels, which are opaque, as long as the products of all visible pairs (forward 2 products, backward 7). Sending: what
 a chip sends in a collective goes over those of its links that lead to others of its group, counted for the chip that
 has the fewest (the corner of a slice that is no torus), and each collective waits once for the longest way, 1
-microsecond a hop. In an all-to-all everything travels the mean distance. Rates are the vendor's peaks, so no number
-here is a measurement. `at_least` is the longer of computing and sending (one wholly hidden behind the other), `at_most`
-their sum (nothing hidden). Real programs do not reach the peaks, so a run takes longer than `at_least`, and may take
-longer than `at_most`.
+microsecond a hop. In an all-to-all everything travels the mean distance. The GPUs of a host, joined by NVLink or PCIe,
+are a ring, each as near to any other. Rates are the vendor's peaks, so no number here is a measurement. `at_least` is
+the longer of computing and sending (one wholly hidden behind the other), `at_most` their sum (nothing hidden). Real
+programs do not reach the peaks, so a run takes longer than `at_least`, and may take longer than `at_most`.
 """
 
 import dataclasses
@@ -18,11 +18,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nanochat_jax.cli.settings import require
+from nanochat_jax.distributed.compile_only import GPUS, GPUS_A_HOST
 from nanochat_jax.model.gpt import GPTConfig
 
 # Bytes/s of a chip's memory, and of one of its links in one direction, by the kind of chip. From Google's pages on TPU
@@ -30,6 +33,9 @@ from nanochat_jax.model.gpt import GPTConfig
 # 1640 GB/s, 3584 Gbit/s) and on TPU v5p (2765 GB/s, 6 links of together 4800 Gbit/s, on newer versions 1200 GB/s in
 # both directions). Read in November 2026.
 RATES = {"TPU v5 lite": (800e9, 50e9), "TPU v5": (2765e9, 100e9), "TPU v6 lite": (1600e9, 100e9)}
+# Of a GPU in one direction: NVLink where the vendor's data sheets have one, else PCIe 4.0 or 5.0 with 16 lanes.
+GPU_LINKS = {"a100": 300e9, "h100": 450e9, "h200": 450e9, "b200": 900e9, "l4": 32e9, "rtx4090": 32e9, "rtx5090": 64e9}
+RATES |= {GPUS[name].kind: (GPUS[name].bandwidth, link) for name, link in GPU_LINKS.items()}
 HOP_SECONDS = 1e-6  # of a message to the neighbour, by "How To Scale Your Model" (2025), the part on sharding
 
 
@@ -69,8 +75,12 @@ def span(kind: str, group: np.ndarray, shape: Sequence[int]) -> Span:
 
 
 def spans(mesh: Any) -> dict[str, Span]:
-    """Of the groups along each axis of a mesh of TPU devices, and along all of them ("all")."""
+    """Of the groups along each axis of a mesh of TPU devices or of one host's GPUs, and along all of them ("all")."""
     devices = mesh.devices
+    if devices.flat[0].platform != "tpu":
+        require(mesh.size <= GPUS_A_HOST, f"--cases: GPUs must be of one host, {GPUS_A_HOST} at most, got {mesh.size}")
+        sizes = {"all": mesh.size, **mesh.shape}
+        return {name: Span(1.0, n - 1, 1.0) if n > 1 else ALONE for name, n in sizes.items()}
     coords = np.array([device.coords for device in devices.flat])
     kind, shape = devices.flat[0].device_kind, coords.max(0) + 1
     groups, grid = {"all": coords}, coords.reshape(*devices.shape, -1)
@@ -125,7 +135,7 @@ def head_split(model: GPTConfig, mesh: Mapping[str, int]) -> int:
 
 def provenance() -> dict[str, Any]:
     """Where a line comes from."""
-    versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu") if find_spec(name)}
     return {"versions": versions, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
 
 
