@@ -215,9 +215,10 @@ class GenerationPrograms:
         """`function` compiled for arguments of these shapes, of which each device gets its part."""
         key = name or function.__name__, tuple(x.shape for x in jax.tree.leaves(args))
         if key not in self.compiled:
+            alone = AbstractMesh((), (), abstract_device=self.mesh.abstract_mesh.abstract_device)
 
             def local(*args):
-                with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # in here every device is alone
+                with jax.sharding.use_abstract_mesh(alone):  # in here every device is alone
                     return function(*args)
 
             mapped = jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=self.rows, check_vma=False)

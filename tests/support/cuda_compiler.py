@@ -1,5 +1,5 @@
-"""Compile the train step or the decode call of two layers for NVIDIA GPUs that are not there, and print a JSON line for
-each. A process of its own, which compiles only from then on.
+"""Compile the train step, the decode call or the prefill of two layers for NVIDIA GPUs that are not there, and print a
+JSON line for each. A process of its own, which compiles only from then on.
 
 python -m tests.support.cuda_compiler a100 sft h100 decode
 """
@@ -9,6 +9,8 @@ import dataclasses
 import json
 import re
 import sys
+
+import jax
 
 from nanochat_jax import sft
 from nanochat_jax.cli.command_line import parse
@@ -37,8 +39,16 @@ def compile_for(device: str, program: str) -> dict:
         compiled, known = plan.compile_train_step(), sum(preflight.state_bytes(plan).values())
     else:
         answers = preflight.Answers(2, 4, 8, 48, prompt_tokens=32)
-        compiled = preflight.compile_decode(plan, answers)
-        known = preflight.weight_copy_bytes(plan) + preflight.cache_bytes(plan, answers)
+        known = preflight.weight_copy_bytes(plan)
+        if program == "decode":
+            compiled = preflight.compile_decode(plan, answers)
+            known += preflight.cache_bytes(plan, answers)
+        else:
+            programs = preflight.decode_programs(plan, answers)
+            groups, rows, prompt, _ = preflight.decode_sizes(plan, answers)
+            with jax.set_mesh(plan.mesh):
+                compiled = programs.compile_prefill(plan.abstract_state.params, groups, prompt, groups, prompt)
+            known += programs.cache_bytes(groups, rows, prompt, 0)
     arguments = compiled.memory_analysis().argument_size_in_bytes
     return {
         "device": device,
