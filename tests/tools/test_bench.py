@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bench_attention
 import numpy as np
+import profile_step
 import pytest
 
 from nanochat_jax.model.attention import NAMES
@@ -53,6 +54,23 @@ def test_the_bench_of_rollouts_compares_the_same_answers_in_all_rows_and_in_fewe
     assert (all_rows["fewer_rows"], fewer["fewer_rows"], fewer["lengths"]) == (False, True, "uneven")
     assert all_rows["same_tokens"] and fewer["row_steps"] < all_rows["row_steps"] and fewer["tokens_per_second"] > 0
     assert fewer["tokens"] == all_rows["tokens"] and fewer["compiles_after_warm_up"] == 0
+
+
+def test_the_profile_tells_how_long_each_function_of_a_step_takes(bench):
+    sizes = ["--depth=2", "--aspect-ratio=32", "--head-dim=16", "--vocab-size=512", "--max-seq-len=64", "--repeats=2"]
+    (line,), _ = bench("profile_step", *sizes)
+    found = json.loads(line)
+    expected = {"waiting", "optim/muon.py:orthogonalize", "model/gpt.py:linear", "model/loss.py:_scan_chunks"}
+    assert expected <= found["functions"].keys()
+    assert sum(found["functions"].values()) == pytest.approx(found["seconds_per_step"], rel=0.01)
+    assert found["functions"].get("other", 0) < 0.3 * found["seconds_per_step"]
+    assert len(found["operations"]) == 12 and (found["batch"], found["mesh"]["data"]) == ([1, 64, 64], 8)
+
+
+def test_time_in_which_several_operations_run_is_shared_among_them():
+    events = [(0.0, 4.0, "a"), (2.0, 4.0, "b"), (2.0, 1.0, "a"), (8.0, 2.0, "a")]
+    assert profile_step.shares(events) == {"a": 2 + 2 / 3 + 1 / 2 + 2, "b": 1 / 3 + 1 / 2 + 2, "waiting": 2.0}
+    assert profile_step.shares([]) == {}
 
 
 def test_the_attention_bench_times_what_runs_here_and_says_why_the_rest_does_not(bench):

@@ -15,6 +15,7 @@ and a line in summary.tsv: name, exit status, seconds, command.
   attention_h64, attention_h128                   tools/bench/bench_attention.py
   sft_cpu, sft_d12, sft_d20, sft_d26              python -m nanochat_jax.bench --what sft, one document a row
   packed_d12, packed_d20, packed_d26              the same, documents of 500 tokens in the mean
+  profile_cpu, profile_d12, profile_d20, profile_d26   tools/bench/profile_step.py, where a step's time goes
   rl_cpu, rl_d12, rl_d20, rl_d26                  python -m nanochat_jax.bench --what rl
   infer_cpu, infer_d12, infer_d20, infer_d26      python -m nanochat_jax.bench, as nanochat's infer_bench
   serve_cpu, serve_d12, serve_d20, serve_d26      tools/bench/bench_serve.py
@@ -35,7 +36,7 @@ fail() {
 all=(environment tests attention_h64 attention_h128)
 for model in cpu d12 d20 d26; do all+=("sft_$model"); done
 for model in d12 d20 d26; do all+=("packed_$model"); done
-for kind in rl infer serve core; do
+for kind in profile rl infer serve core; do
   for model in cpu d12 d20 d26; do all+=("${kind}_$model"); done
 done
 quick="" out="" parts=()
@@ -146,15 +147,17 @@ for part in "${parts[@]}"; do
       [ -z "$quick" ] || size=(--quick)
       run "$part" jsonl "$python" tools/bench/bench_attention.py --head-dims "${model#h}" ${size[@]+"${size[@]}"}
       ;;
-    sft_* | packed_*)
-      [ "${part%%_*}" = sft ] || size=(--document-tokens 500)
+    sft_* | packed_* | profile_*)
+      [ "${part%%_*}" != packed ] || size=(--document-tokens 500)
       case "$model" in # 65,536 tokens a step: a device's share of nanochat's, of eight
         d12) size+=(--device-batch-size 16 --total-batch-size 65536) ;;
         d20) size+=(--device-batch-size 8 --total-batch-size 65536) ;;
         d26) size+=(--device-batch-size 4 --total-batch-size 65536) ;;
       esac
       [ -z "$quick" ] || size+=("${tiny[@]}" --device-batch-size 2 --total-batch-size -1 --repeats 3)
-      run "$part" jsonl "$python" -m nanochat_jax.bench --what sft $(sizes "$model") ${size[@]+"${size[@]}"}
+      command=(-m nanochat_jax.bench --what sft)
+      [ "${part%%_*}" != profile ] || command=(tools/bench/profile_step.py)
+      run "$part" jsonl "$python" "${command[@]}" $(sizes "$model") ${size[@]+"${size[@]}"}
       ;;
     rl_*)
       [ "$model" != cpu ] || size=(--prompt-tokens 100 --decode-tokens 128)
