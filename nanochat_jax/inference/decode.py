@@ -110,7 +110,8 @@ class GenerationPrograms:
         self.rows = P(mesh.axis_names)  # how an axis of rows, groups or prompts is split
         self.decode_specs = (P(), self.rows, self.rows, self.rows, P())
         self.whole = NamedSharding(mesh, P())
-        self._cast = jax.jit(partial(matrices_in, self.dtype), out_shardings=self.whole)
+        # A program for each parameter: in one for all, XLA for TPU holds a second copy of them until the last is there.
+        self._cast_one = jax.jit(partial(matrices_in, self.dtype), out_shardings=self.whole)
 
     @property
     def compiles(self) -> int:
@@ -125,7 +126,7 @@ class GenerationPrograms:
             placed = isinstance(w, jax.Array) and w.sharding.is_equivalent_to(self.whole, w.ndim)
             return placed and (w.ndim < 2 or w.dtype == self.dtype)
 
-        return params if all(map(is_ready, jax.tree.leaves(params))) else self._cast(params)
+        return params if all(map(is_ready, jax.tree.leaves(params))) else jax.tree.map(self._cast_one, params)
 
     # ----------------------------------------------------------------------------------------------------- programs
     def empty(self, cache: Cache) -> Cache:
@@ -175,7 +176,7 @@ class GenerationPrograms:
         caches = self._caches(groups, rows_of_group, prompt_size, continuation_size)
         slots = empty_slots(groups * rows_of_group, self.chunk)
         settings = DecodeSettings(np.uint32(0), np.bool(False))
-        args = jax.eval_shape(self._cast, params), *caches, slots, settings
+        args = jax.eval_shape(partial(matrices_in, self.dtype), params), *caches, slots, settings
         return self._program(self._decode, self.decode_specs, *map(self._abstract, args, self.decode_specs))
 
     def compile_prefill(self, params, groups: int, prompt_size: int, prompts: int, T: int):
@@ -183,7 +184,7 @@ class GenerationPrograms:
         `compile_decode`."""
         batch = PrefillBatch(np.zeros((prompts, T), np.int32), *np.zeros((2, prompts), np.int32))
         specs = (P(), self.rows, self.rows)
-        args = jax.eval_shape(self._cast, params), self.layout.prompt(groups, prompt_size), batch
+        args = jax.eval_shape(partial(matrices_in, self.dtype), params), self.layout.prompt(groups, prompt_size), batch
         return self._program(self._prefill, specs, *map(self._abstract, args, specs), donate=(1,))
 
     def compile_append(self, rows: int, size: int):
@@ -192,10 +193,6 @@ class GenerationPrograms:
         args = *caches, np.zeros(rows, np.int32)
         specs = (self.rows,) * 3
         return self._program(self.layout.append, specs, *map(self._abstract, args, specs), donate=(0,))
-
-    def compile_cast(self, params):
-        """The program of `cast_params`; params: abstract."""
-        return self._cast.lower(params).compile()
 
     def cache_bytes(self, groups: int, rows_of_group: int, prompt_size: int, continuation_size: int) -> int:
         """Bytes of the two caches of `compile_decode`, all devices together."""

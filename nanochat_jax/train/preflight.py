@@ -158,7 +158,6 @@ def generation_phase(
             "growing": fresh_bytes(programs, groups * shared) + grows_from,
             "moving rows": 2 * fresh_bytes(programs, groups * shared)  # before and after
             + max((programs.cache_bytes(*shape, prompt, continuation) for shape in tail), default=0),
-            "copying": temporaries(lambda: programs.compile_cast(params), 0)[0] - copy - cache if copy else 0,
         }
     most = max(work, key=work.get)
     adds = {"copy of the weights": copy, "caches": cache, f"work ({most})": work[most]}
