@@ -46,10 +46,14 @@ def sum_by_row(x: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
         raise ValueError(f"a device must look up at most {2 ** (SUM_BITS - 1):,} rows at once, got {len(ids):,}")
     largest = jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)))
     exponent = jnp.maximum(jnp.frexp(largest)[1], SMALLEST_EXPONENT)
-    rest, unit, total = jnp.ldexp(x, bits - exponent), jnp.float32(1), jnp.zeros((rows, x.shape[-1]), jnp.float32)
-    for _ in range(-(-PRECISE_BITS // bits)):
+
+    def add(_, carry):
+        rest, unit, total = carry
         whole = jnp.round(rest)
         sums = jnp.zeros(total.shape, jnp.int32).at[ids].add(whole.astype(jnp.int32))
-        total += sums.astype(jnp.float32) * unit
-        rest, unit = (rest - whole) * 2.0**bits, unit * 2.0**-bits
+        return (rest - whole) * 2.0**bits, unit * 2.0**-bits, total + sums.astype(jnp.float32) * unit
+
+    # A loop, so that integers do not outlive it: XLA would keep those of all tables until the end of the backward pass.
+    begin = jnp.ldexp(x, bits - exponent), jnp.float32(1), jnp.zeros((rows, x.shape[-1]), jnp.float32)
+    _, _, total = jax.lax.fori_loop(0, -(-PRECISE_BITS // bits), add, begin)
     return jnp.where(jnp.isfinite(largest), jnp.ldexp(total, exponent - bits), jnp.nan)
