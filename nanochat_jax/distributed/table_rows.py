@@ -54,6 +54,7 @@ def sum_by_row(x: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
         return (rest - whole) * 2.0**bits, unit * 2.0**-bits, total + sums.astype(jnp.float32) * unit
 
     # A loop, so that integers do not outlive it: XLA would keep those of all tables until the end of the backward pass.
-    begin = jnp.ldexp(x, bits - exponent), jnp.float32(1), jnp.zeros((rows, x.shape[-1]), jnp.float32)
+    nothing = jnp.full((rows, x.shape[-1]), 0 * (largest + ids[0]))  # of x and ids, as shard_map asks for in a loop
+    begin = jnp.ldexp(x, bits - exponent), jnp.float32(1), nothing
     _, _, total = jax.lax.fori_loop(0, -(-PRECISE_BITS // bits), add, begin)
     return jnp.where(jnp.isfinite(largest), jnp.ldexp(total, exponent - bits), jnp.nan)

@@ -1,10 +1,14 @@
 """Rows of embedding tables, whose gradient must not depend on the order in which a GPU adds."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.table_rows import _table_rows, sum_by_row
 
 ROWS = 40
@@ -29,6 +33,18 @@ def test_sums_are_the_same_bits_in_any_order_and_those_of_float64():
     np.add.at(sizes, ids, np.abs(x).astype(np.float64))
     count = np.bincount(ids, minlength=ROWS)[:, None]
     assert (np.abs(found - wanted) <= 2.0**-22 * sizes + 2.0**-30 * count * np.abs(x).max()).all()
+
+
+def test_devices_that_have_some_channels_or_some_vectors_add_up_the_same():
+    x, ids = updates(4, count=64)
+    alone = np.asarray(sum_by_row(jnp.asarray(x), jnp.asarray(ids), ROWS))
+    mesh, add = make_mesh("data=8"), partial(sum_by_row, rows=ROWS)
+    channels = jax.shard_map(add, mesh=mesh, in_specs=(P(None, "data"), P()), out_specs=P(None, "data"))(x, ids)
+    np.testing.assert_allclose(channels, alone, rtol=1e-6, atol=1e-7)
+    vectors = jax.shard_map(
+        lambda x, ids: jax.lax.psum(add(x, ids), "data"), mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P()
+    )(x, ids)
+    np.testing.assert_allclose(vectors, alone, rtol=1e-5, atol=1e-6 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e30])
