@@ -21,7 +21,7 @@ from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.model.gpt import window_sizes
 from nanochat_jax.train import preflight, scaling_laws
 
-RECORDED = {"max_seq_len": 512, "device_batch_size": 2, "total_batch_size": 2048}
+RECORDED = {"max_seq_len": 512, "device_batch_size": 2, "total_batch_size": 16384}
 LAYERS, WIDTH_OF_DEPTH = 2, 12  # two layers, of which one has a window, as wide as nanochat's d12
 
 

@@ -17,10 +17,10 @@ QUICK = (
 
 
 @needs_cuda_compiler
-def test_a_train_step_and_what_generates_answers_compile_for_a_gpu_that_is_not_there():
+def test_a_train_step_and_what_generates_answers_compile_for_gpus_that_are_not_there():
     """Two layers as wide as nanochat's d12; in one process, because most of the time goes into the compiler."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.cuda_compiler", "a100", "sft", "a100", "decode", "a100", "prefill"],
+        [sys.executable, "-m", "tests.support.cuda_compiler", "a100-8", "sft", "a100", "decode", "a100", "prefill"],
         env=os.environ | {"XLA_FLAGS": QUICK},
         cwd=Path(__file__).parents[2],
         capture_output=True,
