@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from nanochat_jax.benches.sft import plan_of, random_batch
 from nanochat_jax.benches.subject import config_of_sizes
 from nanochat_jax.cli.device import start_device
 from nanochat_jax.cli.main import run_stage
+from nanochat_jax.cli.settings import require
 from nanochat_jax.distributed.mesh import make_mesh
 from nanochat_jax.distributed.sharding import to_global
 from nanochat_jax.flags.bench import BenchConfig, ModelSizes
@@ -93,15 +94,18 @@ def shares(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
     return dict(found)
 
 
-def events_of(trace: Mapping[str, Any], program: str) -> list[tuple[float, float, str]]:
-    """(begin, duration, operation) of a program's operations on the first device, microseconds."""
-    found = [
-        (e["ts"], e.get("dur", 0.0), e["args"]["hlo_op"], (e["args"].get("device_ordinal", "0"), e["pid"]))
-        for e in trace["traceEvents"]
-        if e.get("ph") == "X" and e.get("args", {}).get("hlo_module", "").startswith(program) and "hlo_op" in e["args"]
-    ]
-    first = min(device for *_, device in found)
-    return [(begin, duration, name) for begin, duration, name, device in found if device == first]
+def events_of(trace: Mapping[str, Any], operations: Container[str]) -> list[tuple[float, float, str]]:
+    """(begin, duration, operation) of what ran on the first device, microseconds: events that are named for one of
+    these operations, by themselves or in an argument. ValueError: there is none."""
+    found = []
+    for event in trace["traceEvents"]:
+        given = event.get("args", {})
+        if event.get("ph") == "X" and (name := given.get("hlo_op", event["name"])) in operations:
+            device = given.get("device_ordinal", "0"), event["pid"]
+            found.append((device, (event["ts"], event.get("dur", 0.0), name)))
+    require(bool(found), "JAX's profiler has recorded no operation of the step on this device")
+    first = min(device for device, _ in found)
+    return [event for device, event in found if device == first]
 
 
 def main(cfg: BenchConfig) -> None:
@@ -125,8 +129,7 @@ def main(cfg: BenchConfig) -> None:
         (file,) = Path(folder).rglob("*.trace.json.gz")
         trace = json.loads(gzip.decompress(file.read_bytes()))
     functions = functions_of(train_step.as_text())
-    events = [event for event in events_of(trace, "jit_train_step") if event[2] in functions]
-    by_operation = {name: time / steps / 1e6 for name, time in shares(events).items()}
+    by_operation = {name: time / steps / 1e6 for name, time in shares(events_of(trace, functions)).items()}
     by_function: dict[str, float] = collections.defaultdict(float)
     for name, seconds in by_operation.items():
         by_function[functions.get(name, name)] += seconds

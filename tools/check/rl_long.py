@@ -91,25 +91,25 @@ def curves(records: Iterable[Mapping[str, Any]]) -> dict[str, list]:
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table of the variants: mean over the seeds, with the lowest and highest."""
+    """A Markdown table of the variants: mean over the runs, with the lowest and highest."""
 
-    def over_seeds(values: list[float], scale: float = 100) -> str:
+    def over_runs(values: list[float], scale: float = 100) -> str:
         return f"{scale * statistics.fmean(values):.1f} ({scale * min(values):.1f} to {scale * max(values):.1f})"
 
     by_variant: dict[str, list] = {}
     for line in lines:
         by_variant.setdefault(line["variant"], []).append(line)
     rows = [
-        "| variant | seeds | pass@1 before, % | best | at the end | with cut answers | cut at the end, % | entropy |"
+        "| variant | runs | pass@1 before, % | best | at the end | with cut answers | cut at the end, % | entropy |"
     ]
     rows.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, runs in by_variant.items():
         cells = [
-            over_seeds([run["pass@1"][0] for run in runs]),
-            over_seeds([max(run["pass@1"]) for run in runs]),
-            over_seeds([run["pass@1"][-1] for run in runs]),
-            over_seeds([run["pass@1_kept"][-1] for run in runs]),
-            over_seeds([run["held_out_cut"][-1] for run in runs]),
+            over_runs([run["pass@1"][0] for run in runs]),
+            over_runs([max(run["pass@1"]) for run in runs]),
+            over_runs([run["pass@1"][-1] for run in runs]),
+            over_runs([run["pass@1_kept"][-1] for run in runs]),
+            over_runs([run["held_out_cut"][-1] for run in runs]),
             f"{statistics.fmean(run['entropy'][-1] for run in runs):.3f}",
         ]
         rows.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
