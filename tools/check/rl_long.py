@@ -1,12 +1,13 @@
 """Long runs of RL under different settings, from the quickstart's model. Prints a JSON line a run: its curves.
 
 python tools/check/rl_long.py --out /tmp/rl_long --seeds 0 1 2 > rl_long.jsonl
-python tools/check/rl_long.py --out /tmp/rl_long --table-of rl_long.jsonl
+python tools/check/rl_long.py --out /tmp/rl_long --table-of rl_long.jsonl --plot rl_long.svg
 
 A run that is there already is not trained again, so that a study that was stopped goes on with the same command.
 """
 
 import contextlib
+import io
 import json
 import os
 import statistics
@@ -16,9 +17,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import tyro
+from matplotlib.figure import Figure
 
 from nanochat_jax import quickstart
+from nanochat_jax.files.paths import write_atomically
 from nanochat_jax.quickstart import QuickstartConfig
 from nanochat_jax.train.metrics import read_metrics
 
@@ -44,6 +48,17 @@ SETTINGS = (  # of all: the quickstart's task, with room for answers that go on
 )
 CURVES = ("reward", "entropy", "delta_logp_mean", "cut")  # means over the steps from one measurement to the next
 MEASURED = ("pass@1", "pass@1_kept", "held_out_cut")
+DRAWN = {"reward": "reward", "pass@1": "pass@1", "entropy": "entropy, nats a token", "delta_logp_mean": "|dlogp|"}
+LOGARITHMIC = ("entropy", "delta_logp_mean")
+COLOURS = {
+    "default": "#1f77b4",
+    "nanochat": "#17becf",
+    "kl-coef 0.05": "#9467bd",
+    "rates x2": "#2ca02c",
+    "rates x5": "#ff7f0e",
+    "rates x5, truncated policy": "#8c564b",
+    "rates x10": "#d62728",
+}
 
 
 def quickstart_model(folder: Path, seed: int) -> None:
@@ -116,17 +131,45 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def draw(lines: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """An SVG of the curves of COLOURS' variants, of runs of one length: means over the runs, and all between the lowest
+    and the highest run."""
+    by_variant: dict[str, list] = {}
+    for line in lines:
+        by_variant.setdefault(line["variant"], []).append(line)
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    for panel, (curve, title) in zip(figure.subplots(2, 2, sharex=True).flat, DRAWN.items()):
+        for name in filter(by_variant.__contains__, COLOURS):
+            runs = by_variant[name]
+            values = {step: [run[curve][i] for run in runs] for i, step in enumerate(runs[0]["step"])}
+            values = {step: at for step, at in values.items() if None not in at}
+            low, mean, high = ([of(at) for at in values.values()] for of in (min, statistics.fmean, max))
+            panel.plot(list(values), mean, color=COLOURS[name], label=name)
+            panel.fill_between(list(values), low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
+        panel.set(title=title, xlabel="step", yscale="log" if curve in LOGARITHMIC else "linear")
+        panel.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS))
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanochat_jax"}):  # text, and the same bytes
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    write_atomically(path, file.getvalue())
+
+
 def main(
     out: Path,
     seeds: tuple[int, ...] = (0, 1, 2),
     variants: tuple[str, ...] = tuple(VARIANTS),
     steps: int = 500,
     table_of: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """out: folder of the models and runs, made where it is not there; variants: names of VARIANTS; table_of: a file of
-    these lines, to print as a table in place of training."""
+    these lines, of which the runs of `steps` steps are printed as a table in place of training, and drawn into plot."""
     if table_of:
-        print(table(map(json.loads, table_of.read_text().splitlines())))
+        lines = [line for line in map(json.loads, table_of.read_text().splitlines()) if line["steps"] == steps]
+        print(table(lines))
+        if plot:
+            draw(lines, plot)
         return
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
