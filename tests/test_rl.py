@@ -320,8 +320,11 @@ def test_neither_passes_nor_devices_nor_slots_change_the_result(base, trained):
     for name, before in start.items():
         if before.size == 1:  # of a lone scalar the gradient may cancel to nothing, and Adam divides by its size
             continue
-        update = theirs[f"0/{name}"] - before
-        np.testing.assert_allclose(ours[f"0/{name}"] - before, update, atol=1e-5 + 0.01 * np.abs(update).max())
+        largest = np.abs(theirs[f"0/{name}"] - before).max()
+        difference = np.abs(ours[f"0/{name}"] - theirs[f"0/{name}"])
+        # Adam divides by a gradient's size: in the few places where one cancels to nothing its rounding error is seen.
+        assert np.quantile(difference, 0.999) <= 1e-5 + 0.001 * largest, name
+        assert difference.max() <= 1e-5 + 0.1 * largest, name
 
 
 REFERENCE = ["--kl-coef", "0.1", "--num-steps", "1", "--dtype", "bfloat16"]  # of two tests: the programs are the same
