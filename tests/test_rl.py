@@ -306,7 +306,18 @@ def test_answers_become_worth_more(base):
 
 
 def test_neither_passes_nor_devices_nor_slots_change_the_result(base, trained):
-    argv = ["--device-batch-size", "1", "--mesh", "data=8", "--slots", "3"]
+    argv = [
+        "--device-batch-size",
+        "1",
+        "--mesh",
+        "data=8",
+        "--slots",
+        "3",
+        "--save-every",
+        "1",
+        "--keep-checkpoints",
+        "9",
+    ]
     code, printed = run("--output-tag", "other", "--log-rollouts", "1", *argv)
     assert code == 0, printed
     folder = base / "chatrl_checkpoints" / "other"
@@ -316,15 +327,18 @@ def test_neither_passes_nor_devices_nor_slots_change_the_result(base, trained):
         for name in ("reward", "entropy", "trained_tokens", "loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
     start = store.read_arrays(base / "base_checkpoints" / "d2" / "7", "params")
-    ours, theirs = arrays(folder), arrays(trained[0])
+    ours, theirs, early, unsure = arrays(folder), arrays(trained[0]), arrays(folder, 1), 0
     for name, before in start.items():
         if before.size == 1:  # of a lone scalar the gradient may cancel to nothing, and Adam divides by its size
             continue
-        largest = np.abs(theirs[f"0/{name}"] - before).max()
-        difference = np.abs(ours[f"0/{name}"] - theirs[f"0/{name}"])
-        # Adam divides by a gradient's size: in the few places where one cancels to nothing its rounding error is seen.
-        assert np.quantile(difference, 0.999) <= 1e-5 + 0.001 * largest, name
-        assert difference.max() <= 1e-5 + 0.1 * largest, name
+        update = theirs[f"0/{name}"] - before
+        # Adam divides a gradient by its size: where it cancels to nothing in the first step, what it was is rounding.
+        first = np.abs(early.get(f"1/exp_avg/{name}", np.ones_like(update)))
+        rounding = (first > 0) & (first < 1e-6 * first.max())
+        tolerance = 1e-5 + 0.01 * np.abs(update).max()
+        np.testing.assert_allclose((ours[f"0/{name}"] - before)[~rounding], update[~rounding], atol=tolerance)
+        unsure += np.count_nonzero(rounding)
+    assert unsure < 50  # of 150,000
 
 
 REFERENCE = ["--kl-coef", "0.1", "--num-steps", "1", "--dtype", "bfloat16"]  # of two tests: the programs are the same
