@@ -306,18 +306,8 @@ def test_answers_become_worth_more(base):
 
 
 def test_neither_passes_nor_devices_nor_slots_change_the_result(base, trained):
-    argv = [
-        "--device-batch-size",
-        "1",
-        "--mesh",
-        "data=8",
-        "--slots",
-        "3",
-        "--save-every",
-        "1",
-        "--keep-checkpoints",
-        "9",
-    ]
+    argv = ["--device-batch-size", "1", "--mesh", "data=8", "--slots", "3"]
+    argv += ["--save-every", "1", "--keep-checkpoints", "9"]
     code, printed = run("--output-tag", "other", "--log-rollouts", "1", *argv)
     assert code == 0, printed
     folder = base / "chatrl_checkpoints" / "other"
