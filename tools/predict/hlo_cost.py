@@ -1,7 +1,8 @@
 """What a compiled program does on one device, from the text of its HLO: products, memory traffic, collectives, with
 loop bodies counted as often as they run (the compiler's own cost analysis counts them once). For the tools beside it.
 
-- Counted is what is reached from the entry. How often a loop runs is read from its condition and its counter's step.
+- Counted is what is reached from the entry. How often a loop runs is noted by the compiler, or else read from its
+  condition and its counter's step.
 - FLOPs are 2 per multiply-add of every dot, convolution and call of cuBLAS, also within fusions; a kernel of our own
   (another custom call) is opaque and has none here.
 - Bytes are those of operands and results in the device's memory (not those the compiler keeps on the chip, S(1)), of
